@@ -1,0 +1,79 @@
+"""One tree of errors; each is also the builtin that a caller would expect.
+
+    ActcacheError
+    ├── ConfigError(ValueError)            an option is outside its range, or options contradict each other
+    ├── TextError(ValueError)              no text, or too little of it
+    ├── ModelNotFoundError(FileNotFoundError)
+    ├── SiteError(KeyError)                a hook name or pattern that matches nothing
+    ├── StoreError(ValueError)             the store cannot be used as asked
+    │   ├── StoreNotFoundError(FileNotFoundError)
+    │   ├── NotAStoreError                 the folder holds something else
+    │   ├── StoreVersionError              written by a newer version of the format
+    │   ├── StoreMismatchError             another model, text or spec than the store was begun with
+    │   └── StoreIncompleteError           not sealed yet
+    ├── CorruptShardError(OSError)         what is on disk is not what was written
+    ├── StorageFullError(OSError)          no room; the same command continues once there is
+    └── StateError(ValueError)             a saved state that belongs to something else
+"""
+
+from __future__ import annotations
+
+
+class ActcacheError(Exception):
+    """Base of every error that the library raises on purpose; its message is written for the user."""
+
+
+class ConfigError(ActcacheError, ValueError):
+    """An option is outside its range, or options contradict each other."""
+
+
+class TextError(ActcacheError, ValueError):
+    """There is no text, or too little of it."""
+
+
+class ModelNotFoundError(ActcacheError, FileNotFoundError):
+    """No base model by that name or in that folder."""
+
+
+class SiteError(ActcacheError, KeyError):
+    """A hook name or pattern that matches nothing in the model or the store."""
+
+    def __str__(self) -> str:
+        # KeyError shows the repr of its argument; a message is meant to be read.
+        return str(self.args[0]) if self.args else ""
+
+
+class StoreError(ActcacheError, ValueError):
+    """The store cannot be used as asked."""
+
+
+class StoreNotFoundError(StoreError, FileNotFoundError):
+    """There is no store at that place."""
+
+
+class NotAStoreError(StoreError):
+    """There is something at that place, but no activation store."""
+
+
+class StoreVersionError(StoreError):
+    """The store was written by a newer version of the format."""
+
+
+class StoreMismatchError(StoreError):
+    """The store was begun with another model, text or spec."""
+
+
+class StoreIncompleteError(StoreError):
+    """The store is not sealed: some of its shards are still to be written."""
+
+
+class CorruptShardError(ActcacheError, OSError):
+    """What is on disk is not what was written; never answered with zeros or guesses."""
+
+
+class StorageFullError(ActcacheError, OSError):
+    """No room left; the same command continues once there is."""
+
+
+class StateError(ActcacheError, ValueError):
+    """A saved state that belongs to another version, store or setting."""

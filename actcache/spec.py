@@ -1,0 +1,213 @@
+"""The nouns: small frozen values that the rooms pass to each other. A value that exists is legal.
+
+Shape letters, used everywhere: `Q` sequences, `T` positions, `N` rows, `B` rows of a batch, `D` width of a site,
+`F` latents, `S` shards, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.errors import ConfigError, SiteError
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
+
+Progress = Callable[[int, int], None]
+"""`progress(done, total)`: called by long functions; the library itself prints nothing."""
+
+
+def check_positive(where: str, **values: int) -> None:
+    """Raise `ConfigError` for the first of the named values that is not a positive integer."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{where}: {name} must be a positive integer, got {value!r}")
+
+
+def digest_of(value: Any) -> str:
+    """sha256 (hex) of a JSON-able value in canonical form: sorted keys, no spaces."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Site:
+    """A place in the base model whose activations are kept."""
+
+    name: str
+    """TransformerLens hook name (`blocks.2.hook_mlp_out`), or `module.path:in` / `module.path:out`."""
+    shape: tuple[int, ...]
+    """Feature axes, `(d_model,)` for most; several axes are stored flattened."""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ConfigError("a site needs a name")
+        check_positive(f"site {self.name}", **{f"shape[{i}]": n for i, n in enumerate(self.shape)})
+        if not self.shape:
+            raise ConfigError(f"site {self.name}: shape must have at least one axis")
+
+    @property
+    def width(self) -> int:
+        """D, the number of values a row holds."""
+        return int(np.prod(self.shape))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreSpec:
+    """Everything that decides which bytes a store holds; equal specs give equal stores."""
+
+    sites: tuple[Site, ...]
+    """What is kept, in the order in which it is stored."""
+    n_sequences: int
+    """Q, token sequences in all."""
+    sequence_length: int
+    """T, tokens of a sequence."""
+    sequences_per_shard: int
+    """Sequences whose rows make one shard (the last shard may hold fewer)."""
+    rows_per_chunk: int
+    """Rows of an inner chunk, the unit of reading; divides `rows_per_shard`."""
+    skip_first: int = 1
+    """Leading positions of each sequence that get no row (1 drops the BOS that begins each packed sequence)."""
+    dtype: Dtype = "bfloat16"
+    """Logical element type."""
+    codec: str = "lossless"
+    """Compression preset: `raw` or `lossless`."""
+    seed: int = 0
+    """Seed of the shuffle of rows within each shard."""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """Identity of the base model: name, digests of weights and tokenizer."""
+    text: Mapping[str, Any] = field(default_factory=dict)
+    """Identity of the tokens: digest of ids and documents, and how they were made."""
+
+    def __post_init__(self) -> None:
+        sizes = ("n_sequences", "sequence_length", "sequences_per_shard", "rows_per_chunk")
+        check_positive("store spec", **{name: getattr(self, name) for name in sizes})
+        if not self.sites:
+            raise ConfigError("store spec: at least one site is needed")
+        if len({site.name for site in self.sites}) != len(self.sites):
+            raise ConfigError("store spec: a site is named twice")
+        if not 0 <= self.skip_first < self.sequence_length:
+            raise ConfigError(
+                f"store spec: skip_first must be between 0 and sequence_length - 1 = {self.sequence_length - 1}, got {self.skip_first}"
+            )
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"store spec: dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.rows_per_shard % self.rows_per_chunk:
+            raise ConfigError(
+                f"store spec: rows_per_chunk ({self.rows_per_chunk}) must divide rows_per_shard "
+                f"({self.rows_per_shard} = {self.sequences_per_shard} sequences x {self.rows_per_sequence} rows)"
+            )
+
+    @property
+    def rows_per_sequence(self) -> int:
+        """Rows that each sequence gives."""
+        return self.sequence_length - self.skip_first
+
+    @property
+    def rows_per_shard(self) -> int:
+        """Rows of a full shard."""
+        return self.sequences_per_shard * self.rows_per_sequence
+
+    @property
+    def n_rows(self) -> int:
+        """N, rows of the finished store."""
+        return self.n_sequences * self.rows_per_sequence
+
+    @property
+    def n_shards(self) -> int:
+        """S, shards of the finished store."""
+        return -(-self.n_sequences // self.sequences_per_shard)
+
+    def shard_sequences(self, shard: int) -> range:
+        """The sequences whose rows are in a shard."""
+        start = shard * self.sequences_per_shard
+        return range(start, min(start + self.sequences_per_shard, self.n_sequences))
+
+    def shard_rows(self, shard: int) -> range:
+        """The global row ids of a shard."""
+        sequences = self.shard_sequences(shard)
+        return range(sequences.start * self.rows_per_sequence, sequences.stop * self.rows_per_sequence)
+
+    def site(self, name: str) -> Site:
+        """The site of that name; `KeyError` when there is none."""
+        return next(site for site in self.sites if site.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form, the inverse of `from_dict`."""
+        plain = {name: getattr(self, name) for name in self.__slots__}
+        plain["sites"] = [{"name": site.name, "shape": list(site.shape)} for site in self.sites]
+        return json.loads(json.dumps(plain, default=dict))  # type: ignore[no-any-return]  # loads is untyped
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> StoreSpec:
+        """The spec that `to_dict` wrote."""
+        sites = tuple(Site(name=s["name"], shape=tuple(s["shape"])) for s in plain["sites"])
+        return cls(**{**plain, "sites": sites})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenBlocks:
+    """Token sequences of equal length, in the order in which they are extracted, with where each token came from."""
+
+    ids: NDArray[np.uint32]
+    """`(Q, T)` token ids; may be memory-mapped."""
+    document: NDArray[np.uint32]
+    """`(Q, T)` number of the text that each token belongs to."""
+    description: Mapping[str, Any]
+    """How the blocks were made (length, seed, documents read, tokenizer digest, token digest): JSON-able."""
+
+    def __post_init__(self) -> None:
+        if self.ids.ndim != 2 or self.ids.shape != self.document.shape or 0 in self.ids.shape:
+            raise ConfigError(
+                f"token blocks: ids and document must be equal (Q, T) arrays, got {self.ids.shape} and {self.document.shape}"
+            )
+
+    @property
+    def n_sequences(self) -> int:
+        """Q."""
+        return int(self.ids.shape[0])
+
+    @property
+    def sequence_length(self) -> int:
+        """T."""
+        return int(self.ids.shape[1])
+
+    def batches(self, n_sequences: int) -> Iterator[NDArray[np.uint32]]:
+        """The ids in order, `n_sequences` at a time (the last batch may be smaller)."""
+        for start in range(0, self.n_sequences, n_sequences):
+            yield self.ids[start : start + n_sequences]
+
+    def take(self, sequences: range | slice) -> TokenBlocks:
+        """Some of the sequences, for instance to hold the last ones out: `blocks.take(slice(-64, None))`."""
+        part = sequences if isinstance(sequences, slice) else slice(sequences.start, sequences.stop, sequences.step)
+        return TokenBlocks(
+            ids=self.ids[part],
+            document=self.document[part],
+            description={**self.description, "taken": [part.start, part.stop, part.step]},
+        )
+
+
+def expand_names(patterns: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Names of `known` that match any of the glob patterns, in the order of `known`; shared by models, stores and loaders.
+
+    Raises:
+        SiteError: a pattern matches nothing; the message names the nearest known names.
+    """
+    import difflib
+    from fnmatch import fnmatchcase
+
+    wanted: set[str] = set()
+    for pattern in patterns:
+        matches = [name for name in known if fnmatchcase(name, pattern)]
+        if not matches:
+            near = difflib.get_close_matches(pattern, known, n=4, cutoff=0.4)
+            hint = f"; did you mean {', '.join(near)}?" if near else f"; there are {', '.join(known[:6])}, ..."
+            raise SiteError(f"no site matches {pattern!r}{hint}")
+        wanted.update(matches)
+    return [name for name in known if name in wanted]
