@@ -6,10 +6,12 @@ Shape letters, used everywhere: `Q` sequences, `T` positions, `N` rows, `B` rows
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import numpy as np
@@ -94,7 +96,8 @@ class StoreSpec:
             raise ConfigError("store spec: a site is named twice")
         if not 0 <= self.skip_first < self.sequence_length:
             raise ConfigError(
-                f"store spec: skip_first must be between 0 and sequence_length - 1 = {self.sequence_length - 1}, got {self.skip_first}"
+                f"store spec: skip_first must be between 0 and sequence_length - 1 = {self.sequence_length - 1}, "
+                f"got {self.skip_first}"
             )
         if self.dtype not in DTYPES:
             raise ConfigError(f"store spec: dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
@@ -165,7 +168,8 @@ class TokenBlocks:
     def __post_init__(self) -> None:
         if self.ids.ndim != 2 or self.ids.shape != self.document.shape or 0 in self.ids.shape:
             raise ConfigError(
-                f"token blocks: ids and document must be equal (Q, T) arrays, got {self.ids.shape} and {self.document.shape}"
+                "token blocks: ids and document must be equal (Q, T) arrays, "
+                f"got {self.ids.shape} and {self.document.shape}"
             )
 
     @property
@@ -194,14 +198,11 @@ class TokenBlocks:
 
 
 def expand_names(patterns: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Names of `known` that match any of the glob patterns, in the order of `known`; shared by models, stores and loaders.
+    """Names of `known` that match any of the glob patterns, in the order of `known`.
 
     Raises:
         SiteError: a pattern matches nothing; the message names the nearest known names.
     """
-    import difflib
-    from fnmatch import fnmatchcase
-
     wanted: set[str] = set()
     for pattern in patterns:
         matches = [name for name in known if fnmatchcase(name, pattern)]

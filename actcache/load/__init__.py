@@ -1,0 +1,6 @@
+"""Sealed store to shuffled batches: `plan` decides which rows, `fetch` reads them, `loader` hands them out."""
+
+from actcache.load.loader import Batch, Loader
+from actcache.load.plan import Plan
+
+__all__ = ["Batch", "Loader", "Plan"]

@@ -1,0 +1,309 @@
+"""The loader: a sealed store in, shuffled batches of aligned sites out, exactly resumable.
+
+The order is `plan.py`'s and depends on the seed alone; a background thread reads ahead; the state counts the batches
+that were *delivered*, so what was only prefetched is never lost or doubled.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from actcache.errors import ConfigError, StateError, StoreIncompleteError
+from actcache.load.fetch import BatchMemory, Gather, Window, windows
+from actcache.load.plan import Epoch, Plan
+from actcache.spec import check_positive, expand_names
+
+if TYPE_CHECKING:
+    import torch
+
+    from actcache.store import Store
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Batch(Mapping[str, "torch.Tensor"]):
+    """Rows of several sites, aligned: `batch[site][i]` belongs to global row `batch.rows[i]` for every site.
+
+    The tensors are the caller's own: they may be kept, and modified in place.
+    """
+
+    activations: dict[str, torch.Tensor]
+    """`(B, D)` by site."""
+    rows: torch.Tensor
+    """`(B,)` int64 global row ids, on the CPU."""
+
+    def __getitem__(self, site: str) -> torch.Tensor:
+        return self.activations[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.activations)
+
+    def __len__(self) -> int:
+        return len(self.activations)
+
+
+class Loader:
+    """Shuffled batches from a sealed store.
+
+    Iterating delivers `epochs` epochs, each in an order of its own, and goes on after the last delivered batch when
+    iteration was broken off; after the last epoch, iterating again delivers the next ones.
+
+    Args:
+        store: a sealed store.
+        sites: hook names or glob patterns; every batch has all of them, aligned.
+        batch_rows: B.
+        seed: decides the order, together with the sizes.
+        epochs: how many to deliver, None for ever.
+        dtype: of the batches' tensors.
+        device: of the batches' tensors.
+        memory_bytes: for the two windows of decoded chunks; larger windows shuffle better.
+        read_ahead: batches made in advance.
+        threads: decoding threads; by default one per core.
+        drop_last: leave out the smaller batch at an epoch's end.
+        rank, world_size: this consumer gets batches `rank`, `rank + world_size`, ... of the one global order; every
+            rank gets the same number.
+
+    Raises:
+        SiteError: a pattern matches no site. ConfigError: batch_rows is larger than the store, or rank is no rank.
+        StoreIncompleteError: the store is not sealed.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        sites: Sequence[str],
+        *,
+        batch_rows: int,
+        seed: int = 0,
+        epochs: int | None = 1,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        memory_bytes: int = 1 << 30,
+        read_ahead: int = 2,
+        threads: int | None = None,
+        drop_last: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        import torch
+
+        if not store.sealed:
+            raise StoreIncompleteError(
+                f"{store.path} has {len(store.committed)} of {store.spec.n_shards} shards; "
+                "finish 'actcache extract' first"
+            )
+        check_positive("loader", read_ahead=read_ahead, memory_bytes=memory_bytes, world_size=world_size)
+        if epochs is not None:
+            check_positive("loader", epochs=epochs)
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"loader: rank must be between 0 and world_size - 1 = {world_size - 1}, got {rank}")
+        self.store, self.sites, self.batch_rows = store, expand_names(sites, store.sites), batch_rows
+        self.epochs, self.dtype, self.device = epochs, dtype or torch.float32, torch.device(device)
+        self.rank, self.world_size, self.read_ahead = rank, world_size, read_ahead
+        self.plan = Plan(
+            rows_per_chunk=store.spec.rows_per_chunk,
+            n_rows=store.spec.n_rows,
+            chunks_per_window=self._chunks_per_window(memory_bytes),
+            batch_rows=batch_rows,
+            seed=seed,
+            drop_last=drop_last,
+        )
+        if self.plan.n_batches < world_size:
+            raise ConfigError(
+                f"{self.plan.n_batches} batches of {batch_rows} rows cannot be shared by {world_size} ranks"
+            )
+        self._threads = threads or os.cpu_count() or 1
+        self._memory = BatchMemory()
+        self._buffers: list[Window] = []
+        self._first_epoch, self._epoch, self._batch = 0, 0, 0
+        self._running: _ReadAhead | None = None
+
+    def _chunks_per_window(self, memory_bytes: int) -> int:
+        spec = self.store.spec
+        row_bytes = sum(spec.site(site).width for site in self.sites) * self.store.stored_dtype.itemsize
+        return max(1, memory_bytes // 2 // (spec.rows_per_chunk * row_bytes))
+
+    def __len__(self) -> int:
+        """Batches of an epoch, for this rank."""
+        return self.plan.n_batches // self.world_size
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop reading ahead; iterating again is allowed."""
+        if self._running is not None:
+            self._running.stop()
+            self._running = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.close()
+        running = self._running = _ReadAhead(self)
+        try:
+            for epoch, batch, value in running:
+                self._epoch, self._batch = (epoch, batch + 1) if batch + 1 < len(self) else (epoch + 1, 0)
+                yield value
+            self._first_epoch = self._epoch
+        finally:
+            running.stop()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader is, after the batch delivered last: a small JSON-able dict."""
+        return {
+            "version": STATE_VERSION,
+            "fingerprint": self.store.fingerprint,
+            "settings": self._settings(),
+            "world_size": self.world_size,
+            "first_epoch": self._first_epoch,
+            "epoch": self._epoch,
+            "batch": self._batch,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue after the batch at which `state` was taken, bit for bit.
+
+        Raises:
+            StateError: the state is of another version, store, world size or settings; the message says which.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise StateError(f"a loader state of version {state.get('version')!r}; this actcache knows {STATE_VERSION}")
+        if state["fingerprint"] != self.store.fingerprint:
+            raise StateError(
+                f"the loader state belongs to another store (fingerprint {state['fingerprint']}), "
+                f"{self.store.path} has {self.store.fingerprint}; open the store it was saved with"
+            )
+        if state["world_size"] != self.world_size:
+            raise StateError(
+                f"the loader state was saved with world_size={state['world_size']}, "
+                f"this loader has {self.world_size}; use as many ranks as before"
+            )
+        mine, theirs = self._settings(), state["settings"]
+        differences = [
+            f"{k}: saved {theirs.get(k)!r}, now {mine.get(k)!r}"
+            for k in sorted({*mine, *theirs})
+            if mine.get(k) != theirs.get(k)
+        ]
+        if differences:
+            raise StateError("the loader state was saved with other settings: " + "; ".join(differences))
+        self.close()
+        self._first_epoch, self._epoch, self._batch = state["first_epoch"], state["epoch"], state["batch"]
+
+    def _settings(self) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "sites": self.sites,
+            "batch_rows": plan.batch_rows,
+            "seed": plan.seed,
+            "chunks_per_window": plan.chunks_per_window,
+            "drop_last": plan.drop_last,
+            "epochs": self.epochs,
+        }
+
+    def _produce(self, epoch_number: int, batch: int) -> Generator[tuple[int, int, Batch]]:
+        """Batches with their (epoch, batch) numbers, from the given ones on."""
+        import torch
+
+        logical = getattr(torch, self.store.spec.dtype)
+        gather = Gather(self._memory, logical, self.dtype)
+        most = min(self.plan.chunks_per_window, self.plan.n_chunks) * self.plan.rows_per_chunk
+        while len(self._buffers) < 2:
+            self._buffers.append(Window(self.store, self.sites, most))
+        last_epoch = None if self.epochs is None else self._first_epoch + self.epochs
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="actcache-decode") as pool:
+            while last_epoch is None or epoch_number < last_epoch:
+                epoch = self.plan.epoch(epoch_number)
+                for number, value in self._epoch_batches(epoch, batch, gather, pool):
+                    yield epoch_number, number, value
+                epoch_number, batch = epoch_number + 1, 0
+
+    def _epoch_batches(
+        self, epoch: Epoch, first: int, gather: Gather, pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[int, Batch]]:
+        """This rank's batches of an epoch from its number `first` on."""
+        import torch
+
+        wanted = range(first * self.world_size + self.rank, len(self) * self.world_size, self.world_size)
+        current = epoch.batch_windows(wanted[0]).start
+        stream = windows(epoch, current, self._buffers, pool)
+        window = next(stream)
+        for number, batch in enumerate(wanted, first):
+            begin, end = epoch.batch_span(batch)
+            widths = {site: self.store.spec.site(site).width for site in self.sites}
+            acts = {site: self._memory.take(end - begin, width, self.dtype) for site, width in widths.items()}
+            rows = torch.empty(end - begin, dtype=torch.int64)
+            while current < epoch.batch_windows(batch).start:
+                window, current = next(stream), current + 1
+            for wanted_window in epoch.batch_windows(batch):
+                if wanted_window != current:
+                    window, current = next(stream), current + 1
+                piece = epoch.piece(batch, current, window.order)
+                stop = piece.start + len(piece.places)
+                places = torch.from_numpy(piece.places)
+                rows[piece.start : stop] = torch.from_numpy(window.row_ids[piece.places])
+                for site, target in acts.items():
+                    gather(window.values[site], places, target[piece.start : stop])
+            if self.device.type != "cpu":
+                acts = {site: value.to(self.device) for site, value in acts.items()}
+            yield number, Batch(acts, rows)
+        stream.close()
+
+
+class _ReadAhead:
+    """Runs a loader's production in a thread, a bounded number of batches ahead of the consumer."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._queue: queue.Queue[tuple[int, int, Batch] | BaseException | None] = queue.Queue(loader.read_ahead)
+        self._stopping = threading.Event()
+        self._loader = loader
+        self._start = (loader._epoch, loader._batch)
+        self._thread = threading.Thread(target=self._run, name="actcache-read-ahead", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        last: BaseException | None = None
+        production = self._loader._produce(*self._start)
+        try:
+            for item in production:
+                if not self._put(item):
+                    return
+        except BaseException as error:
+            last = error
+        finally:
+            production.close()
+        self._put(last)
+
+    def _put(self, item: tuple[int, int, Batch] | BaseException | None) -> bool:
+        """Queue an item; False when the consumer has gone."""
+        while not self._stopping.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __iter__(self) -> Iterator[tuple[int, int, Batch]]:
+        while True:
+            item = self._queue.get()
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def stop(self) -> None:
+        """End the thread and drop what it prefetched."""
+        self._stopping.set()
+        self._thread.join()
+        while not self._queue.empty():
+            self._queue.get_nowait()

@@ -1,0 +1,146 @@
+"""Whole objects of a Zarr store, synchronously: put, get, read a range into a buffer, list, delete.
+
+Everything goes through zarr's own store interface (so any store that zarr opens will do), except that ranges of local
+files are read straight into the caller's buffer: on hot paths the first touch of fresh memory costs more than the copy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import zarr
+from zarr.abc.store import RangeByteRequest, Store
+from zarr.buffer import cpu, default_buffer_prototype
+from zarr.storage import LocalStore
+
+from actcache.errors import StorageFullError
+
+T = TypeVar("T")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class _Loop:
+    """One background event loop for the whole process, begun at first use; zarr's stores are asynchronous."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = 0
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        with self._lock:
+            if self._loop is None or self._pid != os.getpid():  # a forked child has no copy of the thread
+                self._loop, self._pid = asyncio.new_event_loop(), os.getpid()
+                threading.Thread(target=self._loop.run_forever, name="actcache-io", daemon=True).start()
+        future: Future[T] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        return future.result()
+
+
+_LOOP = _Loop()
+
+
+class Objects:
+    """The objects of one store. Thread-safe; picklable stores stay the caller's business."""
+
+    def __init__(self, location: str | Path | Store, *, read_only: bool) -> None:
+        self.location = location
+        if isinstance(location, str | Path) and "://" not in str(location):
+            self.store: Store = LocalStore(Path(location), read_only=read_only)
+        elif isinstance(location, Store):
+            self.store = location
+        else:
+            self.store = zarr.open_group(str(location), mode="r" if read_only else "a").store
+        self.root = self.store.root if isinstance(self.store, LocalStore) else None
+
+    def __str__(self) -> str:
+        return str(self.location)
+
+    def put(self, key: str, data: memoryview | bytes) -> None:
+        """Write one object whole and atomically.
+
+        Raises:
+            StorageFullError: there is no room; what was there before is untouched.
+        """
+        buffer = cpu.Buffer.from_array_like(np.frombuffer(data, dtype=np.uint8))
+        try:
+            _LOOP.run(self.store.set(key, buffer))
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            free = shutil.disk_usage(self.root).free if self.root else 0
+            raise StorageFullError(
+                error.errno,
+                f"no room in {self} for {key}: {len(data):,} bytes needed, {free:,} free; "
+                "make room and give the same command again, it continues where it stopped",
+            ) from error
+
+    def get(self, key: str) -> memoryview | None:
+        """The whole object, or None when there is none."""
+        if self.root is not None:
+            try:
+                return memoryview((self.root / key).read_bytes())
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        buffer = _LOOP.run(self.store.get(key, prototype=default_buffer_prototype()))
+        return None if buffer is None else memoryview(buffer.to_bytes())
+
+    def read_into(self, key: str, offset: int, out: memoryview) -> int:
+        """Fill `out` from byte `offset` on; bytes read (fewer where the object ends), or -1 when there is no object."""
+        if self.root is None:
+            request = RangeByteRequest(offset, offset + len(out))
+            buffer = _LOOP.run(self.store.get(key, prototype=default_buffer_prototype(), byte_range=request))
+            if buffer is None:
+                return -1
+            data = buffer.to_bytes()
+            out[: len(data)] = data
+            return len(data)
+        try:
+            descriptor = os.open(self.root / key, os.O_RDONLY)
+        except (FileNotFoundError, NotADirectoryError):
+            return -1
+        try:
+            done = 0
+            while done < len(out) and (n := os.preadv(descriptor, [out[done:]], offset + done)):
+                done += n
+            return done
+        finally:
+            os.close(descriptor)
+
+    def size(self, key: str) -> int:
+        """Bytes of an object, -1 when there is none."""
+        if self.root is not None:
+            try:
+                return (self.root / key).stat().st_size
+            except (FileNotFoundError, NotADirectoryError):
+                return -1
+        try:
+            return _LOOP.run(self.store.getsize(key))
+        except FileNotFoundError:
+            return -1
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """Keys of all objects below a prefix."""
+
+        async def collect() -> list[str]:
+            return [key async for key in self.store.list_prefix(prefix)]
+
+        return iter(_LOOP.run(collect()))
+
+    def delete(self, key: str) -> None:
+        """Remove an object; nothing happens when there is none."""
+        _LOOP.run(self.store.delete(key))
+
+    def remove_partial_writes(self) -> None:
+        """Delete what a killed process left of unfinished atomic writes (zarr names such files `*.partial`)."""
+        if self.root is not None:
+            for file in self.root.rglob("*.partial"):
+                file.unlink(missing_ok=True)
