@@ -1,0 +1,187 @@
+"""The sparse MLP: what a trainer trains, in raw units of the activations; its initial weights, its loss, save and load.
+
+In: activations `(B, D_in)`. Out: their sparse code `(B, F)` and the prediction `(B, D_out)`. A transcoder predicts an
+MLP's output from its input; a sparse autoencoder is the case in which input and target are the same site.
+
+Shapes: B rows of a batch, D_in and D_out widths of the two sites, F latents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from actcache.errors import ConfigError, ModelNotFoundError, StateError
+from actcache.spec import check_positive
+
+VERSION = 1
+CONFIG, WEIGHTS = "config.json", "weights.safetensors"
+
+
+class SparseMLP(nn.Module):
+    """`Linear -> ReLU -> Linear`, both biases, untied; takes and gives raw activations."""
+
+    def __init__(self, *, d_in: int, d_out: int, n_latents: int, activation: str = "relu") -> None:
+        super().__init__()
+        check_positive("sparse MLP", d_in=d_in, d_out=d_out, n_latents=n_latents)
+        if activation != "relu":
+            raise ConfigError(f"sparse MLP: activation must be 'relu', got {activation!r}")
+        self.d_in, self.d_out, self.n_latents, self.activation = d_in, d_out, n_latents, activation
+        self.about: dict[str, Any] = {}
+        """What the weights were trained on (sites, store, config): JSON-able, saved with them."""
+        self.encoder = nn.Linear(d_in, n_latents)
+        self.decoder = nn.Linear(n_latents, d_out)
+
+    def encode(self, x_BD: Tensor) -> Tensor:
+        """`(B, D_in)` activations -> `(B, F)` latents, zero or positive."""
+        return torch.relu_(self.encoder(x_BD))
+
+    def decode(self, a_BF: Tensor) -> Tensor:
+        """`(B, F)` latents -> `(B, D_out)` prediction."""
+        prediction: Tensor = self.decoder(a_BF)
+        return prediction
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        """`(B, D_in)` activations -> `(B, D_out)` prediction."""
+        return self.decode(self.encode(x_BD))
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The arguments that make an MLP of this shape."""
+        return {"d_in": self.d_in, "d_out": self.d_out, "n_latents": self.n_latents, "activation": self.activation}
+
+    def save(self, folder: str | Path) -> None:
+        """Write `weights.safetensors`, then `config.json` with its digest; each replaces an older one as a whole."""
+        from safetensors.torch import save
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = save({name: w.detach().cpu().contiguous() for name, w in self.state_dict().items()})
+        config = {
+            "format": "actcache sparse MLP",
+            "version": VERSION,
+            **self.sizes,
+            "weights_sha256": hashlib.sha256(weights).hexdigest(),
+            "about": self.about,
+        }
+        write_atomic(folder / WEIGHTS, weights)
+        write_atomic(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> SparseMLP:
+        """The MLP that `save` wrote.
+
+        Raises:
+            ModelNotFoundError: no sparse MLP in that folder.
+            StateError: the files are of another version, damaged, or do not belong together.
+        """
+        from safetensors.torch import load
+
+        config, weights = _read_saved(Path(folder))
+        mlp = cls(**{name: config[name] for name in ("d_in", "d_out", "n_latents", "activation")})
+        mlp.about = config["about"]
+        try:
+            mlp.load_state_dict(load(weights))
+        except RuntimeError as error:
+            raise StateError(f"sparse MLP in {folder}: weights and {CONFIG} do not fit: {error}") from error
+        return mlp
+
+
+def _read_saved(folder: Path) -> tuple[dict[str, Any], bytes]:
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+        weights = (folder / WEIGHTS).read_bytes()
+    except FileNotFoundError as error:
+        raise ModelNotFoundError(f"no sparse MLP in {folder}: {Path(error.filename).name} is missing") from error
+    except ValueError as error:
+        raise StateError(f"sparse MLP in {folder}: {CONFIG} is not JSON: {error}") from error
+    needed = {"version", "d_in", "d_out", "n_latents", "activation", "weights_sha256", "about"}
+    if not isinstance(config, dict) or config.get("version") != VERSION or needed - config.keys():
+        found = f"version {config.get('version')!r}" if isinstance(config, dict) else type(config).__name__
+        raise StateError(f"sparse MLP in {folder}: {CONFIG} must be a saved MLP of version {VERSION}, found {found}")
+    if hashlib.sha256(weights).hexdigest() != config["weights_sha256"]:
+        raise StateError(f"sparse MLP in {folder}: {WEIGHTS} does not match its digest; save or train it again")
+    return config, weights
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace a file as a whole: after a crash there is the old one or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scaling:
+    """Constants that bring raw activations to scale: `x * scale_in`, `y * scale_out`."""
+
+    scale_in: float
+    """One over the standard deviation of the input, pooled over its dimensions."""
+    scale_out: float
+    """The same of the target."""
+
+    def inverse(self) -> Scaling:
+        """The scaling that undoes this one."""
+        return Scaling(scale_in=1 / self.scale_in, scale_out=1 / self.scale_out)
+
+
+@torch.no_grad()
+def fold_scaling(source: SparseMLP, target: SparseMLP, scaling: Scaling) -> None:
+    """Set `target` to the MLP that on raw activations does what `source` does on scaled ones.
+
+    `target(x) = source(x * scale_in) / scale_out`, with the same latents. The inverse scaling goes the other way.
+    """
+    target.encoder.weight.copy_(source.encoder.weight * scaling.scale_in)
+    target.encoder.bias.copy_(source.encoder.bias)
+    target.decoder.weight.copy_(source.decoder.weight / scaling.scale_out)
+    target.decoder.bias.copy_(source.decoder.bias / scaling.scale_out)
+
+
+@torch.no_grad()
+def initialise(mlp: SparseMLP, mean_in_D: Tensor, mean_out_D: Tensor, *, decoder_norm: float, seed: int) -> None:
+    """Starting weights: random decoder directions, the encoder their transpose, each side centred on its mean.
+
+    The decoder is short (`decoder_norm`) with its bias at the mean target, so that training starts from the best
+    constant prediction; encoder rows are unit vectors, their bias puts the mean input at zero. With `D_in != D_out`
+    the encoder gets directions of its own. Drawn on the CPU, so a seed means the same weights on every device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    directions_FD = F.normalize(torch.randn(mlp.n_latents, mlp.d_out, generator=generator), dim=1)
+    mlp.decoder.weight.copy_(directions_FD.T * decoder_norm)
+    if mlp.d_in != mlp.d_out:
+        directions_FD = F.normalize(torch.randn(mlp.n_latents, mlp.d_in, generator=generator), dim=1)
+    mlp.encoder.weight.copy_(directions_FD)
+    mlp.encoder.bias.copy_(-(mlp.encoder.weight @ mean_in_D.to(mlp.encoder.weight)))
+    mlp.decoder.bias.copy_(mean_out_D)
+
+
+def sparse_loss(
+    mlp: SparseMLP, x_BD: Tensor, y_BD: Tensor, l1: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The training loss on scaled rows, with its two parts: `(loss, error, latents (B, F))`.
+
+        loss = mean_B( sum_D (y_hat - y)^2 )  +  l1 * mean_B( mean_F( a_f * |w_f| ) )
+
+    `y` has variance 1 per dimension on average, so the error is `D_out` for the best constant prediction and
+    `D_out x FVU` in general; `|w_f|` is the norm of latent f's decoder column (so that the penalty cannot be escaped by
+    small latents and long columns). The matrix products run in `dtype`, everything else in float32.
+    """
+    with torch.autocast(x_BD.device.type, dtype, enabled=dtype != torch.float32):
+        a_BF = mlp.encode(x_BD)
+        # The decoder norms ride along as one more output, so the penalty costs no pass over the (B, F) latents.
+        norms_F = mlp.decoder.weight.norm(dim=0, keepdim=True)
+        decoder_DF = torch.cat([mlp.decoder.weight, norms_F])
+        out_BD = F.linear(a_BF, decoder_DF, F.pad(mlp.decoder.bias, (0, 1))).float()
+    error = F.mse_loss(out_BD[:, :-1], y_BD) * mlp.d_out
+    return error + (l1 / mlp.n_latents) * out_BD[:, -1].mean(), error, a_BF
