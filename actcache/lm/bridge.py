@@ -1,0 +1,152 @@
+"""Transformer-lens: instrumented models, and what their hook names stand for in the plain one.
+
+`import transformer_lens` takes six seconds and more, so everything here imports it only when called.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from actcache.errors import ConfigError
+from actcache.lm.hooks import Spot
+from actcache.stories import StoriesLM
+
+if TYPE_CHECKING:
+    from actcache.lm.model import LanguageModel
+
+
+def open_bridge(lm: LanguageModel) -> Any:
+    """The model as a `TransformerBridge` with every hook, computing what the plain model computes.
+
+    The embedded model opens through `boot_native` with a copy of its weights; a Hugging Face model is bridged around
+    its own weights, unprocessed; a transformer-lens model is returned as it is.
+
+    Raises:
+        ConfigError: transformer-lens has no architecture for the model.
+    """
+    return lm.open_instrumented()
+
+
+def native_bridge(module: StoriesLM, tokenizer: Any) -> Any:
+    """A `TransformerBridge.boot_native` of the embedded architecture with equal weights."""
+    from transformer_lens.config import TransformerBridgeConfig
+    from transformer_lens.model_bridge import TransformerBridge
+
+    c, weight = module.config, module.embed.weight
+    config = TransformerBridgeConfig(
+        d_model=c.d_model,
+        d_head=c.d_model // c.n_heads,
+        n_heads=c.n_heads,
+        n_layers=c.n_layers,
+        n_ctx=c.n_ctx,
+        d_mlp=c.d_mlp,
+        d_vocab=c.d_vocab,
+        act_fn="relu",
+        normalization_type=None,
+        positional_embedding_type="standard",
+    )
+    with _quiet():
+        bridge = TransformerBridge.boot_native(
+            config, tokenizer=_bridge_tokenizer(tokenizer), device=str(weight.device), dtype=weight.dtype
+        )
+    bridge.load_state_dict(module.state_dict())
+    return bridge.eval()
+
+
+def hf_bridge(module: nn.Module, tokenizer: Any, name: str) -> tuple[Any, dict[str, Spot]]:
+    """A bridge around a Hugging Face model's weights, and for its hook names the modules that they may stand for.
+
+    A bridge rewires the model that it is given, so it gets a copy of the modules that shares their parameters: the
+    plain model stays as it was, and no weight is held twice (but for joint projections, which a bridge splits).
+
+    Raises:
+        ConfigError: transformer-lens has no architecture for the model.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    shell = copy.deepcopy(module, {id(p): p for p in module.parameters()})
+    originals = {id(s): m for s, m in zip(shell.modules(), module.modules(), strict=True)}
+    weight = next(module.parameters())
+    # A model made from a config does not say its architecture by name.
+    config: Any = shell.config
+    config.architectures = config.architectures or [type(module).__name__]
+    try:
+        with _quiet():
+            bridge = TransformerBridge.boot_transformers(
+                name,
+                hf_model=shell,
+                tokenizer=_bridge_tokenizer(tokenizer),
+                device=str(weight.device),
+                dtype=weight.dtype,
+            )
+    except (ValueError, KeyError, AttributeError, NotImplementedError) as error:
+        raise ConfigError(f"transformer-lens cannot open {type(module).__name__} ({name}): {error}") from error
+    return bridge, _plain_candidates(bridge, originals)
+
+
+def _plain_candidates(bridge: Any, originals: dict[int, nn.Module]) -> dict[str, Spot]:
+    """For each hook name that is a component's `hook_in` or `hook_out`: the input or output of the module it wraps.
+
+    Only candidates: what a component does between its hooks and its module is its own affair, so values must agree.
+    """
+    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+    spots: dict[int, Spot] = {}
+    for component in bridge.modules():
+        if not isinstance(component, GeneralizedComponent):
+            continue
+        module = originals.get(id(component.original_component))
+        if module is not None:
+            spots[id(component.hook_in)] = Spot(module, "in")
+            spots[id(component.hook_out)] = Spot(module, "out")
+    points = hook_points(bridge)
+    return {name: spots[id(s.module)] for name, s in points.items() if id(s.module) in spots}
+
+
+def hook_points(model: Any) -> dict[str, Spot]:
+    """Every hook name of a transformer-lens model; for each HookPoint its aliases (the customary names) come first."""
+    points = model.hook_dict.items()
+    names = sorted((name == point.name, name) for name, point in points)
+    there = dict(points)
+    return {name: Spot(there[name], "out", instrumented=True) for _, name in names}
+
+
+def is_transformer_lens(module: nn.Module) -> bool:
+    """Whether it is a model of transformer-lens, found without importing it."""
+    origins = (c.__module__ for c in type(module).__mro__)
+    return hasattr(module, "hook_dict") and any(origin.startswith("transformer_lens") for origin in origins)
+
+
+def _bridge_tokenizer(tokenizer: Any | None) -> Any:
+    """A copy of the tokenizer for a bridge, which adds special tokens to it.
+
+    A bridge insists on a tokenizer, so a model without one, only ever given token ids, gets a stand-in. A bridge would
+    also load the tokenizer again from where it came, unless told that it adds BOS; it then adds BOS itself.
+    """
+    tokenizer = _stand_in_tokenizer() if tokenizer is None else copy.deepcopy(tokenizer)
+    tokenizer.init_kwargs |= {"name_or_path": tokenizer.name_or_path, "add_bos_token": True}
+    return tokenizer
+
+
+def _stand_in_tokenizer() -> Any:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    unknown = "<unk>"
+    words = Tokenizer(WordLevel({unknown: 0, "a": 1}, unk_token=unknown))
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token=unknown, bos_token=unknown, eos_token=unknown)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Opening a bridge warns of aliases that an architecture has no hook for; here a missing name is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
