@@ -1,0 +1,89 @@
+"""The command line: `actcache VERB`. In: arguments. Out: text or JSON on stdout, progress on stderr, an exit code.
+
+Exit codes: 0 fine, 1 something that the user can mend (said in one line), 2 unsound data, 130 interrupted.
+
+    screen.py   bars, tables, JSON: all that is printed
+    verbs.py    the verbs
+    train.py    the verb `train`, whose options need torch
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+
+from cyclopts import App, CycloptsError, Parameter
+
+from actcache.cli import verbs
+from actcache.cli.screen import error_line
+from actcache.errors import ActcacheError, CorruptShardError
+
+FINE, USER_ERROR, UNSOUND, INTERRUPTED = 0, 1, 2, 130
+
+_HELP = """Cache a model's activations, serve them shuffled, learn sparse MLPs from them.
+
+Start with `actcache demo`. The parts: `sites` and `extract` make a store, `info`, `verify` and `repair` look after it;
+`train`, `evaluate` and `report` make and measure sparse MLPs.
+"""
+
+_EPILOGUE = """Every verb takes `--json`. Exit codes: 0 fine, 1 something to mend (said in one line), 2 unsound data.
+
+With a model and a text from the Hugging Face hub:
+
+    actcache extract --model gpt2 --text roneneldan/TinyStories \\
+      --sites 'blocks.5.hook_resid_post' --out acts.zarr --count 4096
+"""
+
+
+def build_app() -> App:
+    """The command line as a cyclopts app."""
+    app = App(
+        name="actcache",
+        help=_HELP,
+        version=_version,
+        help_format="markdown",
+        help_epilogue=_EPILOGUE,
+        default_parameter=Parameter(negative=()),
+        result_action="return_value",
+        exit_on_error=False,
+        print_error=False,
+        suppress_keyboard_interrupt=False,
+    )
+    before: list[Callable[..., int]] = [verbs.demo, verbs.sites, verbs.extract, verbs.info, verbs.verify, verbs.repair]
+    for place, verb in enumerate(before):
+        app.command(verb, sort_key=place, help_epilogue="")
+    # Its options are the trainer's, whose module needs torch: it is imported when it is asked for.
+    summary = (
+        "Train a sparse MLP that predicts one site of a store from another. Run again, it goes on where it stopped."
+    )
+    app.command("actcache.cli.train:train", sort_key=6, help=summary, help_epilogue="")
+    app.command(verbs.evaluate, sort_key=7, help_epilogue="")
+    app.command(verbs.report, sort_key=8, help_epilogue="")
+    return app
+
+
+def _version() -> str:
+    try:
+        return f"actcache {metadata.version('actcache')}"
+    except metadata.PackageNotFoundError:
+        return "actcache, not installed (run from its source tree)"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; `arguments` are those of the process by default."""
+    tokens = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        return build_app()(tokens) or FINE
+    except CycloptsError as error:
+        error_line(f"{error}\nSee 'actcache {' '.join([*tokens[:1], '--help'])}'.")
+        return USER_ERROR
+    except CorruptShardError as error:
+        error_line(str(error))
+        return UNSOUND
+    except (ActcacheError, OSError) as error:
+        error_line(str(error))
+        return USER_ERROR
+    except KeyboardInterrupt:
+        error_line("interrupted; the same command goes on where this one stopped")
+        return INTERRUPTED

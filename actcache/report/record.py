@@ -1,0 +1,114 @@
+"""What a run says about itself: `metrics.json` in the run directory, and the facts about versions and machine in it.
+
+In: plain JSON-able dictionaries. Out: a file that is either the old one or the new one, never half of either.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from actcache.errors import ActcacheError, StateError
+
+FORMAT = 1
+"""Version of `metrics.json`; a reader refuses what is newer."""
+
+_PACKAGES = ("actcache", "torch", "zarr", "numcodecs", "numpy", "transformer-lens", "datasets")
+
+
+class RunNotFoundError(ActcacheError, FileNotFoundError):
+    """The folder is no run directory: it has no `metrics.json`."""
+
+
+def read_metrics(run: Path | str) -> dict[str, Any]:
+    """The content of `RUN/metrics.json`.
+
+    Raises:
+        RunNotFoundError: there is no such file.
+        StateError: it is not valid JSON, or written by a newer version.
+    """
+    file = Path(run) / "metrics.json"
+    try:
+        metrics = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunNotFoundError(
+            f'no run at {run}: expected the file {file}; make one with "actcache demo" or "actcache train"'
+        ) from None
+    except ValueError as error:
+        raise StateError(
+            f"{file} is not valid JSON ({error}); delete it and run the command that made it again"
+        ) from None
+    if not isinstance(metrics, dict) or not isinstance(found := metrics.get("format", FORMAT), int) or found > FORMAT:
+        raise StateError(
+            f"{file} was written by a newer actcache (format {FORMAT} is the newest known here); upgrade actcache"
+        )
+    return metrics
+
+
+def write_atomically(file: Path, text: str) -> Path:
+    """Write a text file so that a reader sees the old content or the new, whatever happens in between."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+    return file
+
+
+def write_metrics(run: Path | str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Write `RUN/metrics.json` in one atomic step, and return what it holds now."""
+    plain: dict[str, Any] = finite({"format": FORMAT, **metrics})
+    write_atomically(Path(run) / "metrics.json", json.dumps(plain, indent=1, allow_nan=False) + "\n")
+    return plain
+
+
+def finite(value: Any) -> Any:
+    """The value with numbers that JSON cannot hold (NaN, infinity) replaced by None."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [finite(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that decide results, as installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores that this process may use, memory and system."""
+    # os.sched_getaffinity knows about containers and taskset, but exists on Linux only.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = {"processor": _processor(), "cores": cores, "system": f"{platform.system()} {platform.release()}"}
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        found["memory_bytes"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return found
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
