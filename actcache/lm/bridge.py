@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,7 +87,8 @@ def hf_bridge(module: nn.Module, tokenizer: Any, name: str) -> tuple[Any, dict[s
                 dtype=weight.dtype,
             )
     except (ValueError, KeyError, AttributeError, NotImplementedError) as error:
-        raise ConfigError(f"transformer-lens cannot open {type(module).__name__} ({name}): {error}") from error
+        reason = textwrap.shorten(str(error), 160, placeholder="...")
+        raise ConfigError(f"transformer-lens cannot open {type(module).__name__} ({name}): {reason}") from error
     return bridge, _plain_candidates(bridge, originals)
 
 

@@ -97,7 +97,7 @@ def _from_module(module: nn.Module, tokenizer: Any | None) -> LanguageModel:
         name = str(getattr(config, "model_name", None) or name)
         return _with_sizes(module, "transformer_lens", name, tokenizer, config.n_ctx, config.d_vocab)
     if any(c.__name__ == "PreTrainedModel" for c in type(module).__mro__):
-        return _huggingface_lm(module, tokenizer, Path(getattr(module, "name_or_path", "") or name).name)
+        return _huggingface_lm(module, tokenizer, _short_name(getattr(module, "name_or_path", "") or name))
     d_vocab = min((m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)), default=None)
     return LanguageModel(module, name=name, kind="module", tokenizer=tokenizer, d_vocab=d_vocab)
 
@@ -172,7 +172,13 @@ def _load_huggingface(
                 f"({min(report['missing_keys'])}, ...), which would be random numbers; it needs a complete checkpoint"
             )
         tokenizer = tokenizer or _load_tokenizer(source, revision)
-    return _huggingface_lm(module, tokenizer, folder.name if folder.exists() else name)
+    return _huggingface_lm(module, tokenizer, _short_name(name))
+
+
+def _short_name(source: str) -> str:
+    """What a model is called: its Hugging Face name, or its folder's, wherever the folder lies."""
+    folder = Path(source).expanduser()
+    return folder.resolve().name if folder.exists() else source
 
 
 def _not_loaded(name: str, is_folder: bool, error: Exception) -> Exception:

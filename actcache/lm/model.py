@@ -5,6 +5,7 @@ Shapes: Q sequences, T positions, V vocabulary, D width of a site.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -118,7 +119,7 @@ class LanguageModel:
         """
         tokens = self._checked(ids)
         instrumented = self._choose(any(site.instrumented for site in sites))
-        sites = [self._in(instrumented, site) for site in sites]
+        sites = [self._in(instrumented, site) for site in {site.site.name: site for site in sites}.values()]
         values: dict[str, Tensor] = {}
         with torch.no_grad(), ExitStack() as attached, suppress(ForwardStopped):
             for site in sites:
@@ -191,17 +192,21 @@ class LanguageModel:
             case "transformer_lens":
                 return {**self._instrumented}
             case "module":
-                seen = self._survey(self._run_plain, module_spots(self.module))
-                return {name: s.place for name, s in seen.items()}
+                return {**self._module_places()}
 
-    def _huggingface_places(self) -> dict[str, ResolvedSite]:
-        """transformer-lens' names, on plain modules where values agree; module paths if it has no such architecture."""
+    def _huggingface_places(self) -> Mapping[str, ResolvedSite]:
+        """transformer-lens' names, on plain modules where values agree; module paths if it cannot run the model."""
         try:
             bridge, candidates = self._opened
-        except ConfigError:
-            return {n: s.place for n, s in self._survey(self._run_plain, module_spots(self.module)).items()}
-        plain = self._survey(self._run_plain, candidates)
-        return agreeing(plain, self._survey(self._run_instrumented, hook_points(bridge)))
+            instrumented = self._survey(self._run_instrumented, hook_points(bridge))
+        except ConfigError as error:
+            warnings.warn(f"sites of {self.name} are named module.path:in and module.path:out: {error}", stacklevel=2)
+            return self._module_places()
+        return agreeing(self._survey(self._run_plain, candidates), instrumented)
+
+    def _module_places(self) -> dict[str, ResolvedSite]:
+        seen = self._survey(self._run_plain, module_spots(self.module))
+        return {name: s.place for name, s in seen.items()}
 
     @cached_property
     def _instrumented(self) -> dict[str, ResolvedSite]:
@@ -290,11 +295,10 @@ class LanguageModel:
                 f"sequences of {tokens.shape[1]} tokens, but {self.name} has {self.n_ctx} positions; "
                 f"use a length of at most {self.n_ctx}"
             )
-        top = int(tokens.max())
-        if self.d_vocab is not None and top >= self.d_vocab:
-            raise ConfigError(
-                f"token id {top}, but {self.name} knows {self.d_vocab} tokens; use the model's own tokenizer"
-            )
+        low, top = (int(bound) for bound in tokens.aminmax())
+        if low < 0 or (self.d_vocab is not None and top >= self.d_vocab):
+            outside = low if low < 0 else top
+            raise ConfigError(f"token id {outside}, but {self.name} knows {self.d_vocab} tokens; use its own tokenizer")
         return tokens.to(self.device)
 
 
