@@ -40,7 +40,7 @@ class DemoConfig:
     """Text: the embedded corpus, a file, a folder, or a `datasets` name."""
     length: int = 256
     """Tokens of a sequence."""
-    n_sequences: int = 4096
+    n_sequences: int = 3072
     """Sequences to extract at most; fewer when the text ends before."""
     n_held_out: int = 96
     """Sequences to evaluate on at most, from documents that are never extracted for training."""

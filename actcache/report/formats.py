@@ -10,9 +10,11 @@ NOTHING = "–"  # noqa: RUF001  # a dash, as typeset tables have it
 
 
 def duration(seconds: float | None) -> str:
-    """`0.8 s`, `41 s`, `2 min 05 s`, `3 h 07 min`."""
+    """`37 ms`, `0.8 s`, `41 s`, `2 min 05 s`, `3 h 07 min`."""
     if seconds is None:
         return NOTHING
+    if seconds < 0.095:
+        return f"{1000 * seconds:.0f} ms"
     if seconds < 59.5:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -148,7 +148,12 @@ def snippets(metrics: Metrics) -> list[dict[str, str]]:
         path, site = store["path"], next(iter(store["sites"]))
         pair = [rows[0]["site_in"], rows[0]["site_out"]] if rows else [site]
         found.append({"title": "Read activations", "code": _READ.format(path=path, site=site)})
-        found.append({"title": "Feed your own trainer", "code": _LOAD.format(path=path, pair=pair, site=pair[-1])})
+        found.append(
+            {
+                "title": "Feed your own trainer",
+                "code": _LOAD.format(path=path, pair=pair, site=pair[-1], rows=min(2048, store["n_rows"])),
+            }
+        )
     if rows:
         row = rows[0]
         code = _SPARSE.format(path=row["path"], site_in=row["site_in"], store=store["path"] if store else "acts.zarr")
@@ -165,10 +170,10 @@ store.stats({site!r}).mean
 """
 
 _LOAD = """\
-loader = ac.Loader(ac.open_store({path!r}), {pair!r}, batch_rows=2048, seed=0)
+loader = ac.Loader(ac.open_store({path!r}), {pair!r}, batch_rows={rows}, seed=0)
 for batch in loader:
-    batch[{site!r}]  # (2048, D), shuffled, checked, yours to modify
-    batch.rows  # (2048,) which rows of the store they are
+    batch[{site!r}]  # ({rows}, D), shuffled, checked, yours to modify
+    batch.rows  # ({rows},) which rows of the store they are
 """
 
 _SPARSE = """\

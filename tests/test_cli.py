@@ -1,0 +1,206 @@
+"""The command line: results on stdout, everything else on stderr, one clean line for errors, honest exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_demo import needs_assets
+
+import actcache
+from actcache.cli import build_app, main
+from actcache.store import Store
+
+ROOT = Path(actcache.__file__).parent.parent
+SITE_IN, SITE_OUT = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
+VERBS = ("demo", "sites", "extract", "info", "verify", "repair", "train", "evaluate", "report")
+
+
+def run(*arguments: str, cwd: Path, **more: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "actcache", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, **more)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "acts.zarr"
+    wanted = ["--sites", SITE_IN, SITE_OUT, "--out", str(path), "--length", "64", "--count", "32", "--codec", "raw"]
+    assert main(["extract", *wanted]) == 0
+    return path
+
+
+@pytest.fixture
+def trained(store: Path, tmp_path: Path) -> Path:
+    sizes = ["--n-steps", "10", "--batch-rows", "128", "--expansion", "2", "--warmup-steps", "2"]
+    sites = ["--site-in", SITE_IN, "--site-out", SITE_OUT]
+    assert main(["train", str(store), *sites, "--out", str(tmp_path / "run"), *sizes]) == 0
+    return tmp_path / "run"
+
+
+def test_help_names_every_verb_and_says_what_each_does(tmp_path: Path) -> None:
+    shown = run("--help", cwd=tmp_path)
+    assert shown.returncode == 0
+    assert all(f" {verb} " in shown.stdout for verb in VERBS)
+    assert "Exit codes" in shown.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_of_every_verb_is_explained(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    app = build_app()
+    assert main([verb, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--json" in shown
+    arguments = app[verb].assemble_argument_collection(parse_docstring=True)
+    assert [argument.name for argument in arguments if argument.show and not argument.parameter.help] == []
+
+
+def test_version_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("actcache")
+
+
+def test_a_user_error_is_one_clean_line_and_code_1(tmp_path: Path) -> None:
+    done = run("info", "nowhere.zarr", "--json", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.strip().startswith("error: no activation store at nowhere.zarr")
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bogus"], "Unknown command"),
+        (["info"], "requires an argument"),
+        (["demo", "--length", "0"], "length must be a positive integer"),
+        (["demo", "--length", "many"], "unable to convert"),
+        (["report", "nowhere"], "no run at nowhere"),
+        (["evaluate", "nowhere"], "no run at nowhere"),
+        (["extract", "--sites", "blocks.0.hook_in", "--out", "x.zarr", "--text", "missing.txt"], "missing.txt"),
+        (["sites", "--model", "./no/model"], "./no/model"),
+    ],
+)
+def test_wrong_input_says_what_is_wrong(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_assets
+def test_a_wrong_hook_name_names_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = ["--sites", "blocks.0.hook_mlp_uot", "--out", str(tmp_path / "x.zarr"), "--length", "64", "--count", "4"]
+    assert main(["extract", *wanted]) == 1
+    assert "blocks.0.hook_mlp_out" in capsys.readouterr().err
+    assert not (tmp_path / "x.zarr").exists()
+
+
+@needs_assets
+def test_extract_found_again_prints_json(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = ["--sites", SITE_IN, SITE_OUT, "--out", str(store), "--length", "64", "--count", "32", "--codec", "raw"]
+    assert main(["extract", *wanted, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["state"] == "sealed"
+    assert found["n_rows"] == 32 * 63
+    assert list(found["sites"]) == [SITE_IN, SITE_OUT]
+
+
+@needs_assets
+def test_info_shows_sites_and_statistics(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(store)]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("sealed", "2,016 of 2,016 rows", SITE_IN, SITE_OUT, "NaN", "stories-4l"))
+    assert main(["info", str(store), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["sites"][SITE_IN]["mean_norm"] > 0
+
+
+def test_verify_says_sound_or_names_the_fault_with_code_2(
+    small_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    path = tmp_path / "acts.zarr"
+    shutil.copytree(small_store.path, path)
+    assert main(["verify", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"path": str(path), "sound": True, "faults": []}
+    shard = path / "sites" / "blocks.0.hook_mlp_out" / "acts" / "c" / "2" / "0"
+    damaged = bytearray(shard.read_bytes())
+    damaged[40] ^= 1
+    shard.write_bytes(damaged)
+    assert main(["verify", str(path), "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert [(fault["column"], fault["shard"]) for fault in found["faults"]] == [("blocks.0.hook_mlp_out", 2)]
+    assert main(["repair", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["shards"] == [2]
+
+
+@needs_assets
+def test_sites_lists_names_and_says_what_patterns_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sites", "--json"]) == 0
+    names = [site["name"] for site in json.loads(capsys.readouterr().out)["sites"]]
+    assert {SITE_IN, SITE_OUT, "blocks.0.hook_resid_pre"} <= set(names)
+    assert main(["sites", "blocks.*.hook_mlp_out"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"blocks.{i}.hook_mlp_out  128" for i in range(4)]
+
+
+@needs_assets
+def test_train_evaluate_report_fill_one_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert [row["site_out"] for row in metrics["layers"]] == [SITE_OUT]
+    text = ["--length", "64", "--count", "4", "--skip-documents", "200"]
+    capsys.readouterr()
+    assert main(["evaluate", str(trained), *text, "--json"]) == 0
+    shown = capsys.readouterr()
+    row = json.loads(shown.out)["layers"][0]
+    assert row["history"]["step"][-1] == 10
+    assert row["zero_ablated"] > 0
+    assert "not held out" not in shown.err
+    assert main(["report", str(trained), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"report": str(trained / "report.html")}
+    assert "blocks.1" in (trained / "report.html").read_text()
+
+
+@needs_assets
+def test_evaluating_on_the_training_text_is_pointed_out(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(trained), "--length", "64", "--count", "4"]) == 0
+    assert "not held out" in capsys.readouterr().err
+
+
+@needs_assets
+def test_a_run_keeps_its_store(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other.zarr"
+    wanted = ["--sites", SITE_IN, SITE_OUT, "--out", str(other), "--length", "32", "--count", "8"]
+    assert main(["extract", *wanted]) == 0
+    sites = ["--site-in", SITE_IN, "--site-out", SITE_OUT]
+    assert main(["train", str(other), *sites, "--out", str(trained), "--batch-rows", "64"]) == 1
+    assert "the run of another store" in capsys.readouterr().err
+
+
+@needs_assets
+def test_an_interrupted_command_says_how_to_go_on(tmp_path: Path) -> None:
+    wanted = ["--sites", "blocks.*.mlp.hook_*", "--out", "acts.zarr", "--length", "256", "--count", "128"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "actcache", "extract", *wanted]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as child:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "acts.zarr" / "zarr.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        child.send_signal(signal.SIGINT)
+        said = child.communicate(timeout=60)[1]
+    assert child.returncode == 130, said
+    assert "interrupted; the same command goes on where this one stopped" in said
+    assert "Traceback" not in said
