@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from actcache.errors import ConfigError, ModelNotFoundError, SiteError
 from actcache.lm import LanguageModel, ResolvedSite, load_lm, open_bridge
-from actcache.source import tokenizer_digest
+from actcache.source import token_blocks
 from actcache.stories import StoriesConfig, StoriesLM
 
 SMALL = StoriesConfig(d_model=16, d_mlp=24, n_layers=3, n_heads=2, n_ctx=12, d_vocab=40)
@@ -558,4 +558,5 @@ def test_identity_is_what_decides_the_activations(llama: LanguageModel) -> None:
         "dtype": "float32",
         "tokenizer": None,
     }
-    assert llama.identity["tokenizer"] == tokenizer_digest(llama.tokenizer)
+    blocks = token_blocks(["Once upon a time there was a cat."], llama.tokenizer, length=4)
+    assert llama.identity["tokenizer"] == blocks.description["tokenizer"]
