@@ -189,16 +189,18 @@ def verify(store: Path, /, *, json: Flag = False) -> int:
 
     with Screen(json=json) as screen:
         faults = [asdict(fault) for fault in verify_store(store, progress=screen.stage("Verify", "columns"))]
-        lines = [f"[bold red]{f['column']}[/], shard {f['shard']}: {f['reason']}" for f in faults]
-        way_out = f"{len(faults)} faults; 'actcache repair {store}' makes their shards ready to be extracted again"
+        lines = [f"{f['column']}, {_place(f['shard'])}: {f['reason']}" for f in faults]
+        way_out = f"found {len(faults)} fault{'s' * (len(faults) > 1)}; see 'actcache repair --help'"
         shown = "\n".join([*lines, way_out]) if faults else f"{store} is sound"
         payload = {"path": str(store), "sound": not faults, "faults": faults}
-        screen.result(payload, lambda out: out.print(shown, highlight=False))
+        screen.result(payload, lambda out: out.print(shown, markup=False, highlight=False))
     return UNSOUND if faults else 0
 
 
 def repair(store: Path, /, *, json: Flag = False) -> int:
     """Verify a store and open its faulty shards again, so that the extract command that made it makes them anew.
+
+    Damaged tokens cannot be mended: everything else was made from them, so the store must be extracted anew.
 
     Parameters
     ----------
@@ -291,6 +293,10 @@ def sites(
         lines = "\n".join(_site_line(site) for site in found)
         screen.result({"model": lm.name, "sites": found}, lambda out: out.print(lines, markup=False, highlight=False))
     return 0
+
+
+def _place(shard: int) -> str:
+    return f"shard {shard}" if shard >= 0 else "all shards"
 
 
 def _site_line(site: Mapping[str, Any]) -> str:
