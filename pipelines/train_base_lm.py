@@ -1,21 +1,26 @@
 """Train the embedded base model `stories-4l` on texts, and write its weights, tokenizer and model card.
 
-    python pipelines/train_base_lm.py --text stories.jsonl --text sampled.jsonl --out runs/base_lm --tokens 60e6
+    python pipelines/train_base_lm.py --text stories.jsonl --text sampled.jsonl --out runs/base_lm
 
-`--text` takes text, jsonl or parquet files, folders of them, or the name of a `datasets` dataset; the first source is
-the *real* one: its last word is the held-out set, and `--real-fraction` of every batch comes from it. On one core of a
-2026 server processor a million tokens take about 100 s; the run can be stopped at any time, and the same command goes
-on from the last checkpoint. `OUT` receives `model.safetensors` (bfloat16), `config.json`, `tokenizer.json`,
-`model_card.md`, `loss.svg` and the checkpoint.
+`--text` takes text, jsonl or parquet files, folders of them, or the name of a `datasets` dataset. The first source is
+the *real* one: 200 of its texts are held out, and `--real-fraction` of every batch comes from it. For the embedded
+model it was 4,042 TinyStories (CDLA-Sharing-1.0, https://huggingface.co/datasets/roneneldan/TinyStories). The other
+sources stretch it; for the embedded model they were stories sampled from stories260K (MIT,
+https://huggingface.co/karpathy/tinyllamas) as `sample_stories.py` does it: ancestral sampling at temperature 1, texts
+of over 100 characters.
+
+On one core of a 2026 server processor a million tokens take about 90 s. The run can be stopped at any time: the same
+command goes on from the last checkpoint, and on a finished run it only writes the outputs again. `OUT` receives
+`model.safetensors` (bfloat16), `config.json`, `tokenizer.json`, `model_card.md`, `loss.svg` and the checkpoint;
+`--export-to FOLDER` writes the same, without training, from the checkpoint as it stands. Needs torch 2.9 (Muon).
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,8 +28,9 @@ from typing import Annotated, Any
 import cyclopts
 import numpy as np
 import torch
+from base_lm_card import BOS, Facts, Source, bos_of, held_out_loss, write_outputs
+from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,8 +38,8 @@ from torch.nn import functional as F
 from actcache.source import read_texts
 from actcache.stories import StoriesConfig, StoriesLM
 
-BOS = "<|bos|>"
 HELD_OUT_STORIES = 200
+TEXTS_FOR_TOKENIZER = 20_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,31 +63,78 @@ class Recipe:
     seed: int = 0
     """Seed of weights, batches and the held-out split."""
 
-
-def split_held_out(texts: list[str], seed: int) -> tuple[list[str], list[str]]:
-    """Training texts and the held-out ones, chosen by a seeded permutation."""
-    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(texts))
-    held = set(order[:HELD_OUT_STORIES].tolist())
-    return [t for i, t in enumerate(texts) if i not in held], [t for i, t in enumerate(texts) if i in held]
-
-
-def train_tokenizer(texts: list[str], vocabulary: int) -> Tokenizer:
-    """A byte-level BPE tokenizer with one special token, which begins every document."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=[BOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch_sequences", "muon_lr", "adam_lr", "warmup_steps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("decay_fraction", "real_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
 
 
-def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
-    """All texts in one stream of token ids, each begun by BOS."""
-    bos = tokenizer.token_to_id(BOS)
-    parts = (np.array([bos, *e.ids], dtype=np.uint16) for e in tokenizer.encode_batch_fast(texts))
-    return np.concatenate(list(parts))
+DEFAULT_RECIPE, DEFAULT_SIZES = Recipe(), StoriesConfig()
+
+
+class Run:
+    """A training run: the model, its optimizers, and how far they have come."""
+
+    def __init__(self, config: StoriesConfig, recipe: Recipe) -> None:
+        torch.manual_seed(recipe.seed)
+        self.recipe = recipe
+        self.model = StoriesLM(config)
+        initialise(self.model)
+        self.optimizers = optimizers_of(self.model, recipe)
+        self.peak_rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
+        self.tokens_per_step = recipe.batch_sequences * config.n_ctx
+        self.n_steps = int(recipe.tokens / self.tokens_per_step)
+        self.step, self.seconds = 0, 0.0
+        self.history: list[dict[str, float]] = []
+
+    def learn(self, ids: Tensor) -> float:
+        """One step on `(batch_sequences, n_ctx + 1)` ids; returns the loss before it, in nats per token."""
+        for optimizer, rate in zip(self.optimizers, self.peak_rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * learning_rate_factor(self.step, self.n_steps, self.recipe)
+        total = 0.0
+        # Halves keep the logits' memory within the cache of a small machine; the sum of gradients is the same.
+        for half in ids.chunk(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = self.model(half[:, :-1])
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), half[:, 1:].flatten()) * (len(half) / len(ids))
+            torch.autograd.backward(loss)
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        return total
+
+    def save(self, path: Path) -> None:
+        """Weights, optimizer tensors and progress in one atomic rename."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "recipe": asdict(self.recipe),
+            "step": self.step,
+            "history": self.history,
+            "seconds": self.seconds,
+        }
+        temporary = path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint; refuses one of another recipe (only `tokens` may differ)."""
+        saved: dict[str, Any] = torch.load(path, weights_only=True)
+        for name, value in saved.get("recipe", {}).items():
+            if name != "tokens" and value != (asked := getattr(self.recipe, name)):
+                raise ValueError(
+                    f"the run in {path.parent} was begun with {name} {value}, not {asked}; use another --out"
+                )
+        self.model.load_state_dict(saved["model"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.step, self.history, self.seconds = saved["step"], saved["history"], saved["seconds"]
 
 
 def initialise(model: StoriesLM) -> None:
@@ -98,58 +151,6 @@ def initialise(model: StoriesLM) -> None:
             torch.nn.init.normal_(p, std=scale / math.sqrt(p.shape[1]))
 
 
-@torch.inference_mode()
-def held_out_loss(model: StoriesLM, tokenizer: Tokenizer, texts: list[str], *, ablate: int | None = None) -> tuple[float, float]:
-    """Mean next-token loss in nats per token and per character.
-
-    Stories longer than the context are read in windows that overlap by half, each token scored once, with at least
-    half a context before it (or the story's beginning). With `ablate`, that layer's MLP writes zeros.
-    """
-    bos, n_ctx = tokenizer.token_to_id(BOS), model.config.n_ctx
-    windows, starts = [], []
-    for text in texts:
-        ids = [bos, *tokenizer.encode(text).ids]
-        for begin in range(0, max(len(ids) - n_ctx // 2, 1), n_ctx // 2):
-            windows.append(ids[begin : begin + n_ctx])
-            starts.append(0 if begin == 0 else n_ctx // 2 - 1)
-    total, count = 0.0, 0
-    hook = None
-    if ablate is not None:
-        hook = model.blocks[ablate].mlp.register_forward_hook(lambda _m, _a, out: torch.zeros_like(out))
-    for i in range(0, len(windows), 32):
-        batch = windows[i : i + 32]
-        ids = torch.full((len(batch), max(map(len, batch))), -100)
-        for row, window in zip(ids, batch, strict=True):
-            row[: len(window)] = torch.tensor(window)
-        logits = model(ids.clamp(min=0))[:, :-1]
-        targets = ids[:, 1:].clone()
-        for row, start in zip(targets, starts[i : i + 32], strict=True):
-            row[:start] = -100
-        total += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum").item()
-        count += int((targets >= 0).sum())
-    if hook is not None:
-        hook.remove()
-    return total / count, total / sum(map(len, texts))
-
-
-def batch_of(streams: list[np.ndarray], recipe: Recipe, step: int, n_ctx: int) -> Tensor:
-    """The `(batch_sequences, n_ctx + 1)` token ids of a step: a function of seed and step, so a resumed run goes on exactly."""
-    rng = np.random.Generator(np.random.PCG64([recipe.seed, step]))
-    n_real = round(recipe.batch_sequences * recipe.real_fraction) if len(streams) > 1 else recipe.batch_sequences
-    rows = []
-    for i in range(recipe.batch_sequences):
-        stream = streams[0 if i < n_real else 1]
-        begin = rng.integers(0, len(stream) - n_ctx - 1)
-        rows.append(stream[begin : begin + n_ctx + 1])
-    return torch.from_numpy(np.stack(rows).astype(np.int64))
-
-
-def learning_rate_factor(step: int, n_steps: int, recipe: Recipe) -> float:
-    """Warm-up, a plateau, then a linear tail to zero."""
-    tail = recipe.decay_fraction * n_steps
-    return min(1.0, (step + 1) / recipe.warmup_steps, max(0.0, (n_steps - step) / tail))
-
-
 def optimizers_of(model: StoriesLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon (https://kellerjordan.github.io/posts/muon/) for the blocks' matrices, AdamW for everything else."""
     matrices = [p for n, p in model.named_parameters() if n.startswith("blocks") and p.ndim == 2]
@@ -160,90 +161,141 @@ def optimizers_of(model: StoriesLM, recipe: Recipe) -> list[torch.optim.Optimize
     ]
 
 
-def save_checkpoint(path: Path, model: StoriesLM, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]) -> None:
-    """Weights, optimizer tensors and progress in one atomic rename."""
-    temporary = path.with_suffix(".tmp")
-    torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], **state}, temporary)
-    os.replace(temporary, path)
+def learning_rate_factor(step: int, n_steps: int, recipe: Recipe) -> float:
+    """Warm-up, a plateau, then a linear tail to zero."""
+    tail = max(recipe.decay_fraction * n_steps, 1.0)
+    return min(1.0, (step + 1) / recipe.warmup_steps, max(0.0, (n_steps - step) / tail))
 
 
-def write_loss_curve(path: Path, history: list[dict[str, float]]) -> None:
-    """Held-out loss against tokens seen."""
-    from matplotlib.figure import Figure
+def split_held_out(texts: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
+    """Training texts and the held-out ones, chosen by a seeded permutation."""
+    if len(texts) <= HELD_OUT_STORIES:
+        raise ValueError(
+            f"the first text source has {len(texts)} texts, but {HELD_OUT_STORIES} are to be held out of it"
+        )
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(texts))
+    held = set(order[:HELD_OUT_STORIES].tolist())
+    return [t for i, t in enumerate(texts) if i not in held], [t for i, t in enumerate(texts) if i in held]
 
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([h["tokens"] / 1e6 for h in history], [h["nats_per_char"] for h in history])
-    axes.set(xlabel="million tokens seen", ylabel="held-out nats per character", ylim=(0.55, 1.1))
-    axes.grid(alpha=0.3)
-    figure.savefig(path)
+
+def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:
+    """A byte-level BPE tokenizer with one special token, which begins every document."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[BOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> NDArray[np.uint16]:
+    """All texts in one stream of token ids, each begun by BOS."""
+    bos = bos_of(tokenizer)
+    return np.concatenate([np.array([bos, *e.ids], dtype=np.uint16) for e in tokenizer.encode_batch_fast(texts)])
+
+
+def batch_of(streams: Sequence[NDArray[np.uint16]], recipe: Recipe, step: int, n_ctx: int) -> Tensor:
+    """The `(batch_sequences, n_ctx + 1)` ids of a step: a function of seed and step, so a resumed run is exact."""
+    rng = np.random.Generator(np.random.PCG64([recipe.seed, step]))
+    n_real = round(recipe.batch_sequences * recipe.real_fraction) if len(streams) > 1 else recipe.batch_sequences
+    rows = []
+    for i in range(recipe.batch_sequences):
+        stream = streams[0 if i < n_real else 1]
+        begin = rng.integers(0, len(stream) - n_ctx - 1)
+        rows.append(stream[begin : begin + n_ctx + 1])
+    return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+def train(
+    run: Run,
+    tokenizer: Tokenizer,
+    texts: Sequence[Sequence[str]],
+    held_out: Sequence[str],
+    checkpoint: Path,
+    every: int,
+) -> None:
+    """Train to the last step; every so many steps, and at the end, measure the held-out loss and save a checkpoint."""
+    streams = [encode(tokenizer, part) for part in texts if part]
+    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), refresh_per_second=1) as progress:
+        task = progress.add_task("train", total=run.n_steps, completed=run.step, loss=math.nan)
+        while run.step < run.n_steps:
+            start = time.monotonic()
+            loss = run.learn(batch_of(streams, run.recipe, run.step, run.model.config.n_ctx))
+            progress.update(task, completed=run.step, loss=loss)
+            due = run.step % every == 0 or run.step == run.n_steps
+            if due:
+                measured = asdict(held_out_loss(run.model, tokenizer, held_out))
+                run.history.append({"tokens": run.step * run.tokens_per_step, **measured, "train": loss})
+            run.seconds += time.monotonic() - start
+            if due:
+                run.save(checkpoint)
+                progress.console.print(progress_line(run))
+
+
+def progress_line(run: Run) -> str:
+    """The last measurement, for the terminal and the log."""
+    last = run.history[-1]
+    return (
+        f"{last['tokens'] / 1e6:7.2f} M tokens  train {last['train']:.3f}  held-out {last['nats_per_token']:.4f} "
+        f"nats/token  {last['nats_per_char']:.4f} nats/char  {run.seconds:.0f} s"
+    )
+
+
+def facts_of(run: Run, text: Sequence[str], about: Sequence[str], texts: Sequence[Sequence[str]]) -> Facts:
+    """What the model card says of data, recipe and command; of files only their names."""
+    names = [Path(source).name for source in text]
+    notes = [*about, *["not stated"] * (len(text) - len(about))]
+    sources = [
+        Source(name=name, about=note, n_texts=len(part), n_characters=sum(map(len, part)))
+        for name, note, part in zip(names, notes, texts, strict=True)
+    ]
+    options = [f"--text {name}" for name in names]
+    options += [
+        f"--{key.replace('_', '-')} {value}"
+        for key, value in asdict(run.recipe).items()
+        if value != getattr(DEFAULT_RECIPE, key)
+    ]
+    return Facts(
+        sources=sources,
+        recipe=asdict(run.recipe),
+        command=f"python pipelines/train_base_lm.py {' '.join(options)} --out OUT",
+        tokens=run.step * run.tokens_per_step,
+        seconds=run.seconds,
+        history=run.history,
+    )
 
 
 def main(
     *,
     text: Annotated[list[str], cyclopts.Parameter(help="text sources; the first one is the real one")],
     out: Annotated[Path, cyclopts.Parameter(help="folder for the model and its checkpoint")],
-    recipe: Annotated[Recipe, cyclopts.Parameter(name="*")] = Recipe(),
+    about: Annotated[Sequence[str], cyclopts.Parameter(help="for the card: origin and licence of each source")] = (),
+    recipe: Annotated[Recipe, cyclopts.Parameter(name="*")] = DEFAULT_RECIPE,
+    config: Annotated[StoriesConfig, cyclopts.Parameter(name="*")] = DEFAULT_SIZES,
     threads: Annotated[int, cyclopts.Parameter(help="torch threads; 0 leaves torch's choice")] = 0,
     evaluate_every: Annotated[int, cyclopts.Parameter(help="steps between held-out losses and checkpoints")] = 250,
+    export_to: Annotated[Path | None, cyclopts.Parameter(help="only write the outputs, here, as things stand")] = None,
 ) -> None:
     """Train `stories-4l`, or go on with a run that was stopped."""
     if threads:
         torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
-    config, checkpoint = StoriesConfig(), out / "checkpoint.pt"
-    sources = [list(read_texts(source)) for source in text]
-    train_real, held_out = split_held_out(sources[0], recipe.seed)
-    sampled = [t for s in sources[1:] for t in s]
-
+    real, *others = [list(read_texts(source)) for source in text]
+    real, held_out = split_held_out(real, recipe.seed)
+    sampled = [story for other in others for story in other]
     if not (out / "tokenizer.json").exists():
-        train_tokenizer(train_real + sampled[:20_000], config.d_vocab).save(str(out / "tokenizer.json"))
-    tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
-    streams = [encode(tokenizer, texts) for texts in (train_real, sampled) if texts]
-
-    torch.manual_seed(recipe.seed)
-    model = StoriesLM(config)
-    initialise(model)
-    optimizers = optimizers_of(model, recipe)
-    base_rates = [o.param_groups[0]["lr"] for o in optimizers]
-    step, history, seconds = 0, [], 0.0
+        train_tokenizer(real + sampled[:TEXTS_FOR_TOKENIZER], config.d_vocab).save(str(out / "tokenizer.json"))
+    run, checkpoint = Run(config, recipe), out / "checkpoint.pt"
     if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(saved["model"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        step, history, seconds = saved["step"], saved["history"], saved["seconds"]
-    tokens_per_step = recipe.batch_sequences * config.n_ctx
-    n_steps = int(recipe.tokens / tokens_per_step)
-
-    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
-    clock = time.monotonic()
-    with Progress(*columns, refresh_per_second=1) as progress:
-        task = progress.add_task("train", total=n_steps, completed=step, loss="")
-        while step < n_steps:
-            factor = learning_rate_factor(step, n_steps, recipe)
-            for optimizer, rate in zip(optimizers, base_rates, strict=True):
-                optimizer.param_groups[0]["lr"] = rate * factor
-            ids = batch_of(streams, recipe, step, config.n_ctx)
-            # Halves keep the logits' memory within the cache of a small machine; the sum of gradients is the same.
-            for half in ids.chunk(2):
-                with torch.autocast("cpu", torch.bfloat16):
-                    logits = model(half[:, :-1])
-                loss = F.cross_entropy(logits.flatten(0, 1).float(), half[:, 1:].flatten()) / 2
-                loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            step += 1
-            if step % evaluate_every == 0 or step == n_steps:
-                per_token, per_char = held_out_loss(model, tokenizer, held_out)
-                history.append({"tokens": step * tokens_per_step, "nats_per_token": per_token, "nats_per_char": per_char, "train": 2 * loss.item()})
-                spent = seconds + time.monotonic() - clock
-                save_checkpoint(checkpoint, model, optimizers, {"step": step, "history": history, "seconds": spent})
-                progress.console.print(f"{step * tokens_per_step / 1e6:7.2f} M tokens  train {2 * loss.item():.3f}  held-out {per_token:.4f} nats/token  {per_char:.4f} nats/char  {spent:.0f} s")
-            progress.update(task, completed=step, loss=f"loss {2 * loss.item():.3f}")
-    finish(out, model, tokenizer, held_out, recipe, history, seconds + time.monotonic() - clock, streams, text)
+        run.load(checkpoint)
+    if export_to is None:
+        tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
+        train(run, tokenizer, (real, sampled), held_out, checkpoint, evaluate_every)
+    facts = facts_of(run, text, about, (real, *others))
+    write_outputs(export_to or out, run.model, out / "tokenizer.json", held_out, facts)
 
 
 if __name__ == "__main__":
