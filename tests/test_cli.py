@@ -19,7 +19,7 @@ from actcache.cli import build_app, main
 from actcache.store import Store
 
 ROOT = Path(actcache.__file__).parent.parent
-SITE_IN, SITE_OUT = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
+SITE_IN, SITE_OUT = "blocks.3.mlp.hook_in", "blocks.3.hook_mlp_out"
 VERBS = ("demo", "sites", "extract", "info", "verify", "repair", "train", "evaluate", "report")
 
 
@@ -171,7 +171,7 @@ def test_train_evaluate_report_fill_one_run(trained: Path, capsys: pytest.Captur
     assert "not held out" not in shown.err
     assert main(["report", str(trained), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"report": str(trained / "report.html")}
-    assert "blocks.1" in (trained / "report.html").read_text()
+    assert "blocks.3" in (trained / "report.html").read_text()
 
 
 @needs_assets
