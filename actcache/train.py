@@ -145,7 +145,7 @@ class Trainer:
         self._parameters = list(self._scaled.parameters())
         self._optimizer = torch.optim.Adam(self._parameters, betas=self.config.betas, fused=True)
         self._last_fired_F = torch.zeros(mlp.n_latents, dtype=torch.int64, device=self._device)
-        self._latents_BF = torch.empty(0)
+        self._l0 = torch.zeros((), device=self._device)
         self._loss_and_error = torch.zeros(2, device=self._device)
 
     def fit(self) -> TrainResult:
@@ -199,7 +199,7 @@ class Trainer:
 
     def _train_on(self, batch: Any) -> None:
         x_BD, y_BD = self._scaled_rows(batch)
-        loss, error, self._latents_BF = sparse_loss(self._scaled, x_BD, y_BD, self.config.l1, self._dtype)
+        loss, error, a_BF = sparse_loss(self._scaled, x_BD, y_BD, self.config.l1, self._dtype)
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotation there
         # A latent's bias has a gradient exactly if the latent fired: no pass over the (B, F) latents to find out.
@@ -211,6 +211,8 @@ class Trainer:
         self._optimizer.step()
         self._loss_and_error += torch.stack([loss.detach(), error.detach()])
         self.step += 1
+        if self._records():
+            self._l0 = a_BF.count_nonzero() / len(a_BF)
 
     def _scaled_rows(self, batch: Any) -> tuple[Tensor, Tensor]:
         # In place: a batch is ours to change. An autoencoder's target is its input and must not be scaled twice.
@@ -220,12 +222,17 @@ class Trainer:
         return x_BD, batch[self.site_out].to(self._device, torch.float32).mul_(self.scaling.scale_out)
 
     def _record_and_save(self) -> None:
-        last = self.step == self.config.n_steps
-        if last or self.step % self.config.record_every == 0:
+        if self._records():
             self._record()
-        if self.checkpoint is not None and (last or self.step % self.config.checkpoint_every == 0):
+        if self.checkpoint is not None and self._due(self.config.checkpoint_every):
             self._check_finite()
             self._save(self.checkpoint)
+
+    def _records(self) -> bool:
+        return self._due(self.config.record_every)
+
+    def _due(self, interval: int) -> bool:
+        return self.step % interval == 0 or self.step == self.config.n_steps
 
     def _record(self) -> None:
         self._check_finite()
@@ -236,7 +243,7 @@ class Trainer:
             "step": self.step,
             "loss": loss,
             "fvu": error / self.mlp.d_out,
-            "l0": self._latents_BF.count_nonzero().item() / len(self._latents_BF),
+            "l0": self._l0.item(),
             "dead": (self._last_fired_F <= self.step - window_steps).float().mean().item(),
         }
         for name, value in entry.items():

@@ -10,8 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from actcache.errors import ConfigError, SiteError, StateError
+from actcache.load import Loader
 from actcache.sparse import SparseMLP
-from actcache.train import CHECKPOINT, TrainConfig, Trainer, keep_freed_memory, resolve_precision
+from actcache.train import CHECKPOINT, TrainConfig, Trainer, resolve_precision
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,19 @@ def test_resumes_to_the_same_bits_wherever_it_stopped(tmp_path, stop, precision)
     assert torch.equal(weights(straight), weights(resumed))
     assert again.history == result.history
     assert steps == [(step, 12) for step in range(stop // 4 * 4 + 1, 13)]
+
+
+def test_resumes_to_the_same_bits_from_a_store_on_disk(tmp_path, small_store):
+    def run(**options):
+        mlp = SparseMLP(d_in=12, d_out=10, n_latents=20)
+        with Loader(small_store, small_store.sites, batch_rows=32, seed=3, epochs=None) as loader:
+            train(loader, replace(SHORT, n_steps=40), mlp, **options)
+        return mlp
+
+    straight = run()
+    with pytest.raises(InterruptedRunError):
+        run(checkpoint=tmp_path, progress=stop_at(27))
+    assert torch.equal(weights(run(checkpoint=tmp_path)), weights(straight))
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
@@ -320,14 +334,3 @@ def test_bfloat16_training_agrees_with_float32():
     fvu = [result.history["fvu"][-1] for result in results]
     assert fvu[0] == pytest.approx(fvu[1], rel=0.05)
     assert [result.precision for result in results] == ["float32", "bfloat16"]
-
-
-def test_freed_memory_is_kept_for_the_next_step():
-    resource = pytest.importorskip("resource")
-    keep_freed_memory()
-    for _ in range(3):
-        torch.ones(2 << 20)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(50):
-        torch.ones(2 << 20)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 50 * 100
