@@ -1,0 +1,79 @@
+"""actcache: cache, store and serve neural-network activations.
+
+Run a base language model once, keep chosen activations in a compressed, checked, plain Zarr store, and feed them,
+shuffled and exactly resumable, to any trainer. Everything public is here; heavy libraries load with the name that needs
+them, so `import actcache` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from actcache.errors import ActcacheError as ActcacheError
+    from actcache.evaluate import reconstruction as reconstruction
+    from actcache.evaluate import spliced_loss as spliced_loss
+    from actcache.extraction import extract as extract
+    from actcache.lm import load_lm as load_lm
+    from actcache.load import Loader as Loader
+    from actcache.report import write_report as write_report
+    from actcache.source import read_texts as read_texts
+    from actcache.source import token_blocks as token_blocks
+    from actcache.sparse import SparseMLP as SparseMLP
+    from actcache.store import Store as Store
+    from actcache.store import open_store as open_store
+    from actcache.store import repair as repair
+    from actcache.store import verify as verify
+    from actcache.train import TrainConfig as TrainConfig
+    from actcache.train import Trainer as Trainer
+
+__version__ = "0.1.0"
+
+_ROOMS = {
+    "ActcacheError": "errors",
+    "Loader": "load",
+    "SparseMLP": "sparse",
+    "Store": "store",
+    "TrainConfig": "train",
+    "Trainer": "train",
+    "extract": "extraction",
+    "load_lm": "lm",
+    "open_store": "store",
+    "read_texts": "source",
+    "reconstruction": "evaluate",
+    "repair": "store",
+    "spliced_loss": "evaluate",
+    "token_blocks": "source",
+    "verify": "store",
+    "write_report": "report",
+}
+
+__all__ = [
+    "ActcacheError",
+    "Loader",
+    "SparseMLP",
+    "Store",
+    "TrainConfig",
+    "Trainer",
+    "extract",
+    "load_lm",
+    "open_store",
+    "read_texts",
+    "reconstruction",
+    "repair",
+    "spliced_loss",
+    "token_blocks",
+    "verify",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'actcache' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"actcache.{_ROOMS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

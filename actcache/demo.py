@@ -71,7 +71,7 @@ class DemoConfig:
 
     def small(self) -> DemoConfig:
         """The same with a few thousand rows and a few steps: seconds, for trying things and for tests."""
-        return replace(self, length=128, n_sequences=64, n_held_out=8, expansion=2, n_steps=80, batch_rows=512)
+        return replace(self, length=128, n_sequences=64, n_held_out=24, expansion=2, n_steps=80, batch_rows=512)
 
     def train_config(self, layer: int) -> TrainConfig:
         """The recipe of one layer, counted from 0."""
@@ -170,7 +170,7 @@ class _Demo:
 
     def _extract(self, lm: LanguageModel, blocks: TokenBlocks, name: str, stage: str) -> Store:
         """Activations of the blocks in `OUT/name`: made, finished, or found."""
-        from actcache.extract import extract
+        from actcache.extraction import extract
 
         path = self.config.out / name
         n_before, progress = _rows_in(path), self.on_stage(stage.capitalize(), "sequences")

@@ -281,7 +281,7 @@ def evaluate_run(
     Raises:
         RunNotFoundError: no run there. StateError: it has no sparse MLP, or was made with another base model.
     """
-    from actcache.extract import extract
+    from actcache.extraction import extract
     from actcache.sparse import SparseMLP
 
     metrics = report.read_metrics(run)

@@ -136,7 +136,7 @@ def extract(
     json
         Print one JSON object on stdout; progress stays on stderr.
     """
-    from actcache.extract import extract as extract_activations
+    from actcache.extraction import extract as extract_activations
 
     with Screen(json=json) as screen:
         lm = (model or ModelOptions()).load()

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.load.plan import Epoch
+from actcache.store.codecs import Scratch
 from actcache.store.layout import chunks_per_shard
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Window:
         shard, within = divmod(chunk, chunks_per_shard(spec))
         n_rows = min(spec.rows_per_chunk, spec.n_rows - chunk * spec.rows_per_chunk)
         if not hasattr(self._local, "scratch"):
-            self._local.scratch = bytearray()
+            self._local.scratch = Scratch()
         target = self.values[site][end - n_rows : end]
         if n_rows == spec.rows_per_chunk:
             self.store.read_chunk(site, shard, within, target, self._local.scratch)

@@ -110,13 +110,22 @@ def decode_into(stored: memoryview, out: NDArray[Any], compression: Compression 
     return None
 
 
-def join(parts: Sequence[Any], out: bytearray) -> memoryview:
-    """Lay byte strings one after the other into a buffer that is kept between calls, growing it when it must."""
-    total = sum(len(part) for part in parts)
-    if len(out) < total:
-        out.extend(bytes(total - len(out)))
-    view, offset = memoryview(out), 0
-    for part in parts:
-        view[offset : offset + len(part)] = part
-        offset += len(part)
-    return view[:total]
+class Scratch:
+    """Bytes that are reused from call to call (one per thread): fresh memory is dear on hot paths."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+    def take(self, n_bytes: int) -> memoryview:
+        """`n_bytes` writable bytes, valid until the next call."""
+        if len(self._bytes) < n_bytes:
+            self._bytes = np.empty(n_bytes, np.uint8)
+        return memoryview(self._bytes)[:n_bytes]
+
+    def join(self, parts: Sequence[Any]) -> memoryview:
+        """The byte strings laid one after the other; valid until the next call."""
+        view, offset = self.take(sum(len(part) for part in parts)), 0
+        for part in parts:
+            view[offset : offset + len(part)] = part
+            offset += len(part)
+        return view

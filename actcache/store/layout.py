@@ -177,7 +177,7 @@ def create_arrays(objects: Objects, spec: StoreSpec) -> None:
 
     def table(name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: np.dtype[Any], **extra: Any) -> None:
         chain = codecs.zarr_codecs(codecs.TABLE, dtype)
-        group.create_array(name, shape=shape, chunks=chunks, dtype=dtype, compressors=chain, fill_value=0, **extra)
+        group.create_array(name, overwrite=True, shape=shape, chunks=chunks, dtype=dtype, compressors=chain, fill_value=0, **extra)
 
     n_columns, length = len(spec.sites) + 1, record_length(spec)
     for name in TOKEN_ARRAYS:
@@ -197,6 +197,7 @@ def create_arrays(objects: Objects, spec: StoreSpec) -> None:
         dtype = codecs.STORED_DTYPE[spec.dtype]
         group.create_array(
             f"{prefix}/acts",
+            overwrite=True,
             shape=(spec.n_rows, site.width),
             chunks=(spec.rows_per_chunk, site.width),
             shards=(spec.rows_per_shard, site.width),

@@ -70,7 +70,9 @@ class Objects:
         Raises:
             StorageFullError: there is no room; what was there before is untouched.
         """
-        buffer = cpu.Buffer.from_array_like(np.frombuffer(data, dtype=np.uint8))
+        # A store in memory keeps what it is given, and the caller reuses its buffer; a file is written and done with.
+        kept = np.frombuffer(data if self.root is not None else bytes(data), dtype=np.uint8)
+        buffer = cpu.Buffer.from_array_like(kept)
         try:
             _LOOP.run(self.store.set(key, buffer))
         except OSError as error:

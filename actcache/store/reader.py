@@ -119,7 +119,7 @@ class Store:
 
     # --- activations -------------------------------------------------------------------------------------------
 
-    def read_chunk(self, site: str, shard: int, chunk: int, out: NDArray[Any], scratch: bytearray) -> None:
+    def read_chunk(self, site: str, shard: int, chunk: int, out: NDArray[Any], scratch: codecs.Scratch) -> None:
         """Decode one inner chunk, checked, into the C-contiguous `(rows_per_chunk, D)` array `out`.
 
         `scratch` receives the stored bytes and is kept by the caller for the next call (one per thread).
@@ -128,9 +128,7 @@ class Store:
             CorruptShardError: anything about the chunk is not as it was written.
         """
         offset, size = (int(v) for v in self._index(site, shard)[chunk])
-        if len(scratch) < size:
-            scratch.extend(bytes(size - len(scratch)))
-        stored = memoryview(scratch)[:size]
+        stored = scratch.take(size)
         if self.objects.read_into(layout.acts_key(site, shard), offset, stored) != size:
             raise self.corrupt(site, shard, f"is missing or too short to hold chunk {chunk}")
         problem = codecs.decode_into(stored, out, self._compression)
@@ -177,7 +175,7 @@ class Store:
         chunk_ids, places = np.unique(wanted // self.spec.rows_per_chunk, return_inverse=True)
 
         def fetch(part: NDArray[np.int64]) -> None:
-            buffer, scratch = np.empty((self.spec.rows_per_chunk, width), self.stored_dtype), bytearray()
+            buffer, scratch = np.empty((self.spec.rows_per_chunk, width), self.stored_dtype), codecs.Scratch()
             for number in part:
                 chunk_id = int(chunk_ids[number])
                 self.read_chunk(site, *divmod(chunk_id, layout.chunks_per_shard(self.spec)), buffer, scratch)

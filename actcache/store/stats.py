@@ -63,7 +63,8 @@ def widen(stored: NDArray[Any], out: NDArray[np.float64], logical: str) -> NDArr
     """Stored values as float64 into `out`; bfloat16 bits become the upper half of a float32."""
     if logical == "bfloat16":
         stored = (stored.astype(np.uint32) << 16).view(np.float32)
-    np.copyto(out, stored)
+    with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one; it is counted later
+        np.copyto(out, stored)
     return out
 
 

@@ -92,7 +92,7 @@ def _check_site(store: Store, column: str, shard: int) -> None:
     store.shard_line(column, shard)
     width = store.spec.site(column).width
     out = np.empty((store.spec.rows_per_chunk, width), codecs.STORED_DTYPE[store.spec.dtype])
-    scratch = bytearray()
+    scratch = codecs.Scratch()
     n_chunks = -(-store.record(column, shard).n_rows // store.spec.rows_per_chunk)
     for chunk in range(n_chunks):
         store.read_chunk(column, shard, chunk, out, scratch)

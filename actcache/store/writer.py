@@ -172,7 +172,7 @@ class StoreWriter:
             sizes.append(len(payload) + codecs.CRC_BYTES)
             checksums.append(crc)
         index, index_crc = codecs.encode(layout.index_of(sizes, layout.chunks_per_shard(spec)), None)
-        whole = codecs.join([*pieces, index, codecs.crc_bytes(index_crc)], self._object_buffer())
+        whole = self._scratch().join([*pieces, index, codecs.crc_bytes(index_crc)])
         self.objects.put(layout.acts_key(site.name, buffers.shard), whole)
         stats_crc, stats_bytes = layout.put_table(
             self.objects, layout.stats_key(site.name, buffers.shard), builder.line[None]
@@ -180,11 +180,11 @@ class StoreWriter:
         checksums += [0] * (layout.chunks_per_shard(spec) - len(checksums)) + [index_crc, stats_crc]
         return layout.Record(n_rows=n_rows, n_bytes=len(whole) + stats_bytes, checksums=tuple(checksums))
 
-    def _object_buffer(self) -> bytearray:
-        if not hasattr(self._local, "buffer"):
-            self._local.buffer = bytearray()
-        buffer: bytearray = self._local.buffer
-        return buffer
+    def _scratch(self) -> codecs.Scratch:
+        if not hasattr(self._local, "scratch"):
+            self._local.scratch = codecs.Scratch()
+        scratch: codecs.Scratch = self._local.scratch
+        return scratch
 
     def _commit(self, buffers: ShardBuffers, ids: NDArray[np.uint32], sites: list[layout.Record]) -> None:
         """The row table, then the records of all columns: from here on the shard counts."""

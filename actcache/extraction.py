@@ -115,7 +115,7 @@ def extract(
         room; make some and call again.
     """
     check_positive("extract", batch_sequences=batch_sequences)
-    sites = lm.resolve(patterns)
+    sites = lm.resolve(patterns, length=blocks.sequence_length)
     spec = store_spec(
         lm,
         blocks,

@@ -1,0 +1,89 @@
+"""Shared by all tests: small real stores, written through the real writer."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from actcache.spec import Site, StoreSpec, TokenBlocks
+from actcache.store import Store, StoreWriter, open_store
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SHARED_ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
+
+
+@pytest.fixture(scope="session")
+def shared_assets() -> Path:
+    if not SHARED_ASSETS.is_dir():
+        pytest.skip(f"needs the models and texts in {SHARED_ASSETS}")
+    return SHARED_ASSETS
+
+
+def random_blocks(n_sequences: int, length: int, seed: int = 0) -> TokenBlocks:
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 2048, (n_sequences, length)).astype(np.uint32)
+    document = np.sort(rng.integers(0, n_sequences, (n_sequences, length)).astype(np.uint32), axis=None)
+    document = document.reshape(ids.shape)
+    digest = hashlib.sha256(ids.tobytes() + document.tobytes()).hexdigest()
+    return TokenBlocks(ids=ids, document=document, description={"length": length, "tokens": digest})
+
+
+def spec_of(blocks: TokenBlocks, **changes: Any) -> StoreSpec:
+    settings: dict[str, Any] = {
+        "sites": (Site(name="blocks.0.hook_mlp_out", shape=(12,)), Site(name="blocks.1.attn.hook_z", shape=(2, 5))),
+        "n_sequences": blocks.n_sequences,
+        "sequence_length": blocks.sequence_length,
+        "sequences_per_shard": 8,
+        "rows_per_chunk": 16,
+        "model": {"name": "random"},
+        "text": blocks.description,
+    }
+    return StoreSpec(**{**settings, **changes})
+
+
+def random_bits(spec: StoreSpec, seed: int = 1) -> dict[str, NDArray[Any]]:
+    """`(Q, rows_per_sequence, D)` values of the stored dtype for every site: finite, so that statistics are defined."""
+    rng = np.random.default_rng(seed)
+    out = {}
+    for site in spec.sites:
+        values = rng.standard_normal((spec.n_sequences, spec.rows_per_sequence, site.width)).astype(np.float32)
+        if spec.dtype == "bfloat16":
+            out[site.name] = (values.view(np.uint32) >> 16).astype(np.uint16)
+        else:
+            out[site.name] = values.astype(spec.dtype)
+    return out
+
+
+def write_shards(
+    location: Any, spec: StoreSpec, blocks: TokenBlocks, bits: dict[str, NDArray[Any]], shards: Iterable[int] | None = None
+) -> Store:
+    """Write the pending shards (or those of them that are named) through the real writer."""
+    with StoreWriter(location, spec, blocks) as writer:
+        for shard in writer.pending():
+            if shards is not None and shard not in shards:
+                continue
+            buffers = writer.acquire(shard)
+            sequences = spec.shard_sequences(shard)
+            for site in spec.sites:
+                rows = bits[site.name][sequences.start : sequences.stop].reshape(-1, site.width)
+                buffers.rows[site.name][buffers.destination] = rows
+            writer.submit(buffers, blocks.ids[sequences.start : sequences.stop])
+        return writer.finish()
+
+
+@pytest.fixture(scope="session")
+def small_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A sealed store of 29 sequences in 4 shards (the last one partial), 2 sites."""
+    blocks = random_blocks(29, 13)
+    spec = spec_of(blocks)
+    path = tmp_path_factory.mktemp("stores") / "small.zarr"
+    write_shards(path, spec, blocks, random_bits(spec))
+    return open_store(path)

@@ -1,0 +1,244 @@
+"""The loader: the plan's order, aligned sites, exact resume, and refusals."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_bits, random_blocks, spec_of, write_shards
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actcache.errors import ConfigError, CorruptShardError, SiteError, StateError, StoreIncompleteError
+from actcache.load import Loader, Plan
+from actcache.load.fetch import BatchMemory
+from actcache.order import permutation
+from actcache.store import open_store
+
+GOLDEN = Path(__file__).parent / "golden" / "order.json"
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    rows_per_chunk=st.integers(1, 40),
+    n_rows=st.integers(1, 700),
+    chunks_per_window=st.integers(1, 9),
+    batch_rows=st.integers(1, 120),
+    seed=st.integers(0, 2**40),
+    epoch=st.integers(0, 5),
+)
+def test_every_row_exactly_once_per_epoch(rows_per_chunk, n_rows, chunks_per_window, batch_rows, seed, epoch):
+    batch_rows = min(batch_rows, n_rows)
+    plan = Plan(
+        rows_per_chunk=rows_per_chunk,
+        n_rows=n_rows,
+        chunks_per_window=chunks_per_window,
+        batch_rows=batch_rows,
+        seed=seed,
+        drop_last=False,
+    )
+    order = plan.epoch(epoch)
+    batches = [order.batch_row_ids(b) for b in range(plan.n_batches)]
+    assert all(len(batch) == batch_rows for batch in batches[:-1])
+    assert np.array_equal(np.sort(np.concatenate(batches)), np.arange(n_rows))
+
+
+def test_the_order_is_the_one_that_saved_states_rely_on():
+    """Golden order: if this fails, every state saved by an earlier version continues with other rows."""
+    golden = json.loads(GOLDEN.read_text())
+    assert permutation(10, 1, 2, 3).tolist() == golden["permutation_10_key_1_2_3"]
+    plan = Plan(rows_per_chunk=7, n_rows=100, chunks_per_window=4, batch_rows=16, seed=5)
+    for epoch in (0, 1):
+        got = [plan.epoch(epoch).batch_row_ids(b).tolist() for b in range(plan.n_batches)]
+        assert got == golden[f"epoch_{epoch}"]
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    plan = Plan(rows_per_chunk=7, n_rows=700, chunks_per_window=4, batch_rows=100, seed=5)
+    other = Plan(rows_per_chunk=7, n_rows=700, chunks_per_window=4, batch_rows=100, seed=6)
+    first = plan.epoch(0).batch_row_ids(0)
+    assert not np.array_equal(first, plan.epoch(1).batch_row_ids(0))
+    assert not np.array_equal(first, other.epoch(0).batch_row_ids(0))
+
+
+def small_loader(store, **changes):
+    settings = {"batch_rows": 50, "memory_bytes": 3000, "drop_last": False, "epochs": 2, "seed": 3}
+    return Loader(store, ["*"], **{**settings, **changes})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_batches_are_the_plans_rows_for_every_site(small_store, dtype):
+    values = {site: small_store.read(site, slice(None)) for site in small_store.sites}
+    with small_loader(small_store, dtype=dtype) as loader:
+        assert loader.plan.n_windows > 2
+        for i, batch in enumerate(loader):
+            expected = loader.plan.epoch(i // len(loader)).batch_row_ids(i % len(loader))
+            assert batch.rows.tolist() == expected.tolist()
+            for site, all_rows in values.items():
+                assert batch[site].dtype == dtype
+                assert torch.equal(batch[site], all_rows[batch.rows].to(dtype))
+    assert i + 1 == 2 * len(loader)
+
+
+def everything(loader):
+    return [(batch.rows, {site: batch[site] for site in batch}) for batch in loader]
+
+
+def assert_equal(left, right):
+    assert len(left) == len(right)
+    for (rows, acts), (other_rows, other_acts) in zip(left, right, strict=True):
+        assert torch.equal(rows, other_rows)
+        assert all(torch.equal(acts[site], other_acts[site]) for site in acts)
+
+
+@pytest.mark.parametrize("read_ahead", [1, 5])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_resume_at_every_batch(small_store, read_ahead, drop_last):
+    unbroken = everything(small_loader(small_store, drop_last=drop_last))
+    for k in range(len(unbroken) + 1):
+        first = small_loader(small_store, drop_last=drop_last, read_ahead=read_ahead)
+        iterator = iter(first)
+        for _ in range(k):
+            next(iterator)
+        state = json.loads(json.dumps(first.state_dict()))
+        assert len(json.dumps(state)) < 2000
+        first.close()
+        second = small_loader(small_store, drop_last=drop_last, threads=1)
+        second.load_state_dict(state)
+        assert_equal(everything(second), unbroken[k:])
+
+
+def test_breaking_off_and_iterating_again_goes_on(small_store):
+    unbroken = everything(small_loader(small_store))
+    loader = small_loader(small_store)
+    got = []
+    for batch in loader:
+        got.append((batch.rows, dict(batch)))
+        if len(got) == 3:
+            break
+    got += everything(loader)
+    assert_equal(got, unbroken)
+    again = everything(loader)
+    assert len(again) == len(unbroken)
+    assert not torch.equal(again[0][0], unbroken[0][0])
+
+
+def test_ranks_share_one_global_order(small_store):
+    whole = everything(small_loader(small_store))
+    parts = [everything(small_loader(small_store, rank=r, world_size=3)) for r in range(3)]
+    per_epoch = len(whole) // 2
+    assert {len(part) for part in parts} == {2 * (per_epoch // 3)}
+    for epoch in range(2):
+        for b in range(per_epoch // 3 * 3):
+            got = parts[b % 3][epoch * (per_epoch // 3) + b // 3]
+            assert torch.equal(got[0], whole[epoch * per_epoch + b][0])
+
+
+def test_batches_may_be_kept_and_modified(small_store):
+    site = small_store.sites[0]
+    values = small_store.read(site, slice(None)).float()
+    kept = []
+    for batch in small_loader(small_store):
+        rows = values[batch.rows]
+        assert torch.equal(batch[site], rows)
+        batch[site].mul_(2.0)
+        kept.append((batch[site][3:], 2 * rows[3:]))
+    assert all(torch.equal(got, expected) for got, expected in kept)
+
+
+def test_batch_memory_is_reused_only_when_nobody_holds_it():
+    memory = BatchMemory()
+    first = memory.take(4, 3, torch.bfloat16)
+    view, address = first[1:2], first.data_ptr()
+    del first
+    gc.collect()
+    assert memory.take(4, 3, torch.bfloat16).data_ptr() != address
+    del view
+    gc.collect()
+    assert address in {memory.take(4, 3, torch.bfloat16).data_ptr() for _ in range(1)} | {
+        t.data_ptr() for t in [memory.take(4, 3, torch.bfloat16) for _ in range(2)]
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 99}, "version 99"),
+        ({"fingerprint": "x"}, "another store"),
+        ({"world_size": 4}, "world_size=4"),
+    ],
+)
+def test_states_of_something_else_are_refused(small_store, change, message):
+    loader = small_loader(small_store)
+    with pytest.raises(StateError, match=message):
+        loader.load_state_dict({**loader.state_dict(), **change})
+
+
+def test_a_state_with_other_settings_says_which(small_store):
+    state = small_loader(small_store, batch_rows=40).state_dict()
+    with pytest.raises(StateError, match="batch_rows: saved 40, now 50"):
+        small_loader(small_store).load_state_dict(state)
+
+
+def test_bad_input_is_refused_when_the_loader_is_made(small_store, tmp_path):
+    with pytest.raises(ConfigError, match="batches of 1,000 rows asked of a store that has 348 rows"):
+        Loader(small_store, ["*"], batch_rows=1000)
+    with pytest.raises(SiteError, match="no site matches"):
+        Loader(small_store, ["blocks.7.*"], batch_rows=10)
+    with pytest.raises(ConfigError, match="rank must be between 0 and world_size - 1 = 1"):
+        Loader(small_store, ["*"], batch_rows=10, rank=2, world_size=2)
+    blocks = random_blocks(29, 13)
+    spec = spec_of(blocks)
+    unfinished = write_shards(tmp_path / "s.zarr", spec, blocks, random_bits(spec), shards=[0])
+    with pytest.raises(StoreIncompleteError, match="1 of 4 shards"):
+        Loader(unfinished, ["*"], batch_rows=10)
+
+
+def test_damage_met_while_reading_ahead_reaches_the_consumer(tmp_path):
+    blocks = random_blocks(29, 13)
+    spec = spec_of(blocks)
+    write_shards(tmp_path / "s.zarr", spec, blocks, random_bits(spec))
+    file = tmp_path / "s.zarr/sites/blocks.0.hook_mlp_out/acts/c/1/0"
+    data = bytearray(file.read_bytes())
+    data[100] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(CorruptShardError, match=r"shard 1 of blocks\.0\.hook_mlp_out"):
+        everything(small_loader(open_store(tmp_path / "s.zarr")))
+
+
+def shuffle_figures(sequences: np.ndarray, batches: list[np.ndarray]) -> tuple[float, float]:
+    """Distinct sequences per batch over the expectation of a global permutation, and serial correlation of row ids."""
+    n_rows, batch_rows = len(sequences), len(batches[0])
+    counts = np.bincount(sequences)
+    log_absent = np.zeros(len(counts))  # log of P(no row of the sequence in a batch), hypergeometric
+    for i in range(batch_rows):
+        log_absent += np.log((n_rows - counts - i) / (n_rows - i))
+    expected = (1 - np.exp(log_absent)).sum()
+    distinct = np.mean([len(np.unique(sequences[batch])) for batch in batches])
+    order = np.concatenate(batches).astype(float)
+    return float(distinct / expected), float(np.corrcoef(order[:-1], order[1:])[0, 1])
+
+
+def test_shuffle_cannot_be_told_from_a_global_permutation_and_a_bad_one_can():
+    """Integers only, at the sizes of a real store: 255-row sequences, 512 a shard, chunks of 510 rows, batches of 4,096."""
+    per_sequence, per_shard, n_sequences = 255, 512, 4096
+    n_rows = per_sequence * n_sequences
+    shard_rows = per_sequence * per_shard
+    sequences = np.concatenate(
+        [s * per_shard + permutation(shard_rows, 0, s) // per_sequence for s in range(n_rows // shard_rows)]
+    )
+    plan = Plan(rows_per_chunk=510, n_rows=n_rows, chunks_per_window=256, batch_rows=4096, seed=0)
+    good = [plan.epoch(0).batch_row_ids(b) for b in range(plan.n_batches)]
+    ratio, correlation = shuffle_figures(sequences, good)
+    assert ratio > 0.97
+    assert abs(correlation) < 0.01
+    # A mixing buffer of a few chunks, read in order, over unshuffled shards: what the same figures must reject.
+    unshuffled = np.arange(n_rows) // per_sequence
+    bad = [8 * 4096 * (b // 8) + permutation(8 * 4096, 1, b // 8)[b % 8 * 4096 :][:4096] for b in range(64)]
+    bad_ratio, bad_correlation = shuffle_figures(unshuffled, bad)
+    assert bad_ratio < 0.2
+    assert bad_correlation > 0.5
