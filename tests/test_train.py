@@ -93,8 +93,8 @@ def weights(mlp):
 
 
 def test_recovers_a_planted_dictionary():
-    x, directions_FD = planted(n_rows=16384)
-    config = TrainConfig(l1=2.0**6, lr=1e-2, n_steps=500, warmup_steps=50)
+    x, directions_FD = planted(n_rows=8192)
+    config = TrainConfig(l1=2.0**6, lr=1e-2, n_steps=400, warmup_steps=50, precision="float32")
     mlp, result = train(loader_of(x, x, batch_rows=512), config, make(n_latents=80))
     found_FD = torch.nn.functional.normalize(mlp.decoder.weight.detach().T, dim=1)
     best_F = (directions_FD @ found_FD.T).max(1).values
