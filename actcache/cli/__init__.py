@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
 
 from cyclopts import App, CycloptsError, Parameter
 
+from actcache import __version__
 from actcache.cli import verbs
 from actcache.cli.screen import error_line
 from actcache.errors import ActcacheError, CorruptShardError
@@ -41,7 +41,7 @@ def build_app() -> App:
     app = App(
         name="actcache",
         help=_HELP,
-        version=_version,
+        version=f"actcache {__version__}",
         help_format="markdown",
         help_epilogue=_EPILOGUE,
         default_parameter=Parameter(negative=()),
@@ -61,13 +61,6 @@ def build_app() -> App:
     app.command(verbs.evaluate, sort_key=7, help_epilogue="")
     app.command(verbs.report, sort_key=8, help_epilogue="")
     return app
-
-
-def _version() -> str:
-    try:
-        return f"actcache {metadata.version('actcache')}"
-    except metadata.PackageNotFoundError:
-        return "actcache, not installed (run from its source tree)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

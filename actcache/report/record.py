@@ -14,12 +14,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from actcache import __version__
 from actcache.errors import ActcacheError, StateError
 
 FORMAT = 1
 """Version of `metrics.json`; a reader refuses what is newer."""
 
-_PACKAGES = ("actcache", "torch", "zarr", "numcodecs", "numpy", "transformer-lens", "datasets")
+_PACKAGES = ("torch", "zarr", "numcodecs", "numpy", "transformer-lens", "datasets")
 
 
 class RunNotFoundError(ActcacheError, FileNotFoundError):
@@ -85,8 +86,8 @@ def finite(value: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Python's version and those of the packages that decide results, as installed."""
-    found = {"python": platform.python_version()}
+    """Versions of this library, of Python, and of the packages that decide results."""
+    found = {"actcache": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         try:
             found[name] = metadata.version(name)
