@@ -255,8 +255,9 @@ def facts_of(run: Run, text: Sequence[str], about: Sequence[str], texts: Sequenc
     options = [f"--text {name}" for name in names]
     options += [
         f"--{key.replace('_', '-')} {value}"
-        for key, value in asdict(run.recipe).items()
-        if value != getattr(DEFAULT_RECIPE, key)
+        for chosen, default in ((run.recipe, DEFAULT_RECIPE), (run.model.config, DEFAULT_SIZES))
+        for key, value in asdict(chosen).items()
+        if value != getattr(default, key)
     ]
     return Facts(
         sources=sources,

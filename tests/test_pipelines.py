@@ -202,7 +202,8 @@ def test_the_card_tells_what_was_measured_on_the_shipped_weights(trained, source
     assert len(re.findall(r"^\| MLP \d writes zeros \|", card, re.MULTILINE)) == SIZES.n_layers
     assert re.search(r"\| real.jsonl \| 30 \| [\d,]+ \| real cats \|", card)
     assert re.search(r"\| sampled.jsonl \| 50 \| [\d,]+ \| sampled dogs \|", card)
-    assert "--text real.jsonl --text sampled.jsonl --tokens 384" in card
+    assert "--text real.jsonl --text sampled.jsonl --tokens 384 --batch-sequences 4" in card
+    assert "--d-model 16" in card
     assert str(trained) not in card
 
 
@@ -236,7 +237,8 @@ def test_sampling_stops_at_enough_and_continues_after_a_crash(talkative, tmp_pat
 
 def test_only_finished_stories_are_taken_from_a_stream():
     row = torch.tensor([5, 6, 0, 7, 0, 0, 8, 9]).numpy()
-    assert list(sample_stories.finished(row, bos=0)) == [[5, 6], [7], []]
+    assert list(sample_stories.finished(row, ends=[0])) == [[5, 6], [7], []]
+    assert list(sample_stories.finished(row[-2:], ends=[0])) == []
 
 
 def test_a_hugging_face_model_writes_stories_too(tmp_path, talkative):
@@ -253,6 +255,14 @@ def test_a_hugging_face_model_writes_stories_too(tmp_path, talkative):
     stories = sampler(0)
     assert stories
     assert sampler(0) == stories != sampler(1)
+
+
+def test_a_model_that_ends_its_texts_with_bos_finishes_them(shared_assets):
+    """stories260K never writes its EOS: BOS is what parts its stories."""
+    sampler = sample_stories.sampler_of(str(shared_assets / "stories260K"), n_sequences=8, seed=0, length=400)
+    _, stories = next(sample_stories.stories_from(sampler))
+    assert len(stories) >= 4
+    assert all(story[-1] in '.!?"' for story in stories)
 
 
 def test_make_corpus_writes_a_corpus_that_reads_as_texts(talkative, tmp_path, capsys):
