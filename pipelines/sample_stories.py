@@ -6,8 +6,8 @@
 `stories-4l`, the embedded one. `OUT` receives one `{"text": ..., "batch": ...}` a line. A run that was stopped goes on
 with the same command: the last batch is made again, so the file ends up the same as without the stop.
 
-A second on one core of a 2026 server processor yields about 4,700 tokens of `stories-4l`, and about 8,000 (those after a
-text's end included) of the 260-thousand-parameter Llama of https://huggingface.co/karpathy/tinyllamas.
+A second on one core of a 2026 server processor yields about 4,700 tokens of `stories-4l`, and about 8,000 (those after
+a text's end included) of the 260-thousand-parameter Llama of https://huggingface.co/karpathy/tinyllamas.
 """
 
 from __future__ import annotations
