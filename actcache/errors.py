@@ -1,19 +1,19 @@
 """One tree of errors; each is also the builtin that a caller would expect.
 
-    ActcacheError
-    ├── ConfigError(ValueError)            an option is outside its range, or options contradict each other
-    ├── TextError(ValueError)              no text, or too little of it
-    ├── ModelNotFoundError(FileNotFoundError)
-    ├── SiteError(KeyError)                a hook name or pattern that matches nothing
-    ├── StoreError(ValueError)             the store cannot be used as asked
-    │   ├── StoreNotFoundError(FileNotFoundError)
-    │   ├── NotAStoreError                 the folder holds something else
-    │   ├── StoreVersionError              written by a newer version of the format
-    │   ├── StoreMismatchError             another model, text or spec than the store was begun with
-    │   └── StoreIncompleteError           not sealed yet
-    ├── CorruptShardError(OSError)         what is on disk is not what was written
-    ├── StorageFullError(OSError)          no room; the same command continues once there is
-    └── StateError(ValueError)             a saved state that belongs to something else
+ActcacheError
+├── ConfigError(ValueError)            an option is outside its range, or options contradict each other
+├── TextError(ValueError)              no text, or too little of it
+├── ModelNotFoundError(FileNotFoundError)
+├── SiteError(KeyError)                a hook name or pattern that matches nothing
+├── StoreError(ValueError)             the store cannot be used as asked
+│   ├── StoreNotFoundError(FileNotFoundError)
+│   ├── NotAStoreError                 the folder holds something else
+│   ├── StoreVersionError              written by a newer version of the format
+│   ├── StoreMismatchError             another model, text or spec than the store was begun with
+│   └── StoreIncompleteError           not sealed yet
+├── CorruptShardError(OSError)         what is on disk is not what was written
+├── StorageFullError(OSError)          no room; the same command continues once there is
+└── StateError(ValueError)             a saved state that belongs to something else
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The embedded base model's architecture: a small plain-torch transformer whose module names are TransformerLens names.
+"""The embedded base model's architecture: a small plain-torch transformer with TransformerLens' module names.
 
-In: token ids `(Q, T)`. Out: logits `(Q, T, V)`. Because every submodule is named as TransformerLens names its hook
-points (`blocks.0.mlp`, `blocks.0.attn.q`, ...), a hook name is a module's input or output here and costs a plain forward
+In: token ids `(Q, T)`. Out: logits `(Q, T, V)`. Because every submodule is named as TransformerLens names its hooks
+(`blocks.0.mlp`, `blocks.0.attn.q`, ...), a hook name is a module's input or output here and costs a plain forward
 hook, and the state dict loads unchanged into `TransformerBridge.boot_native`.
 
 The architecture is that of the TinyStories transcoder result that we reproduce: ReLU MLPs, no layer norm, learned
@@ -72,12 +72,14 @@ class Attention(nn.Module):
         self.o = nn.Linear(config.d_model, config.d_model)
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """`(Q, T, d_model)` to the same shape; with a cache, T new positions after those that it holds."""
         q, k, v = (self._heads(project(x)) for project in (self.q, self.k, self.v))
         if cache is not None:
             k, v = cache.append(k, v)
         # A single new query sees every cached key; a block of queries (from position 0) sees its own past.
         z = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
-        return self.o(z.transpose(1, 2).flatten(2))
+        out: Tensor = self.o(z.transpose(1, 2).flatten(2))
+        return out
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], self.n_heads, -1).transpose(1, 2)
@@ -87,10 +89,14 @@ class MLP(nn.ModuleDict):
     """`out(relu(in(x)))`; the two halves carry TransformerLens' names `in` and `out`."""
 
     def __init__(self, config: StoriesConfig) -> None:
-        super().__init__({"in": nn.Linear(config.d_model, config.d_mlp), "out": nn.Linear(config.d_mlp, config.d_model)})
+        super().__init__(
+            {"in": nn.Linear(config.d_model, config.d_mlp), "out": nn.Linear(config.d_mlp, config.d_model)}
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self["out"](F.relu(self["in"](x)))
+        """`(Q, T, d_model)` to the same shape."""
+        out: Tensor = self["out"](F.relu(self["in"](x)))
+        return out
 
 
 class Block(nn.Module):
@@ -104,8 +110,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """The residual stream `(Q, T, d_model)`, with what this block adds to it."""
         x = x + self.attn(self.ln1(x), cache)
-        return x + self.mlp(self.ln2(x))
+        out: Tensor = x + self.mlp(self.ln2(x))
+        return out
 
 
 class StoriesLM(nn.Module):
@@ -121,6 +129,7 @@ class StoriesLM(nn.Module):
         self.unembed = nn.Linear(config.d_model, config.d_vocab)
 
     def forward(self, ids: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
+        """Next-token logits; with caches (one a layer), of T new tokens after those that they hold."""
         start = caches[0].length if caches else 0
         stop = start + ids.shape[1]
         if stop > self.config.n_ctx:
@@ -128,7 +137,8 @@ class StoriesLM(nn.Module):
         x = self.embed(ids) + self.pos_embed(torch.arange(start, stop, device=ids.device))
         for layer, block in enumerate(self.blocks):
             x = block(x, caches[layer] if caches else None)
-        return self.unembed(self.ln_final(x))
+        logits: Tensor = self.unembed(self.ln_final(x))
+        return logits
 
     @torch.inference_mode()
     def sample(self, n_sequences: int, *, bos: int, max_tokens: int, generator: torch.Generator) -> Iterator[Tensor]:

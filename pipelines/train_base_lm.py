@@ -15,7 +15,8 @@ command goes on from the last checkpoint, and on a finished run it only writes t
 `--export-to FOLDER` writes the same, without training, from the checkpoint as it stands. Needs torch 2.9 (Muon).
 
 ReLU neurons die at high learning rates where no layer norm holds their inputs in place. `--start-from OUT` begins a run
-with the weights of another one and makes the dead neurons anew; `stories-4l` was trained so, in two runs (see its card).
+with the weights of another one and makes the dead neurons anew; `stories-4l` was trained so, in two runs (its card
+gives both commands).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import cyclopts
 import numpy as np
@@ -37,10 +38,11 @@ from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.nn import Linear
 from torch.nn import functional as F
 
 from actcache.source import read_texts
-from actcache.stories import StoriesConfig, StoriesLM
+from actcache.stories import MLP, StoriesConfig, StoriesLM
 
 HELD_OUT_STORIES = 200
 TEXTS_FOR_TOKENIZER = 20_000
@@ -169,7 +171,7 @@ def revive_dead_neurons(model: StoriesLM, ids: Tensor, seed: int) -> list[int]:
     """
     inputs: dict[int, Tensor] = {}
     handles = [
-        block.mlp.register_forward_pre_hook(lambda _m, args, layer=layer: inputs.update({layer: args[0]}))
+        cast(MLP, block.mlp).register_forward_pre_hook(lambda _m, args, layer=layer: inputs.update({layer: args[0]}))
         for layer, block in enumerate(model.blocks)
     ]
     model(ids)
@@ -177,7 +179,8 @@ def revive_dead_neurons(model: StoriesLM, ids: Tensor, seed: int) -> list[int]:
         handle.remove()
     generator, counts = torch.Generator().manual_seed(seed), []
     for layer, block in enumerate(model.blocks):
-        first, second, x = block.mlp["in"], block.mlp["out"], inputs[layer].flatten(0, 1)
+        mlp, x = cast(MLP, block.mlp), inputs[layer].flatten(0, 1)
+        first, second = cast(Linear, mlp["in"]), cast(Linear, mlp["out"])
         dead = ((first(x) > 0).float().mean(0) < 1e-4).nonzero()[:, 0]
         weights = torch.randn(len(dead), x.shape[1], generator=generator) / math.sqrt(x.shape[1])
         first.weight[dead], first.bias[dead] = weights, -(weights @ x.mean(0))

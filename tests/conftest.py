@@ -63,7 +63,11 @@ def random_bits(spec: StoreSpec, seed: int = 1) -> dict[str, NDArray[Any]]:
 
 
 def write_shards(
-    location: Any, spec: StoreSpec, blocks: TokenBlocks, bits: dict[str, NDArray[Any]], shards: Iterable[int] | None = None
+    location: Any,
+    spec: StoreSpec,
+    blocks: TokenBlocks,
+    bits: dict[str, NDArray[Any]],
+    shards: Iterable[int] | None = None,
 ) -> Store:
     """Write the pending shards (or those of them that are named) through the real writer."""
     with StoreWriter(location, spec, blocks) as writer:

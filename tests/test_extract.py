@@ -1,4 +1,4 @@
-"""Extraction: cached values are the model's, a killed run is continued to the same bytes, foreign stores are left alone."""
+"""Extraction: cached values are the model's, a killed run continues to the same bytes, foreign stores stay."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_another_model_text_or_spec_is_refused(unbroken, blocks):
 def test_bad_input(tmp_path, blocks):
     with pytest.raises(SiteError, match="did you mean"):
         ac.extract(tiny_lm(), blocks, ["blocks.0.hook_mlp_outt"], tmp_path / "s.zarr")
-    with pytest.raises(ConfigError, match="sequences of 33 tokens, but .* has a context of 32"):
+    with pytest.raises(ConfigError, match=r"sequences of 33 tokens, but .* has a context of 32"):
         ac.extract(tiny_lm(), random_blocks(2, 33), SITES, tmp_path / "s.zarr")
     with pytest.raises(ConfigError, match="no codec preset 'zip'"):
         ac.extract(tiny_lm(), blocks, SITES, tmp_path / "s.zarr", codec="zip")

@@ -224,7 +224,7 @@ def shuffle_figures(sequences: np.ndarray, batches: list[np.ndarray]) -> tuple[f
 
 
 def test_shuffle_cannot_be_told_from_a_global_permutation_and_a_bad_one_can():
-    """Integers only, at the sizes of a real store: 255-row sequences, 512 a shard, chunks of 510 rows, batches of 4,096."""
+    """Integers only, at the sizes of a real store: 255-row sequences, 512 a shard, chunks of 510, batches of 4,096."""
     per_sequence, per_shard, n_sequences = 255, 512, 4096
     n_rows = per_sequence * n_sequences
     shard_rows = per_sequence * per_shard

@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -115,7 +116,11 @@ def test_training_lowers_the_loss(sources, tmp_path):
 
 def test_another_recipe_does_not_continue_the_run(sources, trained):
     with pytest.raises(ValueError, match=r"begun with muon_lr 0.006, not 0.1"):
-        train(sources, trained, recipe=train_base_lm.Recipe(tokens=1e6, batch_sequences=4, warmup_steps=2, muon_lr=0.1))
+        train(
+            sources,
+            trained,
+            recipe=train_base_lm.Recipe(tokens=1e6, batch_sequences=4, warmup_steps=2, muon_lr=0.1),
+        )
 
 
 def test_held_out_texts_are_not_trained_on():
@@ -131,6 +136,26 @@ def test_held_out_texts_are_not_trained_on():
 def test_an_impossible_recipe_is_refused(option):
     with pytest.raises(ValueError, match=next(iter(option))):
         train_base_lm.Recipe(**option)
+
+
+def test_a_second_run_starts_from_the_first_with_its_dead_neurons_made_anew(sources, trained, tmp_path):
+    first = tmp_path / "first"
+    shutil.copytree(trained, first)
+    saved = torch.load(first / "checkpoint.pt", weights_only=True)
+    saved["model"]["blocks.1.mlp.in.bias"][[3, 8, 30]] = -1e6
+    torch.save(saved, first / "checkpoint.pt")
+    run = train_base_lm.Run(SIZES, RECIPE)
+    run.model.load_state_dict(saved["model"])
+    ids = torch.arange(4 * 32).view(4, 32)
+    before = run.model(ids)
+    run.start_from(first / "checkpoint.pt", ids)
+    torch.testing.assert_close(run.model(ids), before)
+    assert (run.model.blocks[1].mlp["in"].bias[[3, 8, 30]] > -100).all()
+    assert (run.step, run.tokens) == (0, 384)
+    train(sources, tmp_path / "second", start_from=first)
+    assert (tmp_path / "second" / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
+    history = torch.load(tmp_path / "second" / "checkpoint.pt", weights_only=True)["history"]
+    assert [h["tokens"] for h in history] == [128, 256, 384, 512, 640, 768]
 
 
 def test_batches_mix_the_sources_as_the_recipe_says():

@@ -18,7 +18,7 @@ def test_names_are_sorted_and_all_there():
 def test_import_is_light_and_silent():
     code = (
         "import sys, time; start = time.perf_counter(); import actcache; seconds = time.perf_counter() - start;"
-        "heavy = {'torch', 'numpy', 'zarr', 'datasets', 'transformers', 'transformer_lens', 'matplotlib'} & set(sys.modules);"
+        "heavy = {'torch', 'numpy', 'zarr', 'datasets', 'transformers', 'matplotlib'} & set(sys.modules);"
         "print(heavy, seconds < 0.3)"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
@@ -27,7 +27,7 @@ def test_import_is_light_and_silent():
 
 
 def test_a_room_pays_only_for_what_it_needs():
-    code = "import sys; from actcache import Loader; print({'datasets', 'transformers', 'transformer_lens'} & set(sys.modules))"
+    code = "import sys; from actcache import Loader; print({'datasets', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

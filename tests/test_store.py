@@ -55,7 +55,9 @@ def test_read_returns_the_written_bits(dtype, codec, sizes, skip_first, seed):
     stored = STORED_DTYPE[dtype]
     # Any bits at all: NaN payloads, infinities, subnormals, both zeros.
     shape = (n_sequences, rows_per_sequence, width)
-    bits = np.frombuffer(np.random.default_rng(seed).bytes(int(np.prod(shape)) * stored.itemsize), stored).reshape(shape)
+    bits = np.frombuffer(np.random.default_rng(seed).bytes(int(np.prod(shape)) * stored.itemsize), stored).reshape(
+        shape
+    )
     with tempfile.TemporaryDirectory() as folder:
         store = write_shards(Path(folder) / "s.zarr", spec, blocks, {"x": bits})
         table = store.row_table()
@@ -154,7 +156,9 @@ def test_statistics_keep_their_digits_under_offset_and_scale(offset, scale):
 
 def test_nan_and_infinity_are_counted_and_spoil_no_statistic(tmp_path):
     blocks = random_blocks(4, 9)
-    spec = spec_of(blocks, sites=(Site(name="x", shape=(6,)),), sequences_per_shard=2, rows_per_chunk=8, dtype="float32")
+    spec = spec_of(
+        blocks, sites=(Site(name="x", shape=(6,)),), sequences_per_shard=2, rows_per_chunk=8, dtype="float32"
+    )
     bits = random_bits(spec)
     bits["x"][1, 3, 2] = np.nan
     bits["x"][2, 0, :2] = np.inf
@@ -197,7 +201,7 @@ def test_an_unfinished_store_shows_what_is_committed(tmp_path):
     assert store.stats("blocks.0.hook_mlp_out").count == store.n_rows
     assert store.read("blocks.0.hook_mlp_out", slice(192, 288)).shape == (96, 12)
     assert store.info()["n_shards"] == 1
-    with pytest.raises(StoreIncompleteError, match="shard 0 .* not written yet"):
+    with pytest.raises(StoreIncompleteError, match=r"shard 0 .* not written yet"):
         store.read("blocks.0.hook_mlp_out", [0])
     finished = write_shards(tmp_path / "s.zarr", spec, blocks, bits)
     assert finished.sealed
@@ -242,13 +246,13 @@ def test_a_store_of_a_newer_format_is_refused_by_name(tmp_path, small_store):
     metadata = json.loads(root.read_text())
     metadata["attributes"]["actcache"]["format_version"] = 2
     root.write_text(json.dumps(metadata))
-    with pytest.raises(StoreVersionError, match="format version 2.*upgrade actcache"):
+    with pytest.raises(StoreVersionError, match=r"format version 2.*upgrade actcache"):
         open_store(tmp_path / "s.zarr")
 
 
 def test_spec_refuses_sizes_that_do_not_fit_and_survives_json():
     blocks = random_blocks(4, 9)
-    with pytest.raises(ConfigError, match="rows_per_chunk .7. must divide rows_per_shard .64"):
+    with pytest.raises(ConfigError, match=r"rows_per_chunk .7. must divide rows_per_shard .64"):
         spec_of(blocks, rows_per_chunk=7)
     with pytest.raises(ConfigError, match="dtype"):
         spec_of(blocks, dtype="float8")

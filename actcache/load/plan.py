@@ -103,7 +103,8 @@ class Epoch:
         sizes = self.plan.chunk_rows(chunks)
         first = chunks * self.plan.rows_per_chunk
         offsets = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        return np.repeat(first, sizes) + offsets
+        rows: NDArray[np.int64] = np.repeat(first, sizes) + offsets
+        return rows
 
     def batch_span(self, batch: int) -> tuple[int, int]:
         """The stretch of the epoch's row sequence that batch `batch` is."""

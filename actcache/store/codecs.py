@@ -120,7 +120,7 @@ class Scratch:
         """`n_bytes` writable bytes, valid until the next call."""
         if len(self._bytes) < n_bytes:
             self._bytes = np.empty(n_bytes, np.uint8)
-        return memoryview(self._bytes)[:n_bytes]
+        return self._bytes.data[:n_bytes]
 
     def join(self, parts: Sequence[Any]) -> memoryview:
         """The byte strings laid one after the other; valid until the next call."""

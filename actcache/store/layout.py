@@ -177,7 +177,9 @@ def create_arrays(objects: Objects, spec: StoreSpec) -> None:
 
     def table(name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: np.dtype[Any], **extra: Any) -> None:
         chain = codecs.zarr_codecs(codecs.TABLE, dtype)
-        group.create_array(name, overwrite=True, shape=shape, chunks=chunks, dtype=dtype, compressors=chain, fill_value=0, **extra)
+        group.create_array(
+            name, overwrite=True, shape=shape, chunks=chunks, dtype=dtype, compressors=chain, fill_value=0, **extra
+        )
 
     n_columns, length = len(spec.sites) + 1, record_length(spec)
     for name in TOKEN_ARRAYS:

@@ -1,0 +1,35 @@
+# Every target sets up what it needs: a virtual environment with the pinned versions, made once and reused.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test check format benchmarks clean
+
+demo: $(READY)  ## the whole road on the embedded model; pass options as ARGS="--small"
+	$(BIN)/actcache demo $(ARGS)
+
+test: $(READY)  ## all tests; pass options as ARGS="-k store"
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY)  ## lint, format, types, import contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)  ## rewrite sources in house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmarks: $(READY)  ## measure this machine and rewrite docs/benchmarks.md
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,74 @@
+"""The loader against a random gather of the same rows in memory.
+
+    python benchmarks/loader.py
+
+Baseline: all rows in memory as bfloat16, batches gathered by a global random permutation and widened to float32 in
+buffers that are reused. Ours: the loader on a store on disk (page cache warm), float32 out.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from measure import HEADER, Figure, compare, embedded, rate
+
+import actcache as ac
+from actcache.store import Store
+
+BATCH_ROWS = 4096
+SITE = "blocks.2.mlp.hook_post"
+
+
+def gather_in_memory(rows_ND: torch.Tensor, seed: int) -> None:
+    """Every row once, in random order, in float32 batches."""
+    order = torch.randperm(len(rows_ND), generator=torch.Generator().manual_seed(seed))
+    narrow = torch.empty((BATCH_ROWS, rows_ND.shape[1]), dtype=rows_ND.dtype)
+    wide = torch.empty((BATCH_ROWS, rows_ND.shape[1]))
+    for rows in order[: len(order) // BATCH_ROWS * BATCH_ROWS].view(-1, BATCH_ROWS):
+        torch.index_select(rows_ND, 0, rows, out=narrow)
+        wide.copy_(narrow)
+
+
+def one(store: Store, site: str, pairs: int) -> Figure:
+    """One epoch of the loader against one of the gather, in GB/s of stored-dtype payload."""
+    rows_ND = store.read(site, slice(None))
+    gigabytes = len(rows_ND) // BATCH_ROWS * BATCH_ROWS * rows_ND.shape[1] * 2 / 1e9
+    loader = ac.Loader(store, [site], batch_rows=BATCH_ROWS)
+
+    def epoch() -> None:
+        for _ in loader:
+            pass
+
+    try:
+        return compare(
+            f"load `{site}`, `{store.spec.codec}`",
+            lambda: rate(gigabytes, epoch),
+            lambda: rate(gigabytes, lambda: gather_in_memory(rows_ND, 0)),
+            unit="GB/s",
+            goal=0.5,
+            pairs=pairs,
+        )
+    finally:
+        loader.close()
+
+
+def figures(n_sequences: int = 1024, pairs: int = 5) -> list[Figure]:
+    """A residual-stream site and a wide ReLU site, with each codec."""
+    lm, blocks = embedded(n_sequences)
+    sites = ["blocks.2.mlp.hook_in", SITE]
+    found = []
+    folder = Path(tempfile.mkdtemp(prefix="actcache-bench-"))
+    try:
+        for codec in ("lossless", "raw"):
+            store = ac.extract(lm, blocks, sites, folder / f"{codec}.zarr", codec=codec)
+            found += [one(store, site, pairs) for site in sites]
+    finally:
+        shutil.rmtree(folder)
+    return found
+
+
+if __name__ == "__main__":
+    print(HEADER, *(figure.row() for figure in figures()), sep="\n")

@@ -1,0 +1,92 @@
+"""How the benchmarks measure: two ways of doing the same work in turn, ratios pair by pair, the machine beside them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+
+import actcache as ac
+from actcache.lm import LanguageModel
+from actcache.spec import TokenBlocks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figure:
+    """One measured comparison: ours against a baseline that was run in turn with it."""
+
+    name: str
+    """What was done."""
+    ours: float
+    """Median rate of our way."""
+    baseline: float
+    """Median rate of the baseline."""
+    unit: str
+    """Unit of the rates."""
+    ratio: float
+    """Median of the ratios ours / baseline, pair by pair: machines drift, pairs drift together."""
+    low: float
+    """Smallest ratio of a pair."""
+    high: float
+    """Largest ratio of a pair."""
+    goal: float
+    """What the ratio should reach."""
+
+    def row(self) -> str:
+        """A line of the table in the docs."""
+        return (
+            f"| {self.name} | {self.ours:,.3g} | {self.baseline:,.3g} | {self.unit} | "
+            f"**{self.ratio:.2f}** ({self.low:.2f} to {self.high:.2f}) | {self.goal:.2f} |"
+        )
+
+
+HEADER = "| what | ours | baseline | unit | ratio (range of pairs) | goal |\n|---|---|---|---|---|---|"
+
+
+def compare(
+    name: str, ours: Callable[[], float], baseline: Callable[[], float], *, unit: str, goal: float, pairs: int = 5
+) -> Figure:
+    """Run both in turn; each returns the rate that it reached. One pair before the counted ones warms caches."""
+    rates = [(ours(), baseline()) for _ in range(pairs + 1)][1:]
+    ratios = [a / b for a, b in rates]
+    return Figure(
+        name=name,
+        ours=statistics.median(a for a, _ in rates),
+        baseline=statistics.median(b for _, b in rates),
+        unit=unit,
+        ratio=statistics.median(ratios),
+        low=min(ratios),
+        high=max(ratios),
+        goal=goal,
+    )
+
+
+def rate(amount: float, work: Callable[[], object]) -> float:
+    """Amount of work per second."""
+    began = perf_counter()
+    work()
+    return amount / (perf_counter() - began)
+
+
+def machine() -> str:
+    """Processor, cores and versions, in one line."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "zarr", "numcodecs", "numpy"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{model}, {cores} cores, {platform.system()}, Python {platform.python_version()}, {versions}"
+
+
+def embedded(n_sequences: int) -> tuple[LanguageModel, TokenBlocks]:
+    """The embedded model, and sequences of the embedded corpus."""
+    lm = ac.load_lm("stories-4l")
+    texts = ac.read_texts("stories-corpus")
+    return lm, ac.token_blocks(texts, lm.tokenizer, length=256, count=n_sequences, seed=0)
