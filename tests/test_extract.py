@@ -16,7 +16,7 @@ import torch
 from conftest import random_blocks
 
 import actcache as ac
-from actcache.errors import ConfigError, SiteError, StoreMismatchError
+from actcache.errors import ConfigError, SiteError, StorageFullError, StoreMismatchError
 from actcache.stories import StoriesConfig, StoriesLM
 
 CONFIG = StoriesConfig(d_model=16, d_mlp=32, n_layers=2, n_heads=2, n_ctx=32, d_vocab=2048)
@@ -152,3 +152,24 @@ def test_nan_activations_are_counted_and_reported(tmp_path, blocks):
     store = ac.extract(lm, blocks, ["blocks.0.mlp.hook_in"], tmp_path / "s.zarr", **SIZES)
     assert store.stats("blocks.0.mlp.hook_in").n_nan > 0
     assert store.info()["sites"]["blocks.0.mlp.hook_in"]["n_nan"] > 0
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of its own, too small for the store."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_says_what_is_missing_and_the_same_call_finishes(small_disk, blocks, unbroken):
+    with pytest.raises(StorageFullError, match=r"bytes needed, [\d,]+ free; make room and give the same command again"):
+        ac.extract(tiny_lm(), blocks, SITES, small_disk / "s.zarr", **SIZES)
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    finished = ac.extract(tiny_lm(), blocks, SITES, small_disk / "s.zarr", **SIZES)
+    assert finished.fingerprint == unbroken.fingerprint
+    assert ac.verify(small_disk / "s.zarr") == []

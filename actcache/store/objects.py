@@ -13,6 +13,7 @@ import shutil
 import threading
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,16 +73,21 @@ class Objects:
         """
         # A store in memory keeps what it is given, and the caller reuses its buffer; a file is written and done with.
         kept = np.frombuffer(data if self.root is not None else bytes(data), dtype=np.uint8)
-        buffer = cpu.Buffer.from_array_like(kept)
+        with self.full_disk_explained(f"{key}: {len(data):,} bytes"):
+            _LOOP.run(self.store.set(key, cpu.Buffer.from_array_like(kept)))
+
+    @contextmanager
+    def full_disk_explained(self, what: str) -> Iterator[None]:
+        """Turn the system's "no space left" into our error, which says what was needed and how to go on."""
         try:
-            _LOOP.run(self.store.set(key, buffer))
+            yield
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-            free = shutil.disk_usage(self.root).free if self.root else 0
+            free = f"{shutil.disk_usage(self.root).free:,}" if self.root else "too few"
             raise StorageFullError(
                 error.errno,
-                f"no room in {self} for {key}: {len(data):,} bytes needed, {free:,} free; "
+                f"no room in {self} for {what} needed, {free} free; "
                 "make room and give the same command again, it continues where it stopped",
             ) from error
 

@@ -59,52 +59,99 @@ class SiteStats:
         return {name: getattr(self, name) for name in names}
 
 
-def widen(stored: NDArray[Any], out: NDArray[np.float64], logical: str) -> NDArray[np.float64]:
-    """Stored values as float64 into `out`; bfloat16 bits become the upper half of a float32."""
-    if logical == "bfloat16":
-        stored = (stored.astype(np.uint32) << 16).view(np.float32)
-    with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one; it is counted later
-        np.copyto(out, stored)
-    return out
+@dataclass(frozen=True, slots=True)
+class _Bits:
+    """How a dtype's bits are read as integers, whose order without the sign bit is that of absolute values."""
+
+    unsigned: type[np.unsignedinteger[Any]]
+    magnitude: int
+    infinity: int
+
+
+_BITS = {
+    "bfloat16": _Bits(np.uint16, 0x7FFF, 0x7F80),
+    "float16": _Bits(np.uint16, 0x7FFF, 0x7C00),
+    "float32": _Bits(np.uint32, 0x7FFF_FFFF, 0x7F80_0000),
+}
 
 
 class LineBuilder:
-    """Accumulates one line over blocks of `(rows, D)` stored values."""
+    """Accumulates one line over blocks of `(rows, D)` stored values.
+
+    Sums and sums of squares are float64 products with a vector of ones, which a BLAS does at the speed of the cache.
+    They are taken about a shift: zero for 16-bit values, whose few digits cannot cancel in float64, and the first
+    block's mean for float32. Largest values, zeros and non-finite values are found on the bits.
+    """
 
     def __init__(self, width: int, logical: str) -> None:
-        self.width, self.logical = width, logical
+        self.width, self.logical, self._kind = width, logical, _BITS[logical]
         self.block_rows = max(1, _BLOCK_VALUES // width)
-        self._block = np.empty((self.block_rows, width))
-        self.line = np.zeros(line_length(width))
+        self._wide = np.empty((self.block_rows, width))
+        self._squares = np.empty((self.block_rows, width))
+        self._bits = np.empty((self.block_rows, width), np.uint32)
+        self._magnitudes = np.empty((self.block_rows, width), self._kind.unsigned)
+        self._shift: NDArray[np.float64] | None = None if logical == "float32" else np.zeros(width)
+        self._sums = np.zeros(2 * width)
+        self._largest = np.zeros(width, self._kind.unsigned)
+        self._scalars = np.zeros(len(_SCALARS))
 
     def add(self, rows: NDArray[Any]) -> None:
         """Take in `(n, D)` stored values."""
         for start in range(0, len(rows), self.block_rows):
-            part = rows[start : start + self.block_rows]
-            values = widen(part, self._block[: len(part)], self.logical)
-            self.line = merge([self.line, _line_of(values)])
+            self._add_block(rows[start : start + self.block_rows])
 
+    @property
+    def line(self) -> NDArray[np.float64]:
+        """The line of everything taken in so far."""
+        n, width = max(self._scalars[0], 1.0), self.width
+        sums, squares = self._sums[:width], self._sums[width:]
+        mean = sums / n + (0.0 if self._shift is None else self._shift)
+        deviations = np.maximum(squares - sums * sums / n, 0.0)
+        return np.concatenate([mean, deviations, self._widen(self._largest[None])[0], self._scalars])
 
-def _line_of(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    width = values.shape[1]
-    line = np.zeros(line_length(width))
-    abs_max = np.maximum(values.max(axis=0), -values.min(axis=0))
-    n_nan = n_inf = 0
-    if not np.isfinite(abs_max).all():
-        n_nan, n_inf = int(np.isnan(values).sum()), int(np.isinf(values).sum())
-        values = values[np.isfinite(values).all(axis=1)]
-        abs_max = np.abs(values).max(axis=0, initial=0.0)
-    n_zero = values.size - np.count_nonzero(values)
-    line[-6:] = len(values), 0.0, 0.0, n_zero, n_nan, n_inf
-    if len(values):
-        norms = np.sqrt(np.einsum("nd,nd->n", values, values))
-        mean = values.mean(axis=0)
-        values -= mean
-        line[:width] = mean
-        line[width : 2 * width] = np.einsum("nd,nd->d", values, values)
-        line[2 * width : 3 * width] = abs_max
-        line[-5:-3] = norms.sum(), norms.max()
-    return line
+    def _add_block(self, stored: NDArray[Any]) -> None:
+        magnitudes = self._magnitudes[: len(stored)]
+        np.bitwise_and(stored.view(self._kind.unsigned), self._kind.magnitude, out=magnitudes)
+        largest = magnitudes.max(axis=0)
+        if largest.max() >= self._kind.infinity:
+            finite = (magnitudes < self._kind.infinity).all(axis=1)
+            self._scalars[4] += np.count_nonzero(magnitudes > self._kind.infinity)
+            self._scalars[5] += np.count_nonzero(magnitudes == self._kind.infinity)
+            stored, magnitudes = stored[finite], magnitudes[finite]
+            largest = magnitudes.max(axis=0, initial=0)
+        if len(stored):
+            np.maximum(self._largest, largest, out=self._largest)
+            self._add_finite(stored, magnitudes.size - int(np.count_nonzero(magnitudes)))
+
+    def _add_finite(self, stored: NDArray[Any], n_zero: int) -> None:
+        n, width = len(stored), self.width
+        values, squares, ones = self._widen(stored), self._squares[:n], np.ones(n)
+        if self._shift is None:
+            self._shift = values.mean(axis=0)
+        shifted = bool(self._shift.any())
+        if shifted:
+            values -= self._shift
+        np.multiply(values, values, out=squares)
+        self._sums[:width] += ones @ values
+        self._sums[width:] += ones @ squares
+        square_norms = squares @ np.ones(width)
+        if shifted:  # |v + s|^2 = |v|^2 + 2 v.s + |s|^2
+            square_norms += 2 * (values @ self._shift) + self._shift @ self._shift
+        norms = np.sqrt(square_norms)
+        self._scalars[:4] += n, norms.sum(), 0.0, n_zero
+        self._scalars[2] = max(self._scalars[2], norms.max())
+
+    def _widen(self, stored: NDArray[Any]) -> NDArray[np.float64]:
+        """Stored values as float64 in a buffer of ours; bfloat16 bits are the upper half of a float32."""
+        wide = self._wide[: len(stored)]
+        if self.logical == "bfloat16":
+            bits = self._bits[: len(stored)]
+            np.left_shift(stored, 16, out=bits, dtype=np.uint32)
+            stored = bits.view(np.float32)
+        elif stored.dtype.kind == "u":
+            stored = stored.view(self.logical)
+        np.copyto(wide, stored)
+        return wide
 
 
 def merge(lines: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:

@@ -87,7 +87,8 @@ class StoreWriter:
 
     def _create(self, blocks: TokenBlocks) -> None:
         layout.write_root(self.objects, layout.Root(state="creating", spec=self.spec))
-        layout.create_arrays(self.objects, self.spec)
+        with self.objects.full_disk_explained("the arrays' metadata: a few kilobytes"):
+            layout.create_arrays(self.objects, self.spec)
         per_chunk = min(layout.token_sequences_per_chunk(self.spec), self.spec.n_sequences)
         for name in layout.TOKEN_ARRAYS:
             values = getattr(blocks, name)
