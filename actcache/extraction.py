@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 _BYTES_PER_VALUE = {"bfloat16": 2, "float16": 2, "float32": 4}
 _SHARD_BYTES = 256 << 20
 """Default size of one shard of all sites, before compression; two of them are in memory."""
-_CHUNK_BYTES = 3 << 19
+_CHUNK_BYTES = 1 << 19
+"""Default size of the unit of reading, before compression: what it costs to ask for one is then no matter."""
 _SEQUENCES_PER_SHARD = 512
-"""Enough for chunks of about 512 rows to hold one row of each sequence (see docs/architecture.md, shuffle)."""
+"""Each chunk is a sample of the shard's sequences; of 512, a window of many chunks shuffles like the whole store."""
 
 
 def store_spec(
@@ -59,8 +60,8 @@ def store_spec(
         by_memory = _SHARD_BYTES // max(1, sum(row_bytes) * rows_per_sequence)
         sequences_per_shard = max(1, min(_SEQUENCES_PER_SHARD, by_memory, blocks.n_sequences))
     if rows_per_chunk is None:
-        largest = min(_CHUNK_BYTES // max([1, *row_bytes]), max(sequences_per_shard, 64))
-        rows_per_chunk = _largest_divisor(sequences_per_shard * rows_per_sequence, max(1, largest))
+        at_most = max(1, _CHUNK_BYTES // max([1, *row_bytes]))
+        rows_per_chunk = _largest_divisor(sequences_per_shard * rows_per_sequence, at_most)
     return StoreSpec(
         sites=tuple(sites),
         n_sequences=blocks.n_sequences,
@@ -104,7 +105,7 @@ def extract(
         skip_first: leading positions of each sequence that are not kept (1: the BOS, whose norm is often extreme).
         seed: seed of the shuffle of rows within shards.
         sequences_per_shard: sequences of a shard; by default 512, fewer where that would exceed 256 MB.
-        rows_per_chunk: rows of the unit of reading; by default about as many as a shard has sequences.
+        rows_per_chunk: rows of the unit of reading; by default half a megabyte of the widest site.
         batch_sequences: sequences in one forward pass.
         threads: encoding threads; by default one per core.
         progress: called with (sequences done, sequences in all) after each forward pass.

@@ -134,14 +134,14 @@ def test_bad_input(tmp_path, blocks):
     assert not (tmp_path / "s.zarr").exists()
 
 
-def test_default_sizes_make_chunks_of_about_one_row_per_sequence():
+def test_default_sizes_make_chunks_of_half_a_megabyte():
     from actcache.extraction import store_spec
 
     lm = tiny_lm()
     sites = [place.site for place in lm.resolve(SITES)]
-    spec = store_spec(lm, random_blocks(600, 32), sites)
+    spec = store_spec(lm, random_blocks(2000, 32), sites, dtype="float32")
     assert spec.sequences_per_shard == 512
-    assert 256 <= spec.rows_per_chunk <= 512
+    assert 1 << 17 <= spec.rows_per_chunk * 16 * 4 <= 1 << 19
     assert spec.rows_per_shard % spec.rows_per_chunk == 0
 
 

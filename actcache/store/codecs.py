@@ -90,13 +90,18 @@ def checksum_of(stored: memoryview) -> int:
     return int.from_bytes(stored[-CRC_BYTES:], "little")
 
 
+def matches(payload: memoryview, crc: int) -> bool:
+    """True when the payload has this crc32c."""
+    # The library takes arrays and bytes, no memoryviews.
+    return bool(google_crc32c.value(np.frombuffer(payload, dtype=np.uint8)) == crc)
+
+
 def decode_into(stored: memoryview, out: NDArray[Any], compression: Compression | None) -> str | None:
     """Check and decompress one stored chunk into the C-contiguous `out`; None, or what is wrong with the chunk."""
     if len(stored) < CRC_BYTES:
         return f"is {len(stored)} bytes long, too short for a checksum"
     payload = stored[:-CRC_BYTES]
-    # The library takes arrays and bytes, no memoryviews.
-    if google_crc32c.value(np.frombuffer(payload, dtype=np.uint8)) != checksum_of(stored):
+    if not matches(payload, checksum_of(stored)):
         return "does not match its checksum"
     if compression is None:
         if len(payload) != out.nbytes:

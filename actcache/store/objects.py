@@ -61,6 +61,7 @@ class Objects:
         else:
             self.store = zarr.open_group(str(location), mode="r" if read_only else "a").store
         self.root = self.store.root if isinstance(self.store, LocalStore) else None
+        self._root = None if self.root is None else str(self.root)
 
     def __str__(self) -> str:
         return str(self.location)
@@ -101,25 +102,28 @@ class Objects:
         buffer = _LOOP.run(self.store.get(key, prototype=default_buffer_prototype()))
         return None if buffer is None else memoryview(buffer.to_bytes())
 
-    def read_into(self, key: str, offset: int, out: memoryview) -> int:
-        """Fill `out` from byte `offset` on; bytes read (fewer where the object ends), or -1 when there is no object."""
-        if self.root is None:
-            request = RangeByteRequest(offset, offset + len(out))
+    def read_into(self, key: str, offset: int, *outs: memoryview) -> int:
+        """Fill the buffers, one after the other, from byte `offset` on.
+
+        Returns the bytes read, fewer than asked for where the object ends, or -1 when there is no object.
+        """
+        if self._root is None:
+            request = RangeByteRequest(offset, offset + sum(map(len, outs)))
             buffer = _LOOP.run(self.store.get(key, prototype=default_buffer_prototype(), byte_range=request))
             if buffer is None:
                 return -1
-            data = buffer.to_bytes()
-            out[: len(data)] = data
-            return len(data)
+            data, done = memoryview(buffer.to_bytes()), 0
+            for out in outs:
+                part = data[done : done + len(out)]
+                out[: len(part)] = part
+                done += len(part)
+            return done
         try:
-            descriptor = os.open(self.root / key, os.O_RDONLY)
+            descriptor = os.open(f"{self._root}/{key}", os.O_RDONLY)
         except (FileNotFoundError, NotADirectoryError):
             return -1
         try:
-            done = 0
-            while done < len(out) and (n := os.preadv(descriptor, [out[done:]], offset + done)):
-                done += n
-            return done
+            return os.preadv(descriptor, outs, offset)
         finally:
             os.close(descriptor)
 

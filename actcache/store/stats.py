@@ -137,7 +137,7 @@ class LineBuilder:
         square_norms = squares @ np.ones(width)
         if shifted:  # |v + s|^2 = |v|^2 + 2 v.s + |s|^2
             square_norms += 2 * (values @ self._shift) + self._shift @ self._shift
-        norms = np.sqrt(square_norms)
+        norms = np.sqrt(np.maximum(square_norms, 0.0))
         self._scalars[:4] += n, norms.sum(), 0.0, n_zero
         self._scalars[2] = max(self._scalars[2], norms.max())
 
