@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,13 +170,13 @@ def initialise(mlp: SparseMLP, mean_in_D: Tensor, mean_out_D: Tensor, *, decoder
 def sparse_loss(
     mlp: SparseMLP, x_BD: Tensor, y_BD: Tensor, l1: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The training loss on scaled rows, with its two parts: `(loss, error, latents (B, F))`.
+    """The training loss on scaled rows, the error in it, and the latents `(B, F)`.
 
-        loss = mean_B( sum_D (y_hat - y)^2 )  +  l1 * mean_B( mean_F( a_f * |w_f| ) )
+        loss = mean_B( sum_D (y_hat - y)^2 )  +  l1 * sqrt(D_out) * mean_B( mean_F( a_f * |w_f| ) )
 
-    `y` has variance 1 per dimension on average, so the error is `D_out` for the best constant prediction and
-    `D_out x FVU` in general; `|w_f|` is the norm of latent f's decoder column (so that the penalty cannot be escaped by
-    small latents and long columns). The matrix products run in `dtype`, everything else in float32.
+    `y` has variance 1 per dimension on average, so the error is `D_out x FVU`. `|w_f|` is the norm of latent f's decoder column, so that the penalty cannot be escaped by small latents and long
+    columns. Lengths of rows grow like `sqrt(D_out)`, so with that factor both terms grow like `D_out`, and one `l1`
+    means the same for narrow and wide sites. The matrix products run in `dtype`, everything else in float32.
     """
     with torch.autocast(x_BD.device.type, dtype, enabled=dtype != torch.float32):
         a_BF = mlp.encode(x_BD)
@@ -184,4 +185,5 @@ def sparse_loss(
         decoder_DF = torch.cat([mlp.decoder.weight, norms_F])
         out_BD = F.linear(a_BF, decoder_DF, F.pad(mlp.decoder.bias, (0, 1))).float()
     error = F.mse_loss(out_BD[:, :-1], y_BD) * mlp.d_out
-    return error + (l1 / mlp.n_latents) * out_BD[:, -1].mean(), error, a_BF
+    penalty = out_BD[:, -1].mean() * (l1 * math.sqrt(mlp.d_out) / mlp.n_latents)
+    return error + penalty, error, a_BF

@@ -36,10 +36,10 @@ HISTORY = ("step", "loss", "fvu", "l0", "dead")
 class TrainConfig:
     """How to train. The defaults are the demo's recipe: about 1,200 steps of 2,048 rows."""
 
-    l1: float = 2.0**8
+    l1: float = 2.0**6
     """Sparsity penalty, usually written `2**S`: multiplies the mean over latents of a row's activations, each weighted
-    by the norm of its decoder column. It is weighed against the squared error summed over the target's dimensions, in
-    units of their mean variance (so `D_out` for the best constant prediction). S = 1 is dense, S = 8 very sparse."""
+    by the norm of its decoder column and taken in units of the target's length (its root mean squared deviation from
+    the mean, over rows). It is weighed against the fraction of variance unexplained. S = 1 is dense, 8 very sparse."""
     lr: float = 6e-3
     """Peak learning rate of Adam."""
     n_steps: int = 1200

@@ -136,7 +136,7 @@ def test_loss_is_the_documented_formula():
     a = mlp.encode(x).detach().numpy()
     norms = np.linalg.norm(mlp.decoder.weight.detach().numpy(), axis=0)
     wanted_error = ((mlp(x).detach().numpy() - y.numpy()) ** 2).sum(1).mean()
-    wanted_l1 = 32 * (a * norms).mean(1).mean()
+    wanted_l1 = 32 * np.sqrt(5) * (a * norms).mean(1).mean()
     np.testing.assert_allclose(error.item(), wanted_error, rtol=1e-5)
     np.testing.assert_allclose(loss.item(), wanted_error + wanted_l1, rtol=1e-5)
     np.testing.assert_allclose(latents.detach(), a, atol=1e-6)
