@@ -174,8 +174,8 @@ def sparse_loss(
 
         loss = mean_B( sum_D (y_hat - y)^2 )  +  l1 * sqrt(D_out) * mean_B( mean_F( a_f * |w_f| ) )
 
-    `y` has variance 1 per dimension on average, so the error is `D_out x FVU`. `|w_f|` is the norm of latent f's decoder
-    column, so that the penalty cannot be escaped by small latents and long columns. Lengths of rows grow like
+    `y` has variance 1 per dimension on average, so the error is `D_out x FVU`. `|w_f|` is the norm of latent f's
+    decoder column, so that the penalty cannot be escaped by small latents and long columns. Lengths of rows grow like
     `sqrt(D_out)`, so with that factor both terms grow like `D_out`, and one `l1` means the same for narrow and wide
     sites. The matrix products run in `dtype`, everything else in float32.
     """
