@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from actcache.errors import ConfigError
+from actcache.memory import keep_freed_memory
 from actcache.spec import Dtype, Progress, Site, StoreSpec, TokenBlocks, check_positive
 from actcache.store import Store, StoreWriter
 
@@ -128,6 +129,7 @@ def extract(
         sequences_per_shard=sequences_per_shard,
         rows_per_chunk=rows_per_chunk,
     )
+    keep_freed_memory()
     with StoreWriter(path, spec, blocks, threads=threads or os.cpu_count() or 1) as writer:
         pending = writer.pending()
         done = spec.n_sequences - sum(len(spec.shard_sequences(shard)) for shard in pending)

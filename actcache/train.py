@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from actcache.errors import ConfigError, SiteError, StateError
+from actcache.memory import keep_freed_memory
 from actcache.sparse import Scaling, SparseMLP, fold_scaling, initialise, sparse_loss, write_atomic
 from actcache.spec import Progress, check_positive
 
@@ -343,14 +344,6 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
         capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
         native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return torch.bfloat16 if native else torch.float32
-
-
-def keep_freed_memory() -> None:
-    """Make the C allocator keep the step's large tensors instead of giving their pages back and faulting them in again.
-
-    Freeing a block raises glibc's mmap threshold to its size, 32 MiB at most (mallopt(3), M_MMAP_THRESHOLD).
-    """
-    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
