@@ -74,7 +74,7 @@ def store_spec(
         codec=codec,
         seed=seed,
         model=lm.identity,
-        text=blocks.description,
+        text={**blocks.description, "tokens": blocks.digest()},
     )
 
 
@@ -103,7 +103,8 @@ def extract(
         path: where the store is made, or continued when an earlier call was interrupted.
         codec: preset `raw` or `lossless`.
         dtype: element type on disk: `bfloat16`, `float16` or `float32`.
-        skip_first: leading positions of each sequence that are not kept (1: the BOS, whose norm is often extreme).
+        skip_first: leading positions of each sequence that are not kept: they have the least context and, in many
+            models, extreme norms.
         seed: seed of the shuffle of rows within shards.
         sequences_per_shard: sequences of a shard; by default 512, fewer where that would exceed 256 MB.
         rows_per_chunk: rows of the unit of reading; by default half a megabyte of the widest site.

@@ -75,7 +75,7 @@ class StoreSpec:
     rows_per_chunk: int
     """Rows of an inner chunk, the unit of reading; divides `rows_per_shard`."""
     skip_first: int = 1
-    """Leading positions of each sequence that get no row (1 drops the BOS that begins each packed sequence)."""
+    """Leading positions of each sequence that get no row: those have the least context, and often extreme norms."""
     dtype: Dtype = "bfloat16"
     """Logical element type."""
     codec: str = "lossless"
@@ -182,6 +182,14 @@ class TokenBlocks:
         """T."""
         return int(self.ids.shape[1])
 
+    def digest(self) -> str:
+        """sha256 (hex) of ids and documents: what a store and its verification go by."""
+        digest = hashlib.sha256()
+        for values in (self.ids, self.document):
+            for start in range(0, self.n_sequences, 4096):  # memory-mapped arrays are read piece by piece
+                digest.update(np.ascontiguousarray(values[start : start + 4096], dtype="<u4").data)
+        return digest.hexdigest()
+
     def batches(self, n_sequences: int) -> Iterator[NDArray[np.uint32]]:
         """The ids in order, `n_sequences` at a time (the last batch may be smaller)."""
         for start in range(0, self.n_sequences, n_sequences):
@@ -204,7 +212,7 @@ def expand_names(patterns: Sequence[str], known: Sequence[str]) -> list[str]:
         SiteError: a pattern matches nothing; the message names the nearest known names.
     """
     wanted: set[str] = set()
-    for pattern in patterns:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
         matches = [name for name in known if fnmatchcase(name, pattern)]
         if not matches:
             near = difflib.get_close_matches(pattern, known, n=4, cutoff=0.4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,8 +31,7 @@ def random_blocks(n_sequences: int, length: int, seed: int = 0) -> TokenBlocks:
     ids = rng.integers(0, 2048, (n_sequences, length)).astype(np.uint32)
     document = np.sort(rng.integers(0, n_sequences, (n_sequences, length)).astype(np.uint32), axis=None)
     document = document.reshape(ids.shape)
-    digest = hashlib.sha256(ids.tobytes() + document.tobytes()).hexdigest()
-    return TokenBlocks(ids=ids, document=document, description={"length": length, "tokens": digest})
+    return TokenBlocks(ids=ids, document=document, description={"length": length})
 
 
 def spec_of(blocks: TokenBlocks, **changes: Any) -> StoreSpec:
@@ -44,7 +42,7 @@ def spec_of(blocks: TokenBlocks, **changes: Any) -> StoreSpec:
         "sequences_per_shard": 8,
         "rows_per_chunk": 16,
         "model": {"name": "random"},
-        "text": blocks.description,
+        "text": {**blocks.description, "tokens": blocks.digest()},
     }
     return StoreSpec(**{**settings, **changes})
 

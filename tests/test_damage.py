@@ -181,6 +181,25 @@ def test_repair_uncommits_only_the_bad_shards_and_the_same_call_mends_them(copy,
     assert verify(copy) == []
 
 
+@pytest.mark.parametrize("victim", ["ledger/c/0/0/0", "sites/blocks.1.attn.hook_z/total/c/0"])
+def test_a_damaged_ledger_or_total_blames_no_shard_and_is_made_again(copy, small_store, victim):
+    data = bytearray((copy / victim).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / victim).write_bytes(data)
+    assert [(fault.column, fault.shard) for fault in verify(copy)] == [("ledger", -1)]
+    assert repair(copy, verify(copy)) == []
+    assert verify(copy) == []
+    assert open_store(copy).fingerprint == small_store.fingerprint
+
+
+def test_changed_attributes_are_noticed_and_not_blessed(copy):
+    root = copy / "zarr.json"
+    root.write_text(root.read_text().replace('"random"', '"another"'))
+    assert [fault.column for fault in verify(copy)] == ["attributes"]
+    with pytest.raises(CorruptShardError, match="cannot be repaired"):
+        repair(copy, verify(copy))
+
+
 def test_damaged_tokens_cannot_be_repaired_and_say_so(copy):
     next(copy.glob("tokens/ids/c/*/0")).unlink()
     with pytest.raises(CorruptShardError, match="cannot be repaired"):

@@ -17,6 +17,7 @@ from conftest import random_blocks
 
 import actcache as ac
 from actcache.errors import ConfigError, SiteError, StorageFullError, StoreMismatchError
+from actcache.spec import TokenBlocks
 from actcache.stories import StoriesConfig, StoriesLM
 
 CONFIG = StoriesConfig(d_model=16, d_mlp=32, n_layers=2, n_heads=2, n_ctx=32, d_vocab=2048)
@@ -121,7 +122,16 @@ def test_another_model_text_or_spec_is_refused(unbroken, blocks):
         ac.extract(tiny_lm(), random_blocks(29, 21, seed=9), SITES, unbroken.path, **SIZES)
     with pytest.raises(StoreMismatchError, match="dtype: the store has 'bfloat16', asked for 'float16'"):
         ac.extract(tiny_lm(), blocks, SITES, unbroken.path, dtype="float16", **SIZES)
+    anonymous = TokenBlocks(ids=blocks.ids[::-1], document=blocks.document, description=blocks.description)
+    with pytest.raises(StoreMismatchError, match=r"text\.tokens"):
+        ac.extract(tiny_lm(), anonymous, SITES, unbroken.path, **SIZES)
     assert ac.verify(unbroken.path) == []
+
+
+def test_a_part_of_the_blocks_gives_a_sound_store(tmp_path, blocks):
+    store = ac.extract(tiny_lm(), blocks.take(slice(-4, None)), "blocks.0.hook_mlp_out", tmp_path / "s.zarr")
+    assert store.sites == ["blocks.0.hook_mlp_out"]
+    assert ac.verify(tmp_path / "s.zarr") == []
 
 
 def test_bad_input(tmp_path, blocks):

@@ -127,6 +127,16 @@ def test_breaking_off_and_iterating_again_goes_on(small_store):
     assert not torch.equal(again[0][0], unbroken[0][0])
 
 
+def test_an_iterator_that_lost_its_loader_says_so_instead_of_waiting(small_store):
+    for disturb in (lambda it: next(iter(it)), lambda it: it.load_state_dict(it.state_dict()), lambda it: it.close()):
+        loader = small_loader(small_store)
+        iterator = iter(loader)
+        next(iterator)
+        disturb(loader)
+        with pytest.raises(ConfigError, match="make a loader of its own for each use"):
+            next(iterator)
+
+
 def test_ranks_share_one_global_order(small_store):
     whole = everything(small_loader(small_store))
     parts = [everything(small_loader(small_store, rank=r, world_size=3)) for r in range(3)]

@@ -113,6 +113,13 @@ def test_read_takes_slices_and_any_order_of_rows(small_store):
     assert torch.equal(small_store.read("blocks.0.hook_mlp_out", picked), everything[picked])
     assert torch.equal(small_store.read("blocks.0.hook_mlp_out", slice(5, 200, 7)), everything[5:200:7])
     assert small_store.read("blocks.0.hook_mlp_out", []).shape == (0, 12)
+    mask = np.zeros(small_store.n_rows, bool)
+    mask[[3, 200]] = True
+    assert torch.equal(small_store.read("blocks.0.hook_mlp_out", mask), everything[[3, 200]])
+    with pytest.raises(IndexError, match="a mask of 348 booleans, not by float64"):
+        small_store.read("blocks.0.hook_mlp_out", [1.5])
+    with pytest.raises(IndexError, match="not by bool of shape"):
+        small_store.read("blocks.0.hook_mlp_out", [True, False])
     with pytest.raises(IndexError, match="0 to 347"):
         small_store.read("blocks.0.hook_mlp_out", [348])
 
@@ -236,6 +243,8 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
 def test_no_store_and_unknown_site_say_what_to_do(tmp_path, small_store):
     with pytest.raises(StoreNotFoundError, match="actcache extract"):
         open_store(tmp_path / "nowhere.zarr")
+    with pytest.raises(ConfigError, match="is a URL"):
+        open_store("s3://bucket/acts.zarr")
     with pytest.raises(SiteError, match=r"did you mean blocks\.0\.hook_mlp_out"):
         small_store.stats("blocks.0.hook_mlp_oot")
 

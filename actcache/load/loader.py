@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 STATE_VERSION = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Batch(Mapping[str, "torch.Tensor"]):
     """Rows of several sites, aligned: `batch[site][i]` belongs to global row `batch.rows[i]` for every site.
 
@@ -38,6 +38,10 @@ class Batch(Mapping[str, "torch.Tensor"]):
     """`(B, D)` by site."""
     rows: torch.Tensor
     """`(B,)` int64 global row ids, on the CPU."""
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{site}: {tuple(acts.shape)}" for site, acts in self.activations.items())
+        return f"Batch({shapes})"
 
     def __getitem__(self, site: str) -> torch.Tensor:
         return self.activations[site]
@@ -297,6 +301,11 @@ class _ReadAhead:
             item = self._queue.get()
             if item is None:
                 return
+            if self._stopping.is_set():
+                raise ConfigError(
+                    "this iteration is over: the loader was closed, moved to a state, or iterated again meanwhile; "
+                    "make a loader of its own for each use"
+                )
             if isinstance(item, BaseException):
                 raise item
             yield item
@@ -307,3 +316,4 @@ class _ReadAhead:
         self._thread.join()
         while not self._queue.empty():
             self._queue.get_nowait()
+        self._queue.put_nowait(StopIteration())  # whoever still waits for a batch wakes up

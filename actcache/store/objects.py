@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import zarr
 from zarr.abc.store import RangeByteRequest, Store
 from zarr.buffer import cpu, default_buffer_prototype
 from zarr.storage import LocalStore
 
-from actcache.errors import StorageFullError
+from actcache.errors import ConfigError, StorageFullError
 
 T = TypeVar("T")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -54,12 +53,15 @@ class Objects:
 
     def __init__(self, location: str | Path | Store, *, read_only: bool) -> None:
         self.location = location
-        if isinstance(location, str | Path) and "://" not in str(location):
-            self.store: Store = LocalStore(Path(location), read_only=read_only)
-        elif isinstance(location, Store):
+        if isinstance(location, Store):
             self.store = location
+        elif "://" in str(location):
+            raise ConfigError(
+                f"{location} is a URL, and this version writes and reads local folders; "
+                "give a path, or a zarr store object"
+            )
         else:
-            self.store = zarr.open_group(str(location), mode="r" if read_only else "a").store
+            self.store = LocalStore(Path(location), read_only=read_only)
         self.root = self.store.root if isinstance(self.store, LocalStore) else None
         self._root = None if self.root is None else str(self.root)
 

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from actcache.errors import CorruptShardError
 from actcache.spec import Progress
 from actcache.store import codecs, layout
+from actcache.store.objects import Objects
 from actcache.store.reader import Store, open_store
 from actcache.store.stats import line_length
+from actcache.store.writer import seal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +28,7 @@ class Fault:
     """Something on disk that is not what was written."""
 
     column: str
-    """A site's name, `rows`, `tokens` or `ledger`."""
+    """A site's name, `rows`, `tokens`, `ledger` (totals included) or `attributes` (the root's)."""
     shard: int
     """The shard, or -1 for what belongs to the whole store."""
     reason: str
@@ -40,7 +43,11 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> list[Fault]
     """
     store = open_store(path)
     names = layout.columns(store.spec)
-    faults = _check(store, "ledger", -1, _check_ledger) + _check(store, "tokens", -1, _check_tokens)
+    faults = _check(store, "ledger", -1, _check_ledger)
+    # A damaged ledger says nothing of the shards: they are held against their own commit records then.
+    store.use_ledger = not faults
+    faults += [] if faults else _check(store, "attributes", -1, _check_fingerprint)
+    faults += _check(store, "tokens", -1, _check_tokens)
     total, done = len(store.committed) * len(names), 0
     for shard in store.committed:
         for name in names:
@@ -60,27 +67,26 @@ def _check(store: Store, column: str, shard: int, check: Callable[[Store, str, i
 
 
 def _check_ledger(store: Store, _column: str, _shard: int) -> None:
-    if not store.sealed:
-        return
-    totals = [
-        layout.get_table(
-            store.objects,
-            f"{layout.site_prefix(site.name)}/total/c/0",
-            (line_length(site.width),),
-            layout.FLOAT64,
-        )[0]
-        for site in store.spec.sites
-    ]
-    if layout.fingerprint(store.spec, store.ledger, totals) != store.fingerprint:
+    if store.sealed:
+        _totals(store)
+        _ = store.ledger
+
+
+def _check_fingerprint(store: Store, _column: str, _shard: int) -> None:
+    if store.sealed and layout.fingerprint(store.spec, store.ledger, _totals(store)) != store.fingerprint:
         raise CorruptShardError(f"{store.path}: spec, ledger and totals do not match the fingerprint")
+
+
+def _totals(store: Store) -> list[NDArray[np.float64]]:
+    keys = ((f"{layout.site_prefix(site.name)}/total/c/0", line_length(site.width)) for site in store.spec.sites)
+    return [layout.get_table(store.objects, key, (length,), layout.FLOAT64)[0] for key, length in keys]
 
 
 def _check_tokens(store: Store, _column: str, _shard: int) -> None:
     digest = hashlib.sha256()
     for name in layout.TOKEN_ARRAYS:
-        digest.update(np.ascontiguousarray(store.tokens(name)).tobytes())
-    expected = store.spec.text.get("tokens")
-    if expected and digest.hexdigest() != expected:
+        digest.update(store.tokens(name).data)
+    if digest.hexdigest() != store.spec.text.get("tokens"):
         raise CorruptShardError(f"{store.path}: the tokens do not match their digest")
 
 
@@ -101,13 +107,13 @@ def _check_site(store: Store, column: str, shard: int) -> None:
 def repair(path: str | Path, faults: list[Fault]) -> list[int]:
     """Un-commit the shards named by the faults and open the store for writing again; returns those shards.
 
-    Raises:
-        CorruptShardError: tokens or ledger are damaged, which no re-extraction of shards can mend.
-    """
-    from actcache.store.objects import Objects
+    A damaged ledger is made again from the commit records at once, if no shard is at fault.
 
+    Raises:
+        CorruptShardError: tokens or root attributes are damaged, which no re-extraction of shards can mend.
+    """
     store = open_store(path)
-    beyond = [fault for fault in faults if fault.shard < 0 and fault.column == "tokens"]
+    beyond = [fault for fault in faults if fault.column in ("tokens", "attributes")]
     if beyond:
         raise CorruptShardError(f"{path} cannot be repaired: {beyond[0].reason}; extract it anew to another place")
     objects = Objects(path, read_only=False)
@@ -117,4 +123,6 @@ def repair(path: str | Path, faults: list[Fault]) -> list[int]:
     for shard in shards:
         for column in range(len(layout.columns(store.spec))):
             objects.delete(layout.commit_key(shard, column))
+    if faults and not shards:
+        seal(objects)
     return shards

@@ -10,6 +10,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,8 @@ class StoreWriter:
             future.result()
         self._running.clear()
         if not self.sealed and not self.pending():
-            self._seal()
+            seal(self.objects)
+            self.sealed = True
         return Store(self.objects, layout.read_root(self.objects))
 
     def _after(
@@ -214,24 +216,24 @@ class StoreWriter:
             n_bytes += size
         return layout.Record(n_rows=len(buffers.order), n_bytes=n_bytes, checksums=tuple(checksums))
 
-    def _seal(self) -> None:
-        """Ledger and totals, then the one put that makes the store sealed."""
-        root = layout.read_root(self.objects)
-        reader = Store(self.objects, root)
-        names, length = layout.columns(self.spec), layout.record_length(self.spec)
-        ledger = np.empty((self.spec.n_shards, len(names), layout.HEAD_BYTES), np.uint8)
-        for shard in range(self.spec.n_shards):
-            for column, name in enumerate(names):
-                head = reader.record(name, shard).to_bytes(length)[: layout.HEAD_BYTES]
-                ledger[shard, column] = np.frombuffer(head, np.uint8)
-        totals = []
-        for site in self.spec.sites:
-            total = merge(reader.shard_line(site.name, shard) for shard in range(self.spec.n_shards))
-            layout.put_table(self.objects, f"{layout.site_prefix(site.name)}/total/c/0", total)
-            totals.append(total)
-        layout.put_table(self.objects, "ledger/c/0/0/0", ledger)
-        layout.write_root(self.objects, layout.sealed(root, layout.fingerprint(self.spec, ledger, totals)))
-        self.sealed = True
+
+def seal(objects: Objects) -> None:
+    """Write ledger and totals of a store whose shards are all committed, then the one put that makes it sealed."""
+    root = layout.read_root(objects)
+    spec, reader = root.spec, Store(objects, replace(root, state="open"))
+    names, length = layout.columns(spec), layout.record_length(spec)
+    ledger = np.empty((spec.n_shards, len(names), layout.HEAD_BYTES), np.uint8)
+    for shard in range(spec.n_shards):
+        for column, name in enumerate(names):
+            head = reader.record(name, shard).to_bytes(length)[: layout.HEAD_BYTES]
+            ledger[shard, column] = np.frombuffer(head, np.uint8)
+    totals = []
+    for site in spec.sites:
+        total = merge(reader.shard_line(site.name, shard) for shard in range(spec.n_shards))
+        layout.put_table(objects, f"{layout.site_prefix(site.name)}/total/c/0", total)
+        totals.append(total)
+    layout.put_table(objects, "ledger/c/0/0/0", ledger)
+    layout.write_root(objects, layout.sealed(root, layout.fingerprint(spec, ledger, totals)))
 
 
 def check_same_spec(objects: Objects, found: StoreSpec, asked: StoreSpec) -> None:
