@@ -9,14 +9,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.load.plan import Epoch
+from actcache.load.plan import Epoch, Plan
 from actcache.store.codecs import Scratch
 from actcache.store.layout import chunks_per_shard
 
@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 class Window:
     """The decoded chunks of one window, for all sites: `values[site]` is `(rows, D)` in stored dtype."""
 
+    epoch: Epoch
+    """The epoch that it belongs to."""
+    number: int
+    """Its number in that epoch."""
+
     def __init__(self, store: Store, sites: list[str], n_rows: int) -> None:
         dtype = store.stored_dtype
         self.store, self.sites = store, sites
@@ -40,6 +45,7 @@ class Window:
 
     def begin(self, epoch: Epoch, window: int, pool: ThreadPoolExecutor) -> None:
         """Start decoding a window into these buffers."""
+        self.epoch, self.number = epoch, window
         chunks = epoch.windows[window]
         ends = np.cumsum(epoch.plan.chunk_rows(chunks))
         self.pending = [
@@ -74,23 +80,39 @@ class Window:
             target[:] = whole[:n_rows]
 
 
-def windows(epoch: Epoch, first: int, buffers: list[Window], pool: ThreadPoolExecutor) -> Generator[Window]:
-    """The windows of an epoch from number `first` on, each decoded while the one before it is in use.
+def windows(
+    plan: Plan, first: tuple[int, int], epochs: int | None, buffers: list[Window], pool: ThreadPoolExecutor
+) -> Generator[Window]:
+    """The windows of a run, each decoded while the one before it is in use, across the ends of epochs too.
 
-    A yielded window is valid until the next one is asked for.
+    `first` is the (epoch, window) to begin with; `epochs` is the epoch to stop before, None for never. A yielded window
+    is valid until the next one is asked for.
     """
-    last = len(epoch.windows) - 1
-    buffers[first % 2].begin(epoch, first, pool)
+    numbers = _window_numbers(plan, first, epochs)
+    coming = next(numbers, None)
     try:
-        for number in range(first, last + 1):
-            buffers[number % 2].wait()
-            if number < last:
-                buffers[(number + 1) % 2].begin(epoch, number + 1, pool)
-            yield buffers[number % 2]
+        if coming:
+            buffers[0].begin(*coming, pool)
+        while coming:
+            buffers[0].wait()
+            coming = next(numbers, None)
+            if coming:
+                buffers[1].begin(*coming, pool)
+            yield buffers[0]
+            buffers.reverse()
     finally:
         for buffer in buffers:
             for future in buffer.pending:
                 future.cancel()
+
+
+def _window_numbers(plan: Plan, first: tuple[int, int], epochs: int | None) -> Iterator[tuple[Epoch, int]]:
+    number, window = first
+    while epochs is None or number < epochs:
+        epoch = plan.epoch(number)
+        for following in range(window, len(epoch.windows)):
+            yield epoch, following
+        number, window = number + 1, 0
 
 
 class BatchMemory:

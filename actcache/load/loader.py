@@ -11,12 +11,13 @@ import queue
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from actcache.errors import ConfigError, StateError, StoreIncompleteError
 from actcache.load.fetch import BatchMemory, Gather, Window, windows
-from actcache.load.plan import Epoch, Plan
+from actcache.load.plan import Plan
 from actcache.spec import check_positive, expand_names
 
 if TYPE_CHECKING:
@@ -223,43 +224,43 @@ class Loader:
         while len(self._buffers) < 2:
             self._buffers.append(Window(self.store, self.sites, most))
         last_epoch = None if self.epochs is None else self._first_epoch + self.epochs
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="actcache-decode") as pool:
-            while last_epoch is None or epoch_number < last_epoch:
-                epoch = self.plan.epoch(epoch_number)
-                for number, value in self._epoch_batches(epoch, batch, gather, pool):
-                    yield epoch_number, number, value
-                epoch_number, batch = epoch_number + 1, 0
+        if last_epoch is not None and epoch_number >= last_epoch:
+            return
+        first_window = self.plan.epoch(epoch_number).batch_windows(batch * self.world_size + self.rank).start
+        with (
+            ThreadPoolExecutor(self._threads, thread_name_prefix="actcache-decode") as pool,
+            closing(windows(self.plan, (epoch_number, first_window), last_epoch, self._buffers, pool)) as stream,
+        ):
+            window: Window | None = next(stream)
+            while window is not None:
+                for number in range(batch, len(self)):
+                    value, window = self._batch_from(stream, window, number, gather)
+                    yield window.epoch.epoch, number, value
+                epoch, batch = window.epoch, 0
+                while window is not None and window.epoch is epoch:  # an incomplete last batch is left out
+                    window = next(stream, None)
 
-    def _epoch_batches(
-        self, epoch: Epoch, first: int, gather: Gather, pool: ThreadPoolExecutor
-    ) -> Iterator[tuple[int, Batch]]:
-        """This rank's batches of an epoch from its number `first` on."""
+    def _batch_from(self, stream: Iterator[Window], window: Window, batch: int, gather: Gather) -> tuple[Batch, Window]:
+        """This rank's batch of that number, and the window that it ended in; `window` is where the stream stands."""
         import torch
 
-        wanted = range(first * self.world_size + self.rank, len(self) * self.world_size, self.world_size)
-        current = epoch.batch_windows(wanted[0]).start
-        stream = windows(epoch, current, self._buffers, pool)
-        window = next(stream)
-        for number, batch in enumerate(wanted, first):
-            begin, end = epoch.batch_span(batch)
-            widths = {site: self.store.spec.site(site).width for site in self.sites}
-            acts = {site: self._memory.take(end - begin, width, self.dtype) for site, width in widths.items()}
-            rows = torch.empty(end - begin, dtype=torch.int64)
-            while current < epoch.batch_windows(batch).start:
-                window, current = next(stream), current + 1
-            for wanted_window in epoch.batch_windows(batch):
-                if wanted_window != current:
-                    window, current = next(stream), current + 1
-                piece = epoch.piece(batch, current, window.order)
-                stop = piece.start + len(piece.places)
-                places = torch.from_numpy(piece.places)
-                rows[piece.start : stop] = torch.from_numpy(window.row_ids[piece.places])
-                for site, target in acts.items():
-                    gather(window.values[site], places, target[piece.start : stop])
-            if self.device.type != "cpu":
-                acts = {site: value.to(self.device) for site, value in acts.items()}
-            yield number, Batch(acts, rows)
-        stream.close()
+        epoch, in_order = window.epoch, batch * self.world_size + self.rank
+        begin, end = epoch.batch_span(in_order)
+        widths = {site: self.store.spec.site(site).width for site in self.sites}
+        acts = {site: self._memory.take(end - begin, width, self.dtype) for site, width in widths.items()}
+        rows = torch.empty(end - begin, dtype=torch.int64)
+        for wanted in epoch.batch_windows(in_order):
+            while window.number != wanted:  # windows that belong to other ranks' batches are passed by
+                window = next(stream)
+            piece = epoch.piece(in_order, wanted, window.order)
+            stop = piece.start + len(piece.places)
+            places = torch.from_numpy(piece.places)
+            rows[piece.start : stop] = torch.from_numpy(window.row_ids[piece.places])
+            for site, target in acts.items():
+                gather(window.values[site], places, target[piece.start : stop])
+        if self.device.type != "cpu":
+            acts = {site: value.to(self.device) for site, value in acts.items()}
+        return Batch(acts, rows), window
 
 
 class _ReadAhead:
