@@ -56,7 +56,7 @@ class DemoConfig:
     """Rows of a training batch."""
     l1: tuple[float, ...] = field(default=(64.0,))
     """Sparsity penalty of each layer; the last one also serves all further layers."""
-    lr: float = 3e-3
+    lr: float = 6e-3
     """Peak learning rate."""
     seed: int = 0
     """Seed of the order of sequences, rows, batches, and of the initial weights."""

@@ -13,6 +13,8 @@ ActcacheError
 │   └── StoreIncompleteError           not sealed yet
 ├── CorruptShardError(OSError)         what is on disk is not what was written
 ├── StorageFullError(OSError)          no room; the same command continues once there is
+├── RunNotFoundError(FileNotFoundError)
+├── TrainingError(RuntimeError)        the loss is not finite any more
 └── StateError(ValueError)             a saved state that belongs to something else
 """
 
@@ -73,6 +75,14 @@ class CorruptShardError(ActcacheError, OSError):
 
 class StorageFullError(ActcacheError, OSError):
     """No room left; the same command continues once there is."""
+
+
+class RunNotFoundError(ActcacheError, FileNotFoundError):
+    """The folder is no run directory: it has no `metrics.json`."""
+
+
+class TrainingError(ActcacheError, RuntimeError):
+    """The training loss is not finite any more: of what is trained on, or of how."""
 
 
 class StateError(ActcacheError, ValueError):

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache import report
-from actcache.errors import StateError, StoreNotFoundError
+from actcache.errors import RunNotFoundError, StateError, StoreError
 from actcache.spec import Progress, digest_of
 
 if TYPE_CHECKING:
@@ -164,8 +164,8 @@ def evaluate_pair(
 ) -> dict[str, Any]:
     """Reconstruction on the rows of `held_out` (the activations of `blocks`) and spliced loss on `blocks`: JSON-able.
 
-    `mean` is the target's mean, for mean ablation. The first positions that the store does not
-    keep (`skip_first`) keep the model's own values, since the sparse MLP has never seen such.
+    `mean` is the target's mean, for mean ablation. The first positions, which the store does not keep (`skip_first`),
+    have the model's own values, since the sparse MLP has never seen such.
     """
     from actcache.evaluate import reconstruction, spliced_loss
     from actcache.load import Loader
@@ -275,8 +275,9 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluate every sparse MLP of a run on held-out text and note it in `metrics.json`, whose content is returned.
 
-    The activations of the text are extracted into the run directory, and found there again. Warns when much of the text
-    is also in the store that the MLPs were trained on: then nothing was held out.
+    The activations of the text are extracted into the run directory, and found there again. While the store that the
+    MLPs were trained on is still there, mean ablation takes its means (otherwise those of the held-out text), and a
+    warning says when much of the text is in it too: then nothing was held out.
 
     Raises:
         RunNotFoundError: no run there. StateError: it has no sparse MLP, or was made with another base model.
@@ -289,7 +290,9 @@ def evaluate_run(
     if not rows:
         raise StateError(f"{run} has no sparse MLP to evaluate; train one with 'actcache train'")
     _check_model(run, lm, spec["model"])
-    _warn_of_overlap(metrics["store"]["path"], blocks)
+    trained_on = _training_store(metrics["store"])
+    if trained_on is not None:
+        _warn_of_overlap(trained_on, blocks)
     began = perf_counter()
     path = run / f"held_out-{digest_of(dict(blocks.description))[:8]}.zarr"
     sites = list(dict.fromkeys(row[side] for row in rows for side in ("site_in", "site_out")))
@@ -300,7 +303,7 @@ def evaluate_run(
         pair = Pair(site_in=row["site_in"], site_out=row["site_out"])
         mlp = SparseMLP.load(run / "sparse" / Path(row["path"]).name)
         progress = on_stage(f"Evaluate {pair.name}", "sequences")
-        mean = held_out.stats(pair.site_out).mean
+        mean = (trained_on or held_out).stats(pair.site_out).mean
         row |= evaluate_pair(lm, mlp, pair, blocks, held_out, mean=mean, progress=progress)
     seconds = perf_counter() - began
     stage = {"seconds": seconds, "tokens_per_s": len(rows) * blocks.ids.size / seconds, "reused": False}
@@ -314,7 +317,7 @@ def _metrics_of_store(run: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What the run already says, which must be about this store."""
     try:
         metrics = report.read_metrics(run)
-    except report.RunNotFoundError:
+    except RunNotFoundError:
         return {}
     known = metrics.get("store", {})
     if known and known["fingerprint"] != facts["fingerprint"]:
@@ -339,18 +342,23 @@ def _check_model(run: Path, lm: LanguageModel, known: Mapping[str, Any]) -> None
         )
 
 
-def _warn_of_overlap(training_store: str, blocks: TokenBlocks) -> None:
-    """Warn when passages of the blocks are in the training store, if that is still there to look at."""
+def _training_store(facts: Mapping[str, Any]) -> Store | None:
+    """The store that a run was trained on, if it can be opened where it was and is still the same."""
     from actcache.store import open_store
 
     try:
-        trained_on = open_store(training_store).tokens()
-    except StoreNotFoundError:
-        return
-    shared = np.isin(_passages(blocks.ids), _passages(trained_on)).mean()
+        store = open_store(facts["path"])
+    except StoreError:
+        return None
+    return store if store.fingerprint == facts["fingerprint"] else None
+
+
+def _warn_of_overlap(trained_on: Store, blocks: TokenBlocks) -> None:
+    """Warn when passages of the blocks are in the training store."""
+    shared = np.isin(_passages(blocks.ids), _passages(trained_on.tokens())).mean()
     if shared > _SHARED_AT_MOST:
         warnings.warn(
-            f"{shared:.0%} of this text is in {training_store} too, so it is not held out and the results flatter; "
+            f"{shared:.0%} of this text is in {trained_on.path} too, so it is not held out and the results flatter; "
             "take other text, or leave out what was read before (--skip-documents)",
             stacklevel=3,
         )

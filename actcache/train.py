@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor
 
-from actcache.errors import ConfigError, SiteError, StateError
+from actcache.errors import ConfigError, SiteError, StateError, TrainingError
 from actcache.memory import keep_freed_memory
 from actcache.sparse import Scaling, SparseMLP, fold_scaling, initialise, sparse_loss, write_atomic
 from actcache.spec import Progress, check_positive
@@ -154,7 +154,8 @@ class Trainer:
 
         Raises:
             StateError: the checkpoint belongs to another run.
-            ConfigError: the loss is not finite any more, or the loader ended before the last step.
+            TrainingError: the loss is not finite any more.
+            ConfigError: the loader ended before the last step.
         """
         if self.step == 0 and self.checkpoint is not None and self.checkpoint.exists():
             self._resume(self.checkpoint)
@@ -255,7 +256,7 @@ class Trainer:
         if not bool(self._loss_and_error.isfinite().all()):
             counts = [(site, self.loader.store.stats(site)) for site in (self.site_in, self.site_out)]
             unsound = ", ".join(f"{site}: {stats.n_nan} NaN and {stats.n_inf} Inf" for site, stats in counts)
-            raise ConfigError(
+            raise TrainingError(
                 f"the training loss is not finite at step {self.step} (activations of {unsound}); "
                 f"if those counts are 0, lower lr (now {self.config.lr:g})"
             )
@@ -327,9 +328,12 @@ def choose_sites(loader: Loader, mlp: SparseMLP, site_in: str | None, site_out: 
 
 
 def _scale_of(loader: Loader, site: str) -> float:
-    deviation = math.sqrt(float(loader.store.stats(site).variance.mean()))
+    stats = loader.store.stats(site)
+    deviation = math.sqrt(float(stats.variance.mean())) if stats.count else math.nan
     if not (math.isfinite(deviation) and deviation > 0):
-        raise ConfigError(f"site {site} cannot be scaled: the standard deviation of its activations is {deviation}")
+        found = f"the standard deviation of its activations is {deviation}" if stats.count else "no row of it is finite"
+        counts = f" (NaN: {stats.n_nan:,}, Inf: {stats.n_inf:,})" if stats.n_nan or stats.n_inf else ""
+        raise ConfigError(f"site {site} cannot be scaled: {found}{counts}; train on another site")
     return 1 / deviation
 
 

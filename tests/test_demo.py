@@ -172,6 +172,12 @@ def test_config_is_checked() -> None:
         DemoConfig(l1=())
 
 
+def test_the_learning_rate_is_that_of_the_trainers_recipe() -> None:
+    from actcache.train import TrainConfig
+
+    assert DemoConfig().lr == TrainConfig().lr
+
+
 def test_each_layer_has_its_penalty_and_further_layers_the_last() -> None:
     config = DemoConfig(l1=(2.0, 8.0))
     assert [config.train_config(layer).l1 for layer in range(4)] == [2.0, 8.0, 8.0, 8.0]

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from actcache.errors import StateError
-from actcache.report import RunNotFoundError, read_metrics, render, write_metrics, write_report
+from actcache.errors import RunNotFoundError, StateError
+from actcache.report import read_metrics, render, write_metrics, write_report
 from actcache.report.formats import NOTHING, duration, number, percent, plain, size
 
 

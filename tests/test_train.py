@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from actcache.errors import ConfigError, SiteError, StateError
+from actcache.errors import ConfigError, SiteError, StateError, TrainingError
 from actcache.load import Loader
 from actcache.sparse import SparseMLP
 from actcache.train import CHECKPOINT, TrainConfig, Trainer, resolve_precision
@@ -17,6 +17,7 @@ from actcache.train import CHECKPOINT, TrainConfig, Trainer, resolve_precision
 
 @dataclass(frozen=True)
 class Stats:
+    count: int
     mean: np.ndarray
     variance: np.ndarray
     n_nan: int
@@ -32,7 +33,8 @@ class MemoryStore:
     def stats(self, site):
         rows = self.arrays[site].double().numpy()
         finite = rows[np.isfinite(rows).all(1)]
-        return Stats(finite.mean(0), finite.var(0), int(np.isnan(rows).sum()), int(np.isinf(rows).sum()))
+        mean, variance = (finite.mean(0), finite.var(0)) if len(finite) else np.zeros((2, rows.shape[1]))
+        return Stats(len(finite), mean, variance, int(np.isnan(rows).sum()), int(np.isinf(rows).sum()))
 
 
 class MemoryLoader:
@@ -273,13 +275,13 @@ def test_nan_activations_are_named_and_the_mlp_is_left_alone(tmp_path):
     y[100, 3] = torch.nan
     mlp = make()
     before = weights(mlp).clone()
-    with pytest.raises(ConfigError, match=r"not finite at step .*out: 1 NaN and 0 Inf"):
+    with pytest.raises(TrainingError, match=r"not finite at step .*out: 1 NaN and 0 Inf"):
         train(loader_of(x, y), replace(SHORT, n_steps=200), mlp, checkpoint=tmp_path)
     assert torch.equal(weights(mlp), before)
 
 
 def test_divergence_asks_for_a_lower_rate():
-    with pytest.raises(ConfigError, match="lower lr"):
+    with pytest.raises(TrainingError, match="lower lr"):
         train(loader_of(planted()[0]), replace(SHORT, lr=1e30, clip=None))
 
 
@@ -299,6 +301,17 @@ def test_sites_are_checked():
 def test_a_constant_site_cannot_be_scaled():
     with pytest.raises(ConfigError, match="out cannot be scaled"):
         Trainer(make(), loader_of(planted()[0], torch.ones(4096, 24)), SHORT)
+
+
+def test_a_site_without_a_finite_row_says_how_many_values_are_not():
+    y = torch.full((4096, 24), torch.inf)
+    y[:, 0] = torch.nan
+    with pytest.raises(ConfigError, match=r"out .*no row of it is finite \(NaN: 4,096, Inf: 94,208\)"):
+        Trainer(make(), loader_of(planted()[0], y), SHORT)
+    y = torch.ones(4096, 24)
+    y[0, 0] = torch.nan
+    with pytest.raises(ConfigError, match=r"out .*standard deviation .* is 0.0 \(NaN: 1, Inf: 0\)"):
+        Trainer(make(), loader_of(planted()[0], y), SHORT)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Any
 
 from actcache.report.record import (
-    RunNotFoundError,
     finite,
     machine,
     read_metrics,
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from actcache.report.page import render, write_report
 
 __all__ = [
-    "RunNotFoundError",
     "finite",
     "machine",
     "read_metrics",

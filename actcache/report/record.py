@@ -15,16 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from actcache import __version__
-from actcache.errors import ActcacheError, StateError
+from actcache.errors import RunNotFoundError, StateError
 
 FORMAT = 1
 """Version of `metrics.json`; a reader refuses what is newer."""
 
 _PACKAGES = ("torch", "zarr", "numcodecs", "numpy", "transformer-lens", "datasets")
-
-
-class RunNotFoundError(ActcacheError, FileNotFoundError):
-    """The folder is no run directory: it has no `metrics.json`."""
 
 
 def read_metrics(run: Path | str) -> dict[str, Any]:
