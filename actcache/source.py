@@ -83,14 +83,20 @@ def _read_file(path: Path, column: str | None) -> Iterator[str]:
     """The texts of one file; whatever goes wrong while reading it is reported with its name."""
     reader = _read_json_lines if path.name.endswith(_JSON_LINES) else _read_plain
     reader = _read_parquet if path.suffix == ".parquet" else reader
-    try:
-        yield from reader(path, column)
-    except TextError:
-        raise
-    except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except (OSError, EOFError, lzma.LZMAError, ValueError) as error:
-        raise TextError(f"cannot read {path}: {error}") from error
+    texts = reader(path, column)
+    while True:
+        try:
+            text = next(texts, None)
+        except TextError:
+            raise
+        except UnicodeDecodeError as error:
+            raise TextError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        except (OSError, EOFError, lzma.LZMAError, ValueError) as error:
+            raise TextError(f"cannot read {path}: {error}") from error
+        if text is None:
+            return
+        # Outside the try: closed when the interpreter ends, a generator finds the names of those errors gone.
+        yield text
 
 
 def _read_json_lines(path: Path, column: str | None) -> Iterator[str]:
@@ -186,13 +192,18 @@ def token_blocks(
 
     Raises:
         TextError: no text, less than one sequence of it, or a text that is not a string.
-        ConfigError: a length or count below one, or a tokenizer that can begin no document.
+        ConfigError: a length or count below one, no tokenizer, or one that can begin no document.
     """
     from actcache.lm.identity import tokenizer_digest
 
     check_positive("token_blocks", length=length, **({} if count is None else {"count": count}))
     if isinstance(texts, str):
         raise TextError("texts is a single string; pass a list of texts, or read_texts(path) for a file")
+    if tokenizer is None:
+        raise ConfigError(
+            "token_blocks needs a tokenizer, got None; a model that was given to load_lm as a module brings none: "
+            "pass a transformers tokenizer, for instance AutoTokenizer.from_pretrained(name)"
+        )
     with tempfile.TemporaryFile() as ids_file, tempfile.TemporaryFile() as document_file:
         stream = _Stream(ids=ids_file, document=document_file)
         n_tokens_wanted = None if count is None else count * length

@@ -1,7 +1,11 @@
 import gzip
 import json
 import lzma
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +13,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_demo import needs_assets
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -181,6 +186,11 @@ def test_texts_that_cannot_be_packed(texts, message):
         token_blocks(texts, TOKENIZER, length=64)
 
 
+def test_a_missing_tokenizer_is_named_before_texts_are_read():
+    with pytest.raises(ConfigError, match=r"needs a tokenizer, got None; .* module brings none: pass"):
+        token_blocks((pytest.fail("read") for _ in range(1)), None, length=8)
+
+
 @pytest.mark.parametrize("options", [{"length": 0}, {"length": 8, "count": 0}, {"length": 8.0}])
 def test_sizes_must_be_positive(options):
     with pytest.raises(ConfigError, match="must be a positive integer"):
@@ -213,6 +223,29 @@ def test_every_kind_of_file_gives_the_same_texts(tmp_path, kind):
     write(tmp_path / f"b.{kind}", kind)
     (tmp_path / "notes.md").write_text("no text of ours")
     assert list(read_texts(str(tmp_path))) == RECORDS * 2
+
+
+UNFINISHED = """
+from actcache import load_lm, read_texts
+
+lm = load_lm("stories-4l")  # with it loaded, modules are taken apart before the texts are
+texts = read_texts("a.jsonl")
+next(texts)
+"""
+
+
+@needs_assets
+def test_texts_that_are_left_unread_end_without_a_word(tmp_path):
+    write(tmp_path / "a.jsonl", "jsonl")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", UNFINISHED],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(source.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_column_chooses_among_several(tmp_path):
