@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def test_a_user_error_is_one_clean_line_and_code_1(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bogus"], "Unknown command"),
+        (["bogus"], "See 'actcache --help'"),
+        (["info", "--bogus"], "See 'actcache info --help'"),
         (["info"], "requires an argument"),
         (["demo", "--length", "0"], "length must be a positive integer"),
         (["demo", "--length", "many"], "unable to convert"),
@@ -104,8 +106,27 @@ def test_wrong_input_says_what_is_wrong(
 def test_a_wrong_hook_name_names_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = ["--sites", "blocks.0.hook_mlp_uot", "--out", str(tmp_path / "x.zarr"), "--length", "64", "--count", "4"]
     assert main(["extract", *wanted]) == 1
-    assert "blocks.0.hook_mlp_out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "blocks.0.hook_mlp_out" in said
+    assert "Tokenize" not in said
     assert not (tmp_path / "x.zarr").exists()
+
+
+@needs_assets
+def test_a_missing_run_is_said_before_the_text_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(tmp_path / "nowhere"), "--length", "64", "--count", "4"]) == 1
+    assert capsys.readouterr().err.splitlines()[0].startswith("error: no run at")
+
+
+@needs_assets
+def test_where_nobody_looks_on_a_stage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = ["--sites", SITE_IN, "--out", str(tmp_path / "x.zarr"), "--length", "64", "--count", "8"]
+    assert main(["extract", *wanted]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rpartition(",")[0] for line in lines] == [
+        "Tokenize text: 8 of 8 sequences",
+        "Extract activations: 8 of 8 sequences",
+    ]
 
 
 @needs_assets
@@ -178,6 +199,37 @@ def test_train_evaluate_report_fill_one_run(trained: Path, capsys: pytest.Captur
 def test_evaluating_on_the_training_text_is_pointed_out(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(trained), "--length", "64", "--count", "4"]) == 0
     assert "not held out" in capsys.readouterr().err
+
+
+@needs_assets
+def test_mean_ablation_takes_the_mean_of_the_training_store_while_it_is_there(
+    trained: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Given the same mean by hand, spliced_loss measures the same."""
+    lm = actcache.load_lm("stories-4l")
+    text = ["--length", "64", "--count", "4", "--skip-documents", "200"]
+    texts = islice(actcache.read_texts("stories-corpus"), 200, None)
+    blocks = actcache.token_blocks(texts, lm.tokenizer, length=64, count=4)
+    mlp = actcache.SparseMLP.load(next((trained / "sparse").iterdir()))
+    own = actcache.open_store(store)
+
+    def mean_ablated_by(source: Store) -> float | None:
+        mean = source.stats(SITE_OUT).mean
+        return actcache.spliced_loss(
+            lm, mlp, blocks, site_in=SITE_IN, site_out=SITE_OUT, mean=mean, skip_first=1
+        ).mean_ablated
+
+    def evaluated() -> float:
+        assert main(["evaluate", str(trained), *text]) == 0
+        return float(json.loads((trained / "metrics.json").read_text())["layers"][0]["mean_ablated"])
+
+    assert evaluated() == pytest.approx(mean_ablated_by(own), rel=1e-9)
+    held_out = actcache.open_store(next(trained.glob("held_out-*.zarr")))
+    metrics = json.loads((trained / "metrics.json").read_text())
+    metrics["store"]["path"] = str(tmp_path / "gone.zarr")
+    (trained / "metrics.json").write_text(json.dumps(metrics))
+    assert evaluated() == pytest.approx(mean_ablated_by(held_out), rel=1e-9)
+    assert mean_ablated_by(held_out) != pytest.approx(mean_ablated_by(own), rel=1e-6)
 
 
 @needs_assets

@@ -226,10 +226,10 @@ def test_every_kind_of_file_gives_the_same_texts(tmp_path, kind):
 
 
 UNFINISHED = """
-from actcache import load_lm, read_texts
+import actcache
 
-lm = load_lm("stories-4l")  # with it loaded, modules are taken apart before the texts are
-texts = read_texts("a.jsonl")
+lm = actcache.load_lm("stories-4l")  # with it loaded, modules are taken apart before the texts are
+texts = actcache.read_texts("a.jsonl")
 next(texts)
 """
 

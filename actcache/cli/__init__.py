@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return build_app()(tokens) or FINE
     except CycloptsError as error:
-        error_line(f"{error}\nSee 'actcache {' '.join([*tokens[:1], '--help'])}'.")
+        error_line(f"{error}\nSee '{' '.join(['actcache', *(error.command_chain or ()), '--help'])}'.")
         return USER_ERROR
     except CorruptShardError as error:
         error_line(str(error))

@@ -63,6 +63,8 @@ class Screen:
             TimeRemainingColumn(),
             console=self._err,
         )
+        # Where nobody looks on, in a log or a pipe, a stage is one line at its end instead of a bar.
+        self._live = self._err.is_terminal
         self._current: TaskID | None = None
         self._warnings = warnings.catch_warnings()
 
@@ -74,22 +76,32 @@ class Screen:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close_stage()
-        self._bars.stop()
+        self._stop()
         self._warnings.__exit__(kind, error, trace)
 
     def stage(self, title: str, unit: str) -> OnProgress:
         """Begin a bar; the one before is finished."""
         self._close_stage()
-        self._bars.start()
+        if self._live:
+            self._bars.start()
         task = self._current = self._bars.add_task(title, total=None, unit=unit)
         return lambda done, total: self._bars.update(task, completed=done, total=total)
 
     def _close_stage(self) -> None:
-        if self._current is not None and self._bars.tasks[self._current].total is None:
-            # Nothing was left to do for it, so it never spoke.
-            self._bars.update(self._current, visible=False)
+        if self._current is not None:
+            task = self._bars.tasks[self._current]
+            if task.total is None:
+                # Nothing was left to do for it, so it never spoke.
+                self._bars.update(self._current, visible=False)
+            elif not self._live:
+                pieces = f"{task.completed:,.0f} of {task.total:,.0f} {task.fields['unit']}"
+                self.say(f"{task.description}: {pieces}, {formats.duration(task.elapsed or 0)}")
         self._current = None
+
+    def _stop(self) -> None:
+        self._close_stage()
+        if self._live:
+            self._bars.stop()
 
     def say(self, sentence: str) -> None:
         """A line on stderr, above the bars."""
@@ -97,8 +109,7 @@ class Screen:
 
     def result(self, payload: Mapping[str, Any], show: Callable[[Console], None]) -> None:
         """Print the result: the payload as JSON if that was asked for, otherwise what `show` prints."""
-        self._close_stage()
-        self._bars.stop()
+        self._stop()
         if self._json:
             print(json.dumps(finite(payload), default=str, allow_nan=False))
         else:

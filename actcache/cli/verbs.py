@@ -128,7 +128,7 @@ def extract(
     dtype
         Element type on disk.
     skip_first
-        Leading positions of each sequence that are not kept (1: the BOS).
+        Leading positions of each sequence that are not kept: those with the least context.
     seed
         Seed of the shuffle of rows within shards.
     batch_sequences
@@ -140,7 +140,10 @@ def extract(
 
     with Screen(json=json) as screen:
         lm = (model or ModelOptions()).load()
-        blocks = (text or TextOptions()).blocks(lm.tokenizer, screen)
+        text = text or TextOptions()
+        # A mistyped name is reported before minutes are spent on the text.
+        lm.resolve(sites, length=text.length)
+        blocks = text.blocks(lm.tokenizer, screen)
         store = extract_activations(
             lm,
             blocks,
@@ -237,10 +240,12 @@ def evaluate(
     json
         Print one JSON object on stdout; progress stays on stderr.
     """
+    from actcache.report import read_metrics
     from actcache.runs import evaluate_run
 
     text = text or TextOptions()
     with Screen(json=json) as screen:
+        read_metrics(run)
         lm = (model or ModelOptions()).load()
         blocks = text.blocks(lm.tokenizer, screen)
         metrics = evaluate_run(run, lm, blocks, on_stage=screen.stage)
