@@ -63,6 +63,8 @@ class Facts:
     """Options of the training run."""
     command: str
     """The command line that made the model."""
+    first_run: str
+    """How the run that this one started from was made; empty when it began with random weights."""
     tokens: int
     """Tokens seen."""
     seconds: float
@@ -176,6 +178,7 @@ def model_card(folder: Path, held_out: Sequence[str], facts: Facts) -> str:
         versions=", ".join(f"{name} {version(name)}" for name in ("torch", "tokenizers", "numpy")),
         python=platform.python_version(),
         command=facts.command,
+        first_run=f"\n{facts.first_run}\n" if facts.first_run else "",
     )
 
 
@@ -282,4 +285,4 @@ warm-up and a linear tail, bfloat16 autocast, gradients clipped to norm 1.
 {seconds:,.0f} s on {machine}; Python {python}, {versions}.
 
     {command}
-"""
+{first_run}"""

@@ -296,7 +296,9 @@ def progress_line(run: Run) -> str:
     )
 
 
-def facts_of(run: Run, text: Sequence[str], about: Sequence[str], texts: Sequence[Sequence[str]]) -> Facts:
+def facts_of(
+    run: Run, text: Sequence[str], about: Sequence[str], texts: Sequence[Sequence[str]], first_run: str
+) -> Facts:
     """What the model card says of data, recipe and command; of files only their names."""
     names = [Path(source).name for source in text]
     notes = [*about, *["not stated"] * (len(text) - len(about))]
@@ -311,10 +313,14 @@ def facts_of(run: Run, text: Sequence[str], about: Sequence[str], texts: Sequenc
         for key, value in asdict(chosen).items()
         if value != getattr(default, key)
     ]
+    if run.tokens_before:
+        options.append("--start-from FIRST")
+        first_run = f"FIRST is the folder of a run of {run.tokens_before / 1e6:.1f} M tokens. {first_run}".strip()
     return Facts(
         sources=sources,
         recipe=asdict(run.recipe),
         command=f"python pipelines/train_base_lm.py {' '.join(options)} --out OUT",
+        first_run=first_run,
         tokens=run.tokens,
         seconds=run.seconds,
         history=run.history,
@@ -330,6 +336,7 @@ def main(
     config: Annotated[StoriesConfig, cyclopts.Parameter(name="*")] = DEFAULT_SIZES,
     threads: Annotated[int, cyclopts.Parameter(help="torch threads; 0 leaves torch's choice")] = 0,
     evaluate_every: Annotated[int, cyclopts.Parameter(help="steps between held-out losses and checkpoints")] = 250,
+    first_run: Annotated[str, cyclopts.Parameter(help="for the card: how the run of --start-from was made")] = "",
     start_from: Annotated[Path | None, cyclopts.Parameter(help="OUT of a run to begin with the weights of")] = None,
     export_to: Annotated[Path | None, cyclopts.Parameter(help="only write the outputs, here, as things stand")] = None,
 ) -> None:
@@ -353,7 +360,7 @@ def main(
         run.start_from(start_from / "checkpoint.pt", some)
     if export_to is None:
         train(run, tokenizer, (real, sampled), held_out, checkpoint, evaluate_every)
-    facts = facts_of(run, text, about, (real, *others))
+    facts = facts_of(run, text, about, (real, *others), first_run)
     write_outputs(export_to or out, run.model, out / "tokenizer.json", held_out, facts)
 
 
