@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from actcache import report
 from actcache.errors import RunNotFoundError, StateError, StoreError
-from actcache.spec import Progress, digest_of
+from actcache.spec import Progress
 
 if TYPE_CHECKING:
     from actcache.lm import LanguageModel
@@ -293,8 +293,8 @@ def evaluate_run(
     trained_on = _training_store(metrics["store"])
     if trained_on is not None:
         _warn_of_overlap(trained_on, blocks)
-    began = perf_counter()
-    path = run / f"held_out-{digest_of(dict(blocks.description))[:8]}.zarr"
+    began, tokens = perf_counter(), blocks.digest()
+    path = run / f"held_out-{tokens[:8]}.zarr"
     sites = list(dict.fromkeys(row[side] for row in rows for side in ("site_in", "site_out")))
     same = {name: spec[name] for name in ("dtype", "skip_first")}
     progress = on_stage("Extract held-out activations", "sequences")
@@ -308,7 +308,7 @@ def evaluate_run(
     seconds = perf_counter() - began
     stage = {"seconds": seconds, "tokens_per_s": len(rows) * blocks.ids.size / seconds, "reused": False}
     stages = {**metrics.get("stages", {}), "evaluate": stage}
-    held = {"held-out sequences": blocks.n_sequences, "held-out tokens": blocks.description["tokens"]}
+    held = {"held-out sequences": blocks.n_sequences, "held-out tokens": tokens}
     text = {**spec.get("text", {}), **held}
     return report.write_metrics(run, {**metrics, **provenance(), "layers": rows, "stages": stages, "text": text})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,8 +153,6 @@ def test_info_shows_sites_and_statistics(store: Path, capsys: pytest.CaptureFixt
 def test_verify_says_sound_or_names_the_fault_with_code_2(
     small_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     path = tmp_path / "acts.zarr"
     shutil.copytree(small_store.path, path)
     assert main(["verify", str(path), "--json"]) == 0
@@ -167,6 +166,21 @@ def test_verify_says_sound_or_names_the_fault_with_code_2(
     assert [(fault["column"], fault["shard"]) for fault in found["faults"]] == [("blocks.0.hook_mlp_out", 2)]
     assert main(["repair", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["shards"] == [2]
+
+
+def test_a_damaged_ledger_is_mended_and_said_so(
+    small_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "acts.zarr"
+    shutil.copytree(small_store.path, path)
+    ledger = next(file for file in (path / "ledger" / "c").rglob("*") if file.is_file())
+    ledger.write_bytes(ledger.read_bytes()[:-1])
+    assert main(["verify", str(path)]) == 2
+    assert capsys.readouterr().out.startswith("ledger: ")
+    assert main(["repair", str(path)]) == 0
+    assert "ledger was damaged, and was written anew" in capsys.readouterr().out
+    assert main(["repair", str(path)]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("is sound")
 
 
 @needs_assets

@@ -192,7 +192,7 @@ def verify(store: Path, /, *, json: Flag = False) -> int:
 
     with Screen(json=json) as screen:
         faults = [asdict(fault) for fault in verify_store(store, progress=screen.stage("Verify", "columns"))]
-        lines = [f"{f['column']}, {_place(f['shard'])}: {f['reason']}" for f in faults]
+        lines = [f"{_place(f['column'], f['shard'])}: {f['reason']}" for f in faults]
         way_out = f"found {len(faults)} fault{'s' * (len(faults) > 1)}; see 'actcache repair --help'"
         shown = "\n".join([*lines, way_out]) if faults else f"{store} is sound"
         payload = {"path": str(store), "sound": not faults, "faults": faults}
@@ -203,7 +203,8 @@ def verify(store: Path, /, *, json: Flag = False) -> int:
 def repair(store: Path, /, *, json: Flag = False) -> int:
     """Verify a store and open its faulty shards again, so that the extract command that made it makes them anew.
 
-    Damaged tokens cannot be mended: everything else was made from them, so the store must be extracted anew.
+    A damaged ledger is written anew at once. Damaged tokens or root attributes cannot be mended: everything else was
+    made from them, so the store must be extracted anew.
 
     Parameters
     ----------
@@ -216,10 +217,14 @@ def repair(store: Path, /, *, json: Flag = False) -> int:
     from actcache.store import verify as verify_store
 
     with Screen(json=json) as screen:
-        shards = repair_store(store, verify_store(store, progress=screen.stage("Verify", "columns")))
-        todo = f"shards {', '.join(map(str, shards))} are open again; repeat the extract command to make them anew"
+        faults = verify_store(store, progress=screen.stage("Verify", "columns"))
+        shards = repair_store(store, faults)
+        opened = f"shards {', '.join(map(str, shards))} are open again; repeat the extract command to make them anew"
+        mended = (
+            "the ledger was damaged, and was written anew from the commit records" if faults else f"{store} is sound"
+        )
         payload = {"path": str(store), "shards": shards}
-        screen.result(payload, lambda out: out.print(todo if shards else f"{store} is sound", highlight=False))
+        screen.result(payload, lambda out: out.print(opened if shards else mended, markup=False, highlight=False))
     return 0
 
 
@@ -300,8 +305,8 @@ def sites(
     return 0
 
 
-def _place(shard: int) -> str:
-    return f"shard {shard}" if shard >= 0 else "all shards"
+def _place(column: str, shard: int) -> str:
+    return f"{column}, shard {shard}" if shard >= 0 else column
 
 
 def _site_line(site: Mapping[str, Any]) -> str:
