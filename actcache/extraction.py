@@ -149,20 +149,16 @@ def extract(
 
 
 def _keep(lm: LanguageModel, sites: Sequence[ResolvedSite], ids: np.ndarray, first: int, buffers: ShardBuffers) -> None:
-    """Capture one batch and scatter its rows to their shuffled places in the shard's buffers."""
+    """Capture one batch and append its rows to the shard's buffers."""
     import torch
 
     spec = buffers.spec
-    logical = getattr(torch, spec.dtype)
-    n_rows = len(ids) * spec.rows_per_sequence
-    begin = first * spec.rows_per_sequence
-    destination = torch.from_numpy(buffers.destination[begin : begin + n_rows])
+    begin, n_rows = first * spec.rows_per_sequence, len(ids) * spec.rows_per_sequence
     for name, acts_QTD in lm.capture(ids, sites).items():
-        kept = acts_QTD[:, spec.skip_first :].to(logical)
-        target = torch.from_numpy(buffers.rows[name])
+        target = torch.from_numpy(buffers.rows[name][begin : begin + n_rows])
         if spec.dtype == "bfloat16":
             target = target.view(torch.bfloat16)
-        target.index_copy_(0, destination, kept.reshape(n_rows, -1).to("cpu"))
+        target.view(len(ids), spec.rows_per_sequence, -1).copy_(acts_QTD[:, spec.skip_first :])
 
 
 def _largest_divisor(n: int, at_most: int) -> int:

@@ -76,7 +76,7 @@ def write_shards(
             sequences = spec.shard_sequences(shard)
             for site in spec.sites:
                 rows = bits[site.name][sequences.start : sequences.stop].reshape(-1, site.width)
-                buffers.rows[site.name][buffers.destination] = rows
+                buffers.rows[site.name][: len(rows)] = rows
             writer.submit(buffers, blocks.ids[sequences.start : sequences.stop])
         return writer.finish()
 

@@ -115,6 +115,10 @@ def _window_numbers(plan: Plan, first: tuple[int, int], epochs: int | None) -> I
         number, window = number + 1, 0
 
 
+_GATHER_BYTES = 1 << 17
+"""Rows gathered at a time: they stay in a core's cache until they are widened."""
+
+
 class BatchMemory:
     """Batch buffers, handed out as tensors and taken back when the last tensor or view on one is gone.
 
@@ -143,25 +147,34 @@ class BatchMemory:
 
 
 class Gather:
-    """Copies rows of a window to a stretch of a batch, in another dtype if need be."""
+    """Copies rows of a window to a stretch of a batch, in another dtype if need be.
+
+    Done with numpy on the calling thread, block by block in cache: torch would split each copy over a thread team of
+    its own, and two teams on the same cores (this one and the trainer's) wait for each other more than they work.
+    """
 
     def __init__(self, memory: BatchMemory, logical: torch.dtype, out: torch.dtype) -> None:
         self.memory, self.logical, self.out = memory, logical, out
-        self._scratch: dict[int, torch.Tensor] = {}
+        self._scratch = Scratch()
 
-    def __call__(self, values: NDArray[Any], places: torch.Tensor, target: torch.Tensor) -> None:
+    def __call__(self, values: NDArray[Any], places: NDArray[np.int64], target: torch.Tensor) -> None:
         """`target[i] = values[places[i]]`."""
         import torch
 
-        source = torch.from_numpy(values)
-        if self.logical == torch.bfloat16:
-            source = source.view(torch.bfloat16)
-        if self.out == self.logical:
-            torch.index_select(source, 0, places, out=target)
-            return
         width = values.shape[1]
-        if width not in self._scratch or len(self._scratch[width]) < len(places):
-            self._scratch[width] = torch.empty((len(places), width), dtype=self.logical)
-        rows = self._scratch[width][: len(places)]
-        torch.index_select(source, 0, places, out=rows)
-        target.copy_(rows)
+        block_rows = max(1, _GATHER_BYTES // (width * values.itemsize))
+        if self.out == self.logical:
+            bits = target.view(torch.uint16) if self.out == torch.bfloat16 else target
+            np.take(values, places, axis=0, out=bits.numpy(), mode="clip")
+            return
+        for start in range(0, len(places), block_rows):
+            part = places[start : start + block_rows]
+            rows = np.frombuffer(self._scratch.take(len(part) * width * values.itemsize), values.dtype)
+            rows = np.take(values, part, axis=0, out=rows.reshape(-1, width), mode="clip")
+            wide = target[start : start + len(part)]
+            if self.logical == torch.bfloat16 and self.out == torch.float32:
+                # bfloat16 bits are the upper half of the float32.
+                np.left_shift(rows, 16, out=wide.view(torch.int32).numpy().view(np.uint32), dtype=np.uint32)
+            else:
+                narrow = torch.from_numpy(rows)
+                wide.copy_(narrow.view(torch.bfloat16) if self.logical == torch.bfloat16 else narrow)

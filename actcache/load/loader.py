@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from actcache.store import Store
 
 STATE_VERSION = 1
+_WINDOWS_PER_EPOCH = 4
+_CHUNKS_THAT_SHUFFLE = 64
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -133,7 +135,11 @@ class Loader:
     def _chunks_per_window(self, memory_bytes: int) -> int:
         spec = self.store.spec
         row_bytes = sum(spec.site(site).width for site in self.sites) * self.store.stored_dtype.itemsize
-        return max(1, memory_bytes // 2 // (spec.rows_per_chunk * row_bytes))
+        by_memory = memory_bytes // 2 // (spec.rows_per_chunk * row_bytes)
+        # Several windows an epoch, so that one is read while another is in use; no fewer chunks than shuffle well.
+        n_chunks = -(-spec.n_rows // spec.rows_per_chunk)
+        by_overlap = max(_CHUNKS_THAT_SHUFFLE, -(-n_chunks // _WINDOWS_PER_EPOCH))
+        return max(1, min(by_memory, by_overlap))
 
     def __len__(self) -> int:
         """Batches of an epoch, for this rank."""
@@ -254,10 +260,9 @@ class Loader:
                 window = next(stream)
             piece = epoch.piece(in_order, wanted, window.order)
             stop = piece.start + len(piece.places)
-            places = torch.from_numpy(piece.places)
             rows[piece.start : stop] = torch.from_numpy(window.row_ids[piece.places])
             for site, target in acts.items():
-                gather(window.values[site], places, target[piece.start : stop])
+                gather(window.values[site], piece.places, target[piece.start : stop])
         if self.device.type != "cpu":
             acts = {site: value.to(self.device) for site, value in acts.items()}
         return Batch(acts, rows), window

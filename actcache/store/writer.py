@@ -27,23 +27,21 @@ from actcache.store.stats import LineBuilder, merge
 
 
 class ShardBuffers:
-    """One shard's rows in memory, in stored dtype and final (shuffled) order; reused from shard to shard."""
+    """One shard's rows in memory, in stored dtype and reading order; reused from shard to shard.
+
+    They are shuffled when they are encoded, chunk by chunk, so that the forward pass's thread only appends.
+    """
 
     def __init__(self, spec: StoreSpec) -> None:
         dtype = codecs.STORED_DTYPE[spec.dtype]
         self.spec, self.shard = spec, -1
-        self.rows = {site.name: np.zeros((spec.rows_per_shard, site.width), dtype) for site in spec.sites}
+        self.rows = {site.name: np.empty((spec.rows_per_shard, site.width), dtype) for site in spec.sites}
         self.order: NDArray[np.int64] = np.empty(0, np.int64)
-        self.destination: NDArray[np.int64] = np.empty(0, np.int64)
 
     def begin(self, shard: int) -> None:
-        """Make ready for a shard: `destination[i]` is where its i-th row, in reading order, belongs."""
-        self.shard, n_rows = shard, len(self.spec.shard_rows(shard))
-        self.order = permutation(n_rows, self.spec.seed, shard)
-        self.destination = np.empty_like(self.order)
-        self.destination[self.order] = np.arange(n_rows)
-        for rows in self.rows.values():
-            rows[n_rows:] = 0  # the padding of a partial last chunk is always the same bytes
+        """Make ready for a shard; row i on disk will be row `order[i]` of those put in here."""
+        self.shard = shard
+        self.order = permutation(len(self.spec.shard_rows(shard)), self.spec.seed, shard)
 
 
 class StoreWriter:
@@ -163,15 +161,19 @@ class StoreWriter:
     def _write_site(self, buffers: ShardBuffers, site: Site) -> layout.Record:
         """Encode and put one site of a shard, and its statistics line."""
         spec, compression = self.spec, codecs.preset(self.spec.codec)
-        rows, n_rows = buffers.rows[site.name], len(spec.shard_rows(buffers.shard))
+        rows, n_rows = buffers.rows[site.name], len(buffers.order)
+        chunk = np.empty((spec.rows_per_chunk, site.width), rows.dtype)
         builder = LineBuilder(site.width, spec.dtype)
         pieces: list[Any] = []
         sizes, checksums = [], []
         for start in range(0, n_rows, spec.rows_per_chunk):
-            chunk = rows[start : start + spec.rows_per_chunk]
-            builder.add(chunk[: n_rows - start])
+            wanted = buffers.order[start : start + spec.rows_per_chunk]
+            shuffled = np.take(rows, wanted, axis=0, out=chunk[: len(wanted)], mode="clip")
+            builder.add(shuffled)
+            chunk[len(wanted) :] = 0  # the padding of a partial last chunk is always the same bytes
             payload, crc = codecs.encode(chunk, compression)
-            pieces += [payload, codecs.crc_bytes(crc)]
+            # Without compression the payload is the chunk itself, which the next one overwrites.
+            pieces += [payload if compression else payload.tobytes(), codecs.crc_bytes(crc)]
             sizes.append(len(payload) + codecs.CRC_BYTES)
             checksums.append(crc)
         index, index_crc = codecs.encode(layout.index_of(sizes, layout.chunks_per_shard(spec)), None)
