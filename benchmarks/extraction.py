@@ -73,7 +73,7 @@ def one(lm: LanguageModel, blocks: TokenBlocks, patterns: list[str], codec: str,
         shutil.rmtree(folder)
 
 
-def figures(n_sequences: int = 2048, pairs: int = 5) -> list[Figure]:
+def figures(n_sequences: int = 2048, pairs: int = 3) -> list[Figure]:
     """All comparisons."""
     lm, blocks = embedded(n_sequences)
     two = ["blocks.2.mlp.hook_in", "blocks.2.hook_mlp_out"]

@@ -53,7 +53,7 @@ def one(store: Store, site: str, pairs: int) -> Figure:
         loader.close()
 
 
-def figures(n_sequences: int = 2048, pairs: int = 5) -> list[Figure]:
+def figures(n_sequences: int = 2048, pairs: int = 3) -> list[Figure]:
     """A residual-stream site and a wide ReLU site, with each codec."""
     lm, blocks = embedded(n_sequences)
     sites = ["blocks.2.mlp.hook_in", SITE]

@@ -49,7 +49,7 @@ def in_memory(store: Store) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(scaled[0][rows], scaled[1][rows]) for rows in parts]
 
 
-def figures(n_sequences: int = 1024, n_steps: int = 150, pairs: int = 5) -> list[Figure]:
+def figures(n_sequences: int = 1024, n_steps: int = 400, pairs: int = 3) -> list[Figure]:
     """The comparison."""
     lm, blocks = embedded(n_sequences)
     folder = Path(tempfile.mkdtemp(prefix="actcache-bench-"))
