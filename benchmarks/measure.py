@@ -39,8 +39,9 @@ class Figure:
 
     def row(self) -> str:
         """A line of the table in the docs."""
+        ours, baseline = (f"{rate:,.0f}" if rate >= 100 else f"{rate:.2f}" for rate in (self.ours, self.baseline))
         return (
-            f"| {self.name} | {self.ours:,.3g} | {self.baseline:,.3g} | {self.unit} | "
+            f"| {self.name} | {ours} | {baseline} | {self.unit} | "
             f"**{self.ratio:.2f}** ({self.low:.2f} to {self.high:.2f}) | {self.goal:.2f} |"
         )
 
