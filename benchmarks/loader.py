@@ -4,7 +4,8 @@
 
 Baseline: all rows in memory as bfloat16, and `rows[index].float()` for each batch of a global random permutation: what
 one writes when everything fits. Ours: the loader on a store on disk (page cache warm), float32 out, checksums compared.
-Figures are GB/s of bfloat16 payload.
+Figures are GB/s of bfloat16 payload. This is the second baseline: against the first, a gather into buffers that are
+reused and stay in cache (5 to 10 GB/s on the same machine), an earlier loader reached 0.14 to 0.29, below the goal.
 """
 
 from __future__ import annotations
