@@ -19,12 +19,12 @@ from actcache.errors import ConfigError
 from actcache.memory import keep_freed_memory
 from actcache.spec import Dtype, Progress, Site, StoreSpec, TokenBlocks, check_positive
 from actcache.store import Store, StoreWriter
+from actcache.store.codecs import STORED_DTYPE
 
 if TYPE_CHECKING:
     from actcache.lm import LanguageModel, ResolvedSite
     from actcache.store import ShardBuffers
 
-_BYTES_PER_VALUE = {"bfloat16": 2, "float16": 2, "float32": 4}
 _SHARD_BYTES = 256 << 20
 """Default size of one shard of all sites, before compression; two of them are in memory."""
 _CHUNK_BYTES = 1 << 19
@@ -56,7 +56,7 @@ def store_spec(
             f"make token blocks with length={lm.n_ctx} or less"
         )
     rows_per_sequence = max(1, blocks.sequence_length - skip_first)
-    row_bytes = [site.width * _BYTES_PER_VALUE[dtype] for site in sites if dtype in _BYTES_PER_VALUE]
+    row_bytes = [site.width * STORED_DTYPE[dtype].itemsize for site in sites if dtype in STORED_DTYPE]
     if sequences_per_shard is None:
         by_memory = _SHARD_BYTES // max(1, sum(row_bytes) * rows_per_sequence)
         sequences_per_shard = max(1, min(_SEQUENCES_PER_SHARD, by_memory, blocks.n_sequences))

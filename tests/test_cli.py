@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_demo import needs_assets
 
 import actcache
 from actcache.cli import build_app, main
@@ -103,7 +102,6 @@ def test_wrong_input_says_what_is_wrong(
     assert list(tmp_path.iterdir()) == []
 
 
-@needs_assets
 def test_a_wrong_hook_name_names_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = ["--sites", "blocks.0.hook_mlp_uot", "--out", str(tmp_path / "x.zarr"), "--length", "64", "--count", "4"]
     assert main(["extract", *wanted]) == 1
@@ -113,13 +111,11 @@ def test_a_wrong_hook_name_names_the_nearest(tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "x.zarr").exists()
 
 
-@needs_assets
 def test_a_missing_run_is_said_before_the_text_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(tmp_path / "nowhere"), "--length", "64", "--count", "4"]) == 1
     assert capsys.readouterr().err.splitlines()[0].startswith("error: no run at")
 
 
-@needs_assets
 def test_where_nobody_looks_on_a_stage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = ["--sites", SITE_IN, "--out", str(tmp_path / "x.zarr"), "--length", "64", "--count", "8"]
     assert main(["extract", *wanted]) == 0
@@ -130,7 +126,6 @@ def test_where_nobody_looks_on_a_stage_is_one_line(tmp_path: Path, capsys: pytes
     ]
 
 
-@needs_assets
 def test_extract_found_again_prints_json(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = ["--sites", SITE_IN, SITE_OUT, "--out", str(store), "--length", "64", "--count", "32", "--codec", "raw"]
     assert main(["extract", *wanted, "--json"]) == 0
@@ -140,7 +135,6 @@ def test_extract_found_again_prints_json(store: Path, capsys: pytest.CaptureFixt
     assert list(found["sites"]) == [SITE_IN, SITE_OUT]
 
 
-@needs_assets
 def test_info_shows_sites_and_statistics(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(store)]) == 0
     text = capsys.readouterr().out
@@ -183,7 +177,6 @@ def test_a_damaged_ledger_is_mended_and_said_so(
     assert capsys.readouterr().out.rstrip().endswith("is sound")
 
 
-@needs_assets
 def test_sites_lists_names_and_says_what_patterns_mean(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sites", "--json"]) == 0
     names = [site["name"] for site in json.loads(capsys.readouterr().out)["sites"]]
@@ -192,7 +185,6 @@ def test_sites_lists_names_and_says_what_patterns_mean(capsys: pytest.CaptureFix
     assert capsys.readouterr().out.splitlines() == [f"blocks.{i}.hook_mlp_out  128" for i in range(4)]
 
 
-@needs_assets
 def test_train_evaluate_report_fill_one_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = json.loads((trained / "metrics.json").read_text())
     assert [row["site_out"] for row in metrics["layers"]] == [SITE_OUT]
@@ -209,13 +201,11 @@ def test_train_evaluate_report_fill_one_run(trained: Path, capsys: pytest.Captur
     assert "blocks.3" in (trained / "report.html").read_text()
 
 
-@needs_assets
 def test_evaluating_on_the_training_text_is_pointed_out(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(trained), "--length", "64", "--count", "4"]) == 0
     assert "not held out" in capsys.readouterr().err
 
 
-@needs_assets
 def test_mean_ablation_takes_the_mean_of_the_training_store_while_it_is_there(
     trained: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,7 +236,6 @@ def test_mean_ablation_takes_the_mean_of_the_training_store_while_it_is_there(
     assert mean_ablated_by(held_out) != pytest.approx(mean_ablated_by(own), rel=1e-6)
 
 
-@needs_assets
 def test_a_run_keeps_its_store(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "other.zarr"
     wanted = ["--sites", SITE_IN, SITE_OUT, "--out", str(other), "--length", "32", "--count", "8"]
@@ -256,7 +245,6 @@ def test_a_run_keeps_its_store(trained: Path, tmp_path: Path, capsys: pytest.Cap
     assert "the run of another store" in capsys.readouterr().err
 
 
-@needs_assets
 def test_an_interrupted_command_says_how_to_go_on(tmp_path: Path) -> None:
     wanted = ["--sites", "blocks.*.mlp.hook_*", "--out", "acts.zarr", "--length", "256", "--count", "128"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -11,17 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-import actcache
 from actcache.demo import DemoConfig, pairs_of, run_demo
 from actcache.errors import ActcacheError, ConfigError, SiteError
 from actcache.runs import Pair, density_histogram
 from actcache.source import read_texts
-
-ASSETS = Path(actcache.__file__).parent / "assets"
-needs_assets = pytest.mark.skipif(
-    not (ASSETS / "stories-4l" / "model.safetensors").exists() or not list(ASSETS.glob("stories-corpus*")),
-    reason="the embedded model and corpus are not in this checkout",
-)
 
 
 class Listener:
@@ -49,7 +42,6 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     return out, metrics, listener
 
 
-@needs_assets
 def test_everything_is_written_and_the_metrics_are_complete(first: tuple[Path, dict[str, Any], Listener]) -> None:
     out, metrics, listener = first
     assert json.loads((out / "metrics.json").read_text()) == metrics
@@ -72,7 +64,6 @@ def test_everything_is_written_and_the_metrics_are_complete(first: tuple[Path, d
     assert listener.said == []
 
 
-@needs_assets
 def test_the_numbers_are_those_of_the_files(first: tuple[Path, dict[str, Any], Listener]) -> None:
     from actcache.sparse import SparseMLP
     from actcache.store import open_store
@@ -89,7 +80,6 @@ def test_the_numbers_are_those_of_the_files(first: tuple[Path, dict[str, Any], L
     assert row["n_rows_evaluated"] == held_out.n_rows
 
 
-@needs_assets
 def test_no_document_is_both_trained_on_and_evaluated_on(first: tuple[Path, dict[str, Any], Listener]) -> None:
     from actcache.lm import load_lm
     from actcache.store import open_store
@@ -110,12 +100,9 @@ def test_no_document_is_both_trained_on_and_evaluated_on(first: tuple[Path, dict
     assert any(piece.strip()[:40] in texts[i] for i in evaluated for piece in begun.split("<|bos|>") if piece.strip())
 
 
-@needs_assets
 def test_the_code_that_the_report_shows_runs(first: tuple[Path, dict[str, Any], Listener]) -> None:
     from actcache.report import view
 
-    if not hasattr(actcache, "open_store"):
-        pytest.skip("the package's public names are not there yet")
     _, metrics, _ = first
     names: dict[str, Any] = {}
     for snippet in view.snippets(metrics):
@@ -125,7 +112,6 @@ def test_the_code_that_the_report_shows_runs(first: tuple[Path, dict[str, Any], 
     assert names["batch"].rows.shape == (2048,)
 
 
-@needs_assets
 def test_the_second_run_reuses_store_and_layers(first: tuple[Path, dict[str, Any], Listener]) -> None:
     out, metrics, _ = first
     listener = Listener()
@@ -143,7 +129,6 @@ def test_the_second_run_reuses_store_and_layers(first: tuple[Path, dict[str, Any
     ]
 
 
-@needs_assets
 def test_other_training_settings_train_anew_on_the_same_store(first: tuple[Path, dict[str, Any], Listener]) -> None:
     out, metrics, _ = first
     listener = Listener()
@@ -154,7 +139,6 @@ def test_other_training_settings_train_anew_on_the_same_store(first: tuple[Path,
     assert again["layers"][0]["l0"] < metrics["layers"][0]["l0"]
 
 
-@needs_assets
 def test_other_text_settings_are_refused_and_change_nothing(first: tuple[Path, dict[str, Any], Listener]) -> None:
     out, _, _ = first
     before = (out / "metrics.json").read_bytes()

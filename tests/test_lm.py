@@ -453,10 +453,7 @@ def test_folder_of_the_embedded_architecture(stories_folder: Path, ids: Tensor) 
 
 
 def test_embedded_model_with_its_tokenizer() -> None:
-    try:
-        lm = load_lm("stories-4l")
-    except ModelNotFoundError:
-        pytest.skip("the embedded model's weights are not in this checkout")
+    lm = load_lm("stories-4l")
     assert (lm.n_ctx, lm.module.config.n_layers) == (256, 4)
     assert lm.d_vocab == len(lm.tokenizer)
     assert lm.bos == lm.tokenizer.bos_token_id == lm.tokenizer.convert_tokens_to_ids("<|bos|>")

@@ -299,11 +299,6 @@ def test_make_corpus_writes_a_corpus_that_reads_as_texts(talkative, tmp_path, ca
     assert f"{len(stories):,} stories" in capsys.readouterr().out
 
 
-needs_model = pytest.mark.skipif(not (ASSETS / "stories-4l" / "model_card.md").exists(), reason="no embedded model yet")
-needs_corpus = pytest.mark.skipif(not (ASSETS / make_corpus.CORPUS).exists(), reason="no embedded corpus yet")
-
-
-@needs_model
 def test_the_embedded_model_is_small_and_good():
     folder = ASSETS / "stories-4l"
     assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) <= 6_000_000
@@ -315,14 +310,12 @@ def test_the_embedded_model_is_small_and_good():
     assert min(losses) > clean
 
 
-@needs_model
 def test_embedded_weights_are_bfloat16_and_fit_the_config():
     assert {t.dtype for t in load_file(ASSETS / "stories-4l" / "model.safetensors").values()} == {torch.bfloat16}
     model, tokenizer = base_lm_card.load_stories(ASSETS / "stories-4l")
     assert model.config.d_vocab == tokenizer.get_vocab_size()
 
 
-@needs_corpus
 def test_the_embedded_corpus_is_large_and_small():
     assert (ASSETS / make_corpus.CORPUS).stat().st_size <= 2_000_000
     _, tokenizer = base_lm_card.load_stories(ASSETS / "stories-4l")

@@ -13,7 +13,6 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_demo import needs_assets
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -234,7 +233,6 @@ next(texts)
 """
 
 
-@needs_assets
 def test_texts_that_are_left_unread_end_without_a_word(tmp_path):
     write(tmp_path / "a.jsonl", "jsonl")
     done = subprocess.run(

@@ -156,7 +156,8 @@ def extract(
             batch_sequences=batch_sequences,
             progress=screen.stage("Extract activations", "sequences"),
         )
-        screen.result(store.info(), _shown_store(store.info()))
+        found = store.info()
+        screen.result(found, _shown_store(found))
     return 0
 
 

@@ -153,8 +153,8 @@ class Gather:
     its own, and two teams on the same cores (this one and the trainer's) wait for each other more than they work.
     """
 
-    def __init__(self, memory: BatchMemory, logical: torch.dtype, out: torch.dtype) -> None:
-        self.memory, self.logical, self.out = memory, logical, out
+    def __init__(self, logical: torch.dtype, out: torch.dtype) -> None:
+        self.logical, self.out = logical, out
         self._scratch = Scratch()
 
     def __call__(self, values: NDArray[Any], places: NDArray[np.int64], target: torch.Tensor) -> None:

@@ -225,7 +225,7 @@ class Loader:
         import torch
 
         logical = getattr(torch, self.store.spec.dtype)
-        gather = Gather(self._memory, logical, self.dtype)
+        gather = Gather(logical, self.dtype)
         most = min(self.plan.chunks_per_window, self.plan.n_chunks) * self.plan.rows_per_chunk
         while len(self._buffers) < 2:
             self._buffers.append(Window(self.store, self.sites, most))

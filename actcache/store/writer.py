@@ -60,7 +60,7 @@ class StoreWriter:
         self._committed = committed_columns(self.objects, spec, complete=False)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="actcache-encode")
         self._free: queue.SimpleQueue[ShardBuffers] = queue.SimpleQueue()
-        self._buffers_left, self._n_buffers = n_buffers, n_buffers
+        self._buffers_left = n_buffers
         self._running: list[Future[None]] = []
         self._local = threading.local()
         self.sealed = layout.read_root(self.objects).state == "sealed"
