@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -249,7 +250,11 @@ def test_an_interrupted_command_says_how_to_go_on(tmp_path: Path) -> None:
     wanted = ["--sites", "blocks.*.mlp.hook_*", "--out", "acts.zarr", "--length", "256", "--count", "128"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "actcache", "extract", *wanted]
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as child:
+    # Python keeps ignoring the signal where it was begun in the background of a shell, which ignores it for its jobs.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heard
+    ) as child:
         deadline = time.monotonic() + 60
         while not (tmp_path / "acts.zarr" / "zarr.json").exists() and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -10,6 +10,7 @@ Exit codes: 0 fine, 1 something that the user can mend (said in one line), 2 uns
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from cyclopts import App, CycloptsError, Parameter
@@ -78,5 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error_line(str(error))
         return USER_ERROR
     except KeyboardInterrupt:
+        # An interrupt cuts in half whatever was being done, the construction of an event loop for one. What such
+        # halves have to say when they are collected, at the end of this clause, is of no use to anybody.
+        sys.unraisablehook = lambda _: None
+        warnings.simplefilter("ignore")
         error_line("interrupted; the same command goes on where this one stopped")
         return INTERRUPTED
