@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from actcache.errors import ActcacheError as ActcacheError
     from actcache.evaluate import reconstruction as reconstruction
     from actcache.evaluate import spliced_loss as spliced_loss
+    from actcache.extraction import add_sites as add_sites
+    from actcache.extraction import extend as extend
     from actcache.extraction import extract as extract
     from actcache.lm import load_lm as load_lm
     from actcache.load import Loader as Loader
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from actcache.source import token_blocks as token_blocks
     from actcache.sparse import SparseMLP as SparseMLP
     from actcache.store import Store as Store
+    from actcache.store import delete_sites as delete_sites
+    from actcache.store import export as export
     from actcache.store import open_store as open_store
     from actcache.store import repair as repair
     from actcache.store import verify as verify
@@ -37,6 +41,10 @@ _ROOMS = {
     "Store": "store",
     "TrainConfig": "train",
     "Trainer": "train",
+    "add_sites": "extraction",
+    "delete_sites": "store",
+    "export": "store",
+    "extend": "extraction",
     "extract": "extraction",
     "load_lm": "lm",
     "open_store": "store",
@@ -56,6 +64,10 @@ __all__ = [
     "Store",
     "TrainConfig",
     "Trainer",
+    "add_sites",
+    "delete_sites",
+    "export",
+    "extend",
     "extract",
     "load_lm",
     "open_store",

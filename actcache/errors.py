@@ -10,7 +10,8 @@ ActcacheError
 │   ├── NotAStoreError                 the folder holds something else
 │   ├── StoreVersionError              written by a newer version of the format
 │   ├── StoreMismatchError             another model, text or spec than the store was begun with
-│   └── StoreIncompleteError           not sealed yet
+│   ├── StoreIncompleteError           not sealed yet
+│   └── StoreBusyError                 somebody else is writing it
 ├── CorruptShardError(OSError)         what is on disk is not what was written
 ├── StorageFullError(OSError)          no room; the same command continues once there is
 ├── RunNotFoundError(FileNotFoundError)
@@ -67,6 +68,10 @@ class StoreMismatchError(StoreError):
 
 class StoreIncompleteError(StoreError):
     """The store is not sealed: some of its shards are still to be written."""
+
+
+class StoreBusyError(StoreError):
+    """Another process, or another writer in this one, is writing the store."""
 
 
 class CorruptShardError(ActcacheError, OSError):

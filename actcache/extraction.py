@@ -7,30 +7,30 @@ The forward pass runs on this thread; encoding and disk run behind it, on as man
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from actcache.errors import ConfigError
+from actcache.errors import ConfigError, StoreError, StoreMismatchError
 from actcache.memory import keep_freed_memory
 from actcache.spec import Dtype, Progress, Site, StoreSpec, TokenBlocks, check_positive
-from actcache.store import Store, StoreWriter
-from actcache.store.codecs import STORED_DTYPE
+from actcache.store import ShardBuffers, Store, StoreWriter, open_store
+from actcache.store.codecs import parse_codec
+from actcache.store.fit import fitted, is_result_of, needs_trial
+from actcache.store.sizes import default_sizes
 
 if TYPE_CHECKING:
     from actcache.lm import LanguageModel, ResolvedSite
-    from actcache.store import ShardBuffers
 
-_SHARD_BYTES = 256 << 20
-"""Default size of one shard of all sites, before compression; two of them are in memory."""
-_CHUNK_BYTES = 1 << 19
-"""Default size of the unit of reading, before compression: what it costs to ask for one is then no matter."""
-_SEQUENCES_PER_SHARD = 512
-"""Each chunk is a sample of the shard's sequences; of 512, a window of many chunks shuffles like the whole store."""
+_ROWS_TO_TRY = 4096
+"""Rows that `auto` tries codecs on."""
 
 
 def store_spec(
@@ -38,7 +38,6 @@ def store_spec(
     blocks: TokenBlocks,
     sites: Sequence[Site],
     *,
-    codec: str = "lossless",
     dtype: Dtype = "bfloat16",
     skip_first: int = 1,
     seed: int = 0,
@@ -55,23 +54,18 @@ def store_spec(
             f"sequences of {blocks.sequence_length} tokens, but {lm.name} has a context of {lm.n_ctx}; "
             f"make token blocks with length={lm.n_ctx} or less"
         )
-    rows_per_sequence = max(1, blocks.sequence_length - skip_first)
-    row_bytes = [site.width * STORED_DTYPE[dtype].itemsize for site in sites if dtype in STORED_DTYPE]
-    if sequences_per_shard is None:
-        by_memory = _SHARD_BYTES // max(1, sum(row_bytes) * rows_per_sequence)
-        sequences_per_shard = max(1, min(_SEQUENCES_PER_SHARD, by_memory, blocks.n_sequences))
-    if rows_per_chunk is None:
-        at_most = max(1, _CHUNK_BYTES // max([1, *row_bytes]))
-        rows_per_chunk = _largest_divisor(sequences_per_shard * rows_per_sequence, at_most)
+    widths = [site.width for site in sites]
+    default_shard, default_chunk = default_sizes(
+        widths, dtype, blocks.n_sequences, max(1, blocks.sequence_length - skip_first), sequences_per_shard
+    )
     return StoreSpec(
         sites=tuple(sites),
         n_sequences=blocks.n_sequences,
         sequence_length=blocks.sequence_length,
-        sequences_per_shard=sequences_per_shard,
-        rows_per_chunk=rows_per_chunk,
+        sequences_per_shard=default_shard,
+        rows_per_chunk=default_chunk if rows_per_chunk is None else rows_per_chunk,
         skip_first=skip_first,
         dtype=dtype,
-        codec=codec,
         seed=seed,
         model=lm.identity,
         text={**blocks.description, "tokens": blocks.digest()},
@@ -84,7 +78,7 @@ def extract(
     patterns: Sequence[str],
     path: str | Path,
     *,
-    codec: str = "lossless",
+    codec: str | Mapping[str, str] = "lossless",
     dtype: Dtype = "bfloat16",
     skip_first: int = 1,
     seed: int = 0,
@@ -100,9 +94,10 @@ def extract(
         lm: the base model.
         blocks: `(Q, T)` tokens, already in the order in which they are to be stored.
         patterns: hook names or glob patterns of them, such as `blocks.*.hook_mlp_out`.
-        path: where the store is made, or continued when an earlier call was interrupted.
-        codec: preset `raw` or `lossless`.
-        dtype: element type on disk: `bfloat16`, `float16` or `float32`.
+        path: folder or URL where the store is made, or continued when an earlier call was interrupted.
+        codec: a preset (`raw`, `lossless`, `sparse`, `int8`), `auto` (the smallest lossless preset, tried for each site
+            on the first sequences), the JSON text of a list of Zarr codecs, or any of these by pattern of site names.
+        dtype: logical element type: `bfloat16`, `float16` or `float32`.
         skip_first: leading positions of each sequence that are not kept: they have the least context and, in many
             models, extreme norms.
         seed: seed of the shuffle of rows within shards.
@@ -114,25 +109,104 @@ def extract(
 
     Raises:
         SiteError: a pattern matches nothing. ConfigError: sizes do not fit together. NotAStoreError: `path` holds
-        something else. StoreMismatchError: `path` holds a store of another model, text or spec. StorageFullError: no
-        room; make some and call again.
+        something else. StoreMismatchError: `path` holds a store of another model, text or spec. StoreBusyError: another
+        process is writing it. StorageFullError: no room; make some and call again.
     """
     check_positive("extract", batch_sequences=batch_sequences)
-    sites = lm.resolve(patterns, length=blocks.sequence_length)
+    resolved = lm.resolve(patterns, length=blocks.sequence_length)
+    sites = _with_codecs(lm, blocks, resolved, path, codec, dtype, skip_first)
     spec = store_spec(
         lm,
         blocks,
-        [resolved.site for resolved in sites],
-        codec=codec,
+        sites,
         dtype=dtype,
         skip_first=skip_first,
         seed=seed,
         sequences_per_shard=sequences_per_shard,
         rows_per_chunk=rows_per_chunk,
     )
+    return _fill(lm, StoreWriter(path, spec, blocks, threads=_threads(threads)), blocks, batch_sequences, progress)
+
+
+def extend(
+    lm: LanguageModel,
+    path: str | Path,
+    more: TokenBlocks,
+    *,
+    batch_sequences: int = 32,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Store:
+    """Append sequences to a store: afterwards it is what one extraction of all of them would have written.
+
+    Until its last shard is made again (if that was not full), the store stays readable as it was. Called again with the
+    same `more` after an interruption, it goes on; after it is done, nothing happens.
+
+    Raises:
+        StoreMismatchError: another model, or sequences of another length. The others are those of `extract`.
+    """
+    check_positive("extend", batch_sequences=batch_sequences)
+    store = open_store(path)
+    digest = more.digest()
+    parts = store.spec.text.get("parts", [{**store.spec.text, "n_sequences": store.spec.n_sequences}])
+    blocks, spec = store.token_blocks(), replace(store.spec, model=lm.identity)
+    if more.sequence_length != spec.sequence_length:
+        raise StoreMismatchError(
+            f"{path} has sequences of {spec.sequence_length} tokens, the new ones have {more.sequence_length}; "
+            f"make token blocks with length={spec.sequence_length}"
+        )
+    if len(parts) < 2 or parts[-1]["tokens"] != digest:
+        blocks = blocks.join(more)
+        parts = [*parts, {**more.description, "tokens": digest, "n_sequences": more.n_sequences}]
+        spec = replace(spec, n_sequences=blocks.n_sequences, text={"tokens": blocks.digest(), "parts": parts})
+    writer = StoreWriter(path, spec, blocks, grow=True, threads=_threads(threads))
+    return _fill(lm, writer, blocks, batch_sequences, progress)
+
+
+def add_sites(
+    lm: LanguageModel,
+    path: str | Path,
+    patterns: Sequence[str],
+    *,
+    codec: str | Mapping[str, str] = "lossless",
+    batch_sequences: int = 32,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Store:
+    """Add sites to the rows that a store has; only those are computed, and until they are all there it stays as it was.
+
+    The row table of every shard is held against the store's own, so that the new activations belong to the same tokens.
+
+    Raises:
+        StoreMismatchError: another model. The others are those of `extract`.
+    """
+    check_positive("add_sites", batch_sequences=batch_sequences)
+    store = open_store(path)
+    blocks, spec = store.token_blocks(), store.spec
+    new = [site for site in lm.resolve(patterns, length=spec.sequence_length) if site.site.name not in store.sites]
+    sites = _with_codecs(lm, blocks, new, path, codec, spec.dtype, spec.skip_first)
+    spec = replace(spec, model=lm.identity, sites=(*spec.sites, *sites))
+    writer = StoreWriter(path, spec, blocks, grow=True, threads=_threads(threads))
+    return _fill(lm, writer, blocks, batch_sequences, progress, store.kept_rows)
+
+
+def _threads(threads: int | None) -> int:
+    return threads or os.cpu_count() or 1
+
+
+def _fill(
+    lm: LanguageModel,
+    writer: StoreWriter,
+    blocks: TokenBlocks,
+    batch_sequences: int,
+    progress: Progress | None,
+    kept_rows: Callable[[int], NDArray[np.bool_] | None] = lambda shard: None,
+) -> Store:
+    """Make every pending shard: the forward pass here, encoding and disk behind it."""
     keep_freed_memory()
-    with StoreWriter(path, spec, blocks, threads=threads or os.cpu_count() or 1) as writer:
-        pending = writer.pending()
+    with writer:
+        spec, pending = writer.spec, writer.pending()
+        sites = lm.resolve([site.name for site in writer.sites], length=spec.sequence_length) if pending else []
         done = spec.n_sequences - sum(len(spec.shard_sequences(shard)) for shard in pending)
         for shard in pending:
             buffers = writer.acquire(shard)
@@ -144,7 +218,11 @@ def extract(
                 done += len(batch)
                 if progress:
                     progress(done, spec.n_sequences)
-            writer.submit(buffers, ids)
+            kept = kept_rows(shard)
+            if kept is not None:
+                for rows in buffers.rows.values():
+                    rows[: kept.sum()] = rows[: len(kept)][kept]
+            writer.submit(buffers, ids, kept)
         return writer.finish()
 
 
@@ -161,7 +239,54 @@ def _keep(lm: LanguageModel, sites: Sequence[ResolvedSite], ids: np.ndarray, fir
         target.view(len(ids), spec.rows_per_sequence, -1).copy_(acts_QTD[:, spec.skip_first :])
 
 
-def _largest_divisor(n: int, at_most: int) -> int:
-    """The largest divisor of n that is no larger than `at_most`."""
-    divisors = {d for i in range(1, math.isqrt(n) + 1) if n % i == 0 for d in (i, n // i)}
-    return max(d for d in divisors if d <= at_most)
+def _with_codecs(
+    lm: LanguageModel,
+    blocks: TokenBlocks,
+    resolved: Sequence[ResolvedSite],
+    path: str | Path,
+    codec: str | Mapping[str, str],
+    dtype: Dtype,
+    skip_first: int,
+) -> list[Site]:
+    """The sites with their codecs. What was found out for the store that is there is not found out again."""
+    by_pattern = {"*": codec} if isinstance(codec, str) else codec
+    asked = {
+        site.site.name: next((c for p, c in by_pattern.items() if fnmatchcase(site.site.name, p)), "lossless")
+        for site in resolved
+    }
+    known: dict[str, Site] = {}
+    if any(map(needs_trial, asked.values())):
+        with suppress(StoreError):
+            known = {site.name: site for site in open_store(path).spec.sites}
+    known = {name: site for name, site in known.items() if is_result_of(site, asked.get(name, ""))}
+    to_try = [site for site in resolved if needs_trial(asked[site.site.name]) and site.site.name not in known]
+    if to_try:
+        known |= _tried(lm, blocks, to_try, asked, dtype, skip_first)
+    return [
+        known.get(site.site.name) or replace(site.site, codec=parse_codec(asked[site.site.name])) for site in resolved
+    ]
+
+
+def _tried(
+    lm: LanguageModel,
+    blocks: TokenBlocks,
+    sites: Sequence[ResolvedSite],
+    asked: Mapping[str, str],
+    dtype: Dtype,
+    skip_first: int,
+) -> dict[str, Site]:
+    """Each site with what suits the activations of the first sequences best."""
+    length = blocks.sequence_length
+    n_sequences = min(blocks.n_sequences, max(1, _ROWS_TO_TRY // length))
+    trial = StoreSpec(
+        sites=tuple(site.site for site in sites),
+        n_sequences=n_sequences,
+        sequence_length=length,
+        sequences_per_shard=n_sequences,
+        rows_per_chunk=n_sequences * (length - skip_first),
+        skip_first=skip_first,
+        dtype=dtype,
+    )
+    buffers = ShardBuffers(trial, trial.sites)
+    _keep(lm, sites, np.asarray(blocks.ids[:n_sequences]), 0, buffers)
+    return {site.name: fitted(site, asked[site.name], buffers.rows[site.name], dtype) for site in trial.sites}

@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -21,6 +21,9 @@ from actcache.errors import ConfigError, SiteError
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+MOST_OBJECT_BYTES = (1 << 31) - 1
+"""Largest piece of a store that is read or written whole; Blosc's own limit."""
 
 Progress = Callable[[int, int], None]
 """`progress(done, total)`: called by long functions; the library itself prints nothing."""
@@ -46,6 +49,12 @@ class Site:
     """TransformerLens hook name (`blocks.2.hook_mlp_out`), or `module.path:in` / `module.path:out`."""
     shape: tuple[int, ...]
     """Feature axes, `(d_model,)` for most; several axes are stored flattened."""
+    codec: str = "lossless"
+    """How it is compressed: the name of a preset, or the JSON text of a chain of Zarr codecs."""
+    codec_reason: str = ""
+    """Why `auto` chose that codec; empty when it was given."""
+    feature_exponents: tuple[int, ...] = ()
+    """Of a quantised site: powers of two, one a feature, that outlying features are divided by first; or empty."""
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -53,6 +62,11 @@ class Site:
         check_positive(f"site {self.name}", **{f"shape[{i}]": n for i, n in enumerate(self.shape)})
         if not self.shape:
             raise ConfigError(f"site {self.name}: shape must have at least one axis")
+        exponents = self.feature_exponents
+        if exponents and (len(exponents) != self.width or not all(type(e) is int and 0 <= e < 128 for e in exponents)):
+            raise ConfigError(
+                f"site {self.name}: feature_exponents must be {self.width} integers from 0 to 127, or none"
+            )
 
     @property
     def width(self) -> int:
@@ -78,8 +92,6 @@ class StoreSpec:
     """Leading positions of each sequence that get no row: those have the least context, and often extreme norms."""
     dtype: Dtype = "bfloat16"
     """Logical element type."""
-    codec: str = "lossless"
-    """Compression preset: `raw` or `lossless`."""
     seed: int = 0
     """Seed of the shuffle of rows within each shard."""
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -106,6 +118,28 @@ class StoreSpec:
                 f"store spec: rows_per_chunk ({self.rows_per_chunk}) must divide rows_per_shard "
                 f"({self.rows_per_shard} = {self.sequences_per_shard} sequences x {self.rows_per_sequence} rows)"
             )
+        self._check_object_sizes()
+
+    def _check_object_sizes(self) -> None:
+        """No object that is read or written whole may be larger than what Blosc takes.
+
+        A spec is read from a store that anybody may have made: what passes here is all that is ever allocated for it.
+        """
+        widest = max(site.width for site in self.sites)
+        sizes = {
+            "chunk of activations": self.rows_per_chunk * widest * DTYPE_BYTES[self.dtype],
+            "line of statistics": 8 * (3 * widest + 8),
+            "row table of a shard": 4 * self.rows_per_shard,
+            "index of a shard": 16 * (self.rows_per_shard // self.rows_per_chunk),
+            "tokens of a shard": 4 * self.sequences_per_shard * self.sequence_length,
+            "ledger": 48 * self.n_shards * (len(self.sites) + 1),
+        }
+        for what, n_bytes in sizes.items():
+            if n_bytes > MOST_OBJECT_BYTES:
+                raise ConfigError(
+                    f"store spec: the {what} would be {n_bytes:,} bytes, at most {MOST_OBJECT_BYTES:,} are possible; "
+                    "change sequences_per_shard or rows_per_chunk"
+                )
 
     @property
     def rows_per_sequence(self) -> int:
@@ -119,7 +153,7 @@ class StoreSpec:
 
     @property
     def n_rows(self) -> int:
-        """N, rows of the finished store."""
+        """N, row ids of the finished store: the length of its arrays. Each shard may leave the last of its ids out."""
         return self.n_sequences * self.rows_per_sequence
 
     @property
@@ -133,7 +167,7 @@ class StoreSpec:
         return range(start, min(start + self.sequences_per_shard, self.n_sequences))
 
     def shard_rows(self, shard: int) -> range:
-        """The global row ids of a shard."""
+        """The row ids that a shard may use, from the first on."""
         sequences = self.shard_sequences(shard)
         return range(sequences.start * self.rows_per_sequence, sequences.stop * self.rows_per_sequence)
 
@@ -144,13 +178,14 @@ class StoreSpec:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, the inverse of `from_dict`."""
         plain = {name: getattr(self, name) for name in self.__slots__}
-        plain["sites"] = [{"name": site.name, "shape": list(site.shape)} for site in self.sites]
+        plain["sites"] = [asdict(site) for site in self.sites]
         return json.loads(json.dumps(plain, default=dict))  # type: ignore[no-any-return]  # loads is untyped
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> StoreSpec:
         """The spec that `to_dict` wrote."""
-        sites = tuple(Site(name=s["name"], shape=tuple(s["shape"])) for s in plain["sites"])
+        tuples = ("shape", "feature_exponents")
+        sites = tuple(Site(**{**site, **{name: tuple(site[name]) for name in tuples}}) for site in plain["sites"])
         return cls(**{**plain, "sites": sites})
 
 
@@ -189,6 +224,11 @@ class TokenBlocks:
             for start in range(0, self.n_sequences, 4096):  # memory-mapped arrays are read piece by piece
                 digest.update(np.ascontiguousarray(values[start : start + 4096], dtype="<u4").data)
         return digest.hexdigest()
+
+    def join(self, more: TokenBlocks) -> TokenBlocks:
+        """These sequences and then those, in memory; document numbers count within each part."""
+        ids, document = (np.concatenate([getattr(self, n), getattr(more, n)]) for n in ("ids", "document"))
+        return TokenBlocks(ids=ids, document=document, description=self.description)
 
     def batches(self, n_sequences: int) -> Iterator[NDArray[np.uint32]]:
         """The ids in order, `n_sequences` at a time (the last batch may be smaller)."""

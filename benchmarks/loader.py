@@ -43,7 +43,7 @@ def one(store: Store, site: str, pairs: int) -> Figure:
 
     try:
         return compare(
-            f"load `{site}`, `{store.spec.codec}`",
+            f"load `{site}`, `{store.spec.site(site).codec}`",
             lambda: rate(gigabytes, epoch),
             lambda: rate(gigabytes, lambda: gather_in_memory(rows_ND, 0)),
             unit="GB/s",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def random_blocks(n_sequences: int, length: int, seed: int = 0) -> TokenBlocks:
     return TokenBlocks(ids=ids, document=document, description={"length": length})
 
 
-def spec_of(blocks: TokenBlocks, **changes: Any) -> StoreSpec:
+def spec_of(blocks: TokenBlocks, codec: str = "lossless", **changes: Any) -> StoreSpec:
     settings: dict[str, Any] = {
         "sites": (Site(name="blocks.0.hook_mlp_out", shape=(12,)), Site(name="blocks.1.attn.hook_z", shape=(2, 5))),
         "n_sequences": blocks.n_sequences,
@@ -44,7 +45,9 @@ def spec_of(blocks: TokenBlocks, **changes: Any) -> StoreSpec:
         "model": {"name": "random"},
         "text": {**blocks.description, "tokens": blocks.digest()},
     }
-    return StoreSpec(**{**settings, **changes})
+    settings |= changes
+    settings["sites"] = tuple(replace(site, codec=codec) for site in settings["sites"])
+    return StoreSpec(**settings)
 
 
 def random_bits(spec: StoreSpec, seed: int = 1) -> dict[str, NDArray[Any]]:
@@ -74,7 +77,7 @@ def write_shards(
                 continue
             buffers = writer.acquire(shard)
             sequences = spec.shard_sequences(shard)
-            for site in spec.sites:
+            for site in writer.sites:
                 rows = bits[site.name][sequences.start : sequences.stop].reshape(-1, site.width)
                 buffers.rows[site.name][: len(rows)] = rows
             writer.submit(buffers, blocks.ids[sequences.start : sequences.stop])

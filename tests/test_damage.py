@@ -137,15 +137,15 @@ def test_every_flip_truncation_and_deletion_is_noticed(copy, small_store):
 
 def test_faults_name_site_shard_and_reason(copy):
     store = open_store(copy)
-    (copy / "sites/blocks.1.attn.hook_z/acts/c/2/0").unlink()
-    file = copy / "sites/blocks.0.hook_mlp_out/acts/c/1/0"
+    (copy / "sites/blocks.1.attn.hook_z/acts/c.2.0").unlink()
+    file = copy / "sites/blocks.0.hook_mlp_out/acts/c.1.0"
     file.write_bytes(file.read_bytes()[:50])
-    (copy / "rows/token/c/0").write_bytes(b"")
+    (copy / "rows/token/c.0").write_bytes(b"")
     found = {(fault.column, fault.shard): fault.reason for fault in verify(copy)}
     assert set(found) == {("blocks.1.attn.hook_z", 2), ("blocks.0.hook_mlp_out", 1), ("rows", 0)}
     assert "missing" in found["blocks.1.attn.hook_z", 2]
     assert "truncated" in found["blocks.0.hook_mlp_out", 1]
-    with pytest.raises(CorruptShardError, match=r"shard 2 of blocks\.1\.attn\.hook_z .* missing; run 'actcache verify"):
+    with pytest.raises(CorruptShardError, match=r"shard 2 of blocks\.1\.attn\.hook_z .* missing: there is no .*; run 'actcache verify"):
         store.read("blocks.1.attn.hook_z", slice(None))
 
 
@@ -156,7 +156,7 @@ def test_swapped_and_stale_objects_are_noticed(tmp_path, codec):
     path = tmp_path / "s.zarr"
     write_shards(path, spec, blocks, random_bits(spec))
     write_shards(tmp_path / "other.zarr", spec, blocks, random_bits(spec, seed=5))
-    key = "sites/blocks.0.hook_mlp_out/acts/c/{}/0"
+    key = "sites/blocks.0.hook_mlp_out/acts/c.{}.0"
     first, second = (path / key.format(0)).read_bytes(), (path / key.format(1)).read_bytes()
     (path / key.format(0)).write_bytes(second)
     (path / key.format(1)).write_bytes(first)
@@ -171,17 +171,17 @@ def test_swapped_and_stale_objects_are_noticed(tmp_path, codec):
 def test_repair_uncommits_only_the_bad_shards_and_the_same_call_mends_them(copy, small_store):
     blocks = random_blocks(29, 13)
     spec = spec_of(blocks)
-    (copy / "sites/blocks.1.attn.hook_z/acts/c/2/0").unlink()
-    untouched = (copy / "sites/blocks.1.attn.hook_z/acts/c/1/0").stat().st_mtime_ns
+    (copy / "sites/blocks.1.attn.hook_z/acts/c.2.0").unlink()
+    untouched = (copy / "sites/blocks.1.attn.hook_z/acts/c.1.0").stat().st_mtime_ns
     assert repair(copy, verify(copy)) == [2]
     assert open_store(copy).committed == [0, 1, 3]
     finished = write_shards(copy, spec, blocks, random_bits(spec))
     assert finished.fingerprint == small_store.fingerprint
-    assert (copy / "sites/blocks.1.attn.hook_z/acts/c/1/0").stat().st_mtime_ns == untouched
+    assert (copy / "sites/blocks.1.attn.hook_z/acts/c.1.0").stat().st_mtime_ns == untouched
     assert verify(copy) == []
 
 
-@pytest.mark.parametrize("victim", ["ledger/c/0/0/0", "sites/blocks.1.attn.hook_z/total/c/0"])
+@pytest.mark.parametrize("victim", ["ledger/c.0.0.0", "sites/blocks.1.attn.hook_z/total/c.0"])
 def test_a_damaged_ledger_or_total_blames_no_shard_and_is_made_again(copy, small_store, victim):
     data = bytearray((copy / victim).read_bytes())
     data[len(data) // 2] ^= 1
@@ -201,7 +201,7 @@ def test_changed_attributes_are_noticed_and_not_blessed(copy):
 
 
 def test_damaged_tokens_cannot_be_repaired_and_say_so(copy):
-    next(copy.glob("tokens/ids/c/*/0")).unlink()
+    next(copy.glob("tokens/ids/c.*.0")).unlink()
     with pytest.raises(CorruptShardError, match="cannot be repaired"):
         repair(copy, verify(copy))
 
@@ -209,7 +209,7 @@ def test_damaged_tokens_cannot_be_repaired_and_say_so(copy):
 def test_hostile_metadata_does_not_allocate_or_execute(copy):
     """An index that points far outside its object, with a checksum that is right, is an error and no huge read."""
     store = open_store(copy)
-    file = copy / "sites/blocks.0.hook_mlp_out/acts/c/0/0"
+    file = copy / "sites/blocks.0.hook_mlp_out/acts/c.0.0"
     data = file.read_bytes()
     n_bytes = 6 * 16 + 4
     index = np.frombuffer(data[-n_bytes:-4], "<u8").copy()

@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actcache.errors import ConfigError, CorruptShardError, SiteError, StateError, StoreIncompleteError
-from actcache.load import Loader, Plan
+from actcache.load import Loader, Plan, fetch
 from actcache.load.fetch import BatchMemory
 from actcache.order import permutation
+from actcache.spec import Site
 from actcache.store import open_store
+from actcache.store.codecs import dequantise_rows
 
 GOLDEN = Path(__file__).parent / "golden" / "order.json"
 
@@ -82,6 +84,50 @@ def test_batches_are_the_plans_rows_for_every_site(small_store, dtype):
                 assert batch[site].dtype == dtype
                 assert torch.equal(batch[site], all_rows[batch.rows].to(dtype))
     assert i + 1 == 2 * len(loader)
+
+
+@pytest.fixture(scope="module")
+def quantised_store(tmp_path_factory):
+    """Three int8 sites, one with an outlying feature, 2**5 times as large as the others."""
+    blocks = random_blocks(29, 13)
+    outlier = Site(name="outlier", shape=(6,), feature_exponents=(0, 5, 0, 0, 0, 1))
+    spec = spec_of(blocks, "int8", sites=(*spec_of(blocks).sites, outlier))
+    bits = random_bits(spec)
+    bits["outlier"][:, :, 1] += 5 << 7  # the exponent field of a bfloat16 begins at its bit 7
+    store = write_shards(tmp_path_factory.mktemp("int8") / "s.zarr", spec, blocks, bits)
+    table = store.row_table()
+    return store, {site: values[table["sequence"], table["position"] - 1] for site, values in bits.items()}
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_quantised_sites_are_delivered_close_to_what_was_written(quantised_store, monkeypatch, dtype, compiled):
+    store, written = quantised_store
+    if not compiled:
+        monkeypatch.setattr(fetch, "take_dequantised", lambda: None)
+    exact = {site: (bits.astype(np.uint32) << 16).view(np.float32) for site, bits in written.items()}
+    read = {site: store.read(site, slice(None)).float() for site in store.sites}
+    with small_loader(store, dtype=dtype) as loader:
+        for batch in loader:
+            for site in batch:
+                values = exact[site][batch.rows.numpy()]
+                weights = np.exp2(store.spec.site(site).feature_exponents or np.zeros(values.shape[1]))
+                step = np.abs(values / weights).max(axis=1, keepdims=True) / 127 * weights
+                assert (np.abs(batch[site].float().numpy() - values) <= 0.51 * step + 2**-8 * np.abs(values)).all()
+                # `read` rounds to the store's bfloat16, the loader to the dtype that is asked for.
+                np.testing.assert_allclose(batch[site].float(), read[site][batch.rows], rtol=2**-7)
+
+
+def test_multiplying_out_on_the_device_gives_the_same_numbers():
+    rng = np.random.default_rng(0)
+    q = rng.integers(-127, 128, (50, 6), dtype=np.int8)
+    scales = (rng.random(50, dtype=np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    exponents = np.array([0, 5, 0, 0, 0, 1], np.int8)
+    expected = np.empty((50, 6), np.float32)
+    dequantise_rows(q, scales, expected, exponents)
+    sent = torch.from_numpy(q), torch.from_numpy(scales.view(np.int16)).view(torch.bfloat16)
+    there = fetch.dequantise_on(torch.device("cpu"), *sent, exponents, torch.float32)
+    assert np.array_equal(there.numpy(), expected)
 
 
 def everything(loader):
@@ -212,7 +258,7 @@ def test_damage_met_while_reading_ahead_reaches_the_consumer(tmp_path):
     blocks = random_blocks(29, 13)
     spec = spec_of(blocks)
     write_shards(tmp_path / "s.zarr", spec, blocks, random_bits(spec))
-    file = tmp_path / "s.zarr/sites/blocks.0.hook_mlp_out/acts/c/1/0"
+    file = tmp_path / "s.zarr/sites/blocks.0.hook_mlp_out/acts/c.1.0"
     data = bytearray(file.read_bytes())
     data[100] ^= 4
     file.write_bytes(data)

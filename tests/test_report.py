@@ -81,10 +81,10 @@ def metrics_of(n_layers: int = 4) -> dict[str, Any]:
             "raw_bytes": 2_139_095_040,
             "compression_ratio": 0.73,
             "bytes_per_activation": 1.46,
+            "codec": "lossless",
             "sites": sites,
             "spec": {
                 "dtype": "bfloat16",
-                "codec": "lossless",
                 "n_sequences": 4096,
                 "sequence_length": 256,
                 "skip_first": 1,

@@ -27,14 +27,16 @@ from actcache.errors import (
 from actcache.spec import Site, StoreSpec
 from actcache.store import PRESETS, Store, open_store
 from actcache.store.codecs import STORED_DTYPE
-from actcache.store.layout import acts_key
+from actcache.store.layout import sharded_key
 from actcache.store.stats import LineBuilder, merge, stats_of
+
+LOSSLESS = sorted(name for name, chain in PRESETS.items() if not chain.quantised)
 
 
 @settings(max_examples=25, deadline=None)
 @given(
     dtype=st.sampled_from(["bfloat16", "float16", "float32"]),
-    codec=st.sampled_from(sorted(PRESETS)),
+    codec=st.sampled_from(LOSSLESS),
     sizes=st.tuples(st.integers(1, 9), st.integers(2, 7), st.integers(1, 4), st.integers(1, 9)),
     skip_first=st.integers(0, 1),
     seed=st.integers(0, 2**31),
@@ -80,7 +82,7 @@ def test_rows_are_shuffled_within_their_shard(small_store):
         assert not (np.diff(part.astype(np.int64)) >= 0).all()
 
 
-@pytest.mark.parametrize("codec", sorted(PRESETS))
+@pytest.mark.parametrize("codec", LOSSLESS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_zarr_python_reads_and_would_have_written_the_same(tmp_path, codec, dtype):
     blocks = random_blocks(29, 13)
@@ -99,8 +101,8 @@ def test_zarr_python_reads_and_would_have_written_the_same(tmp_path, codec, dtyp
         for shard in (0, last):
             rows = spec.shard_rows(shard)
             theirs[rows.start : rows.stop] = array[rows.start : rows.stop]
-            ours_bytes = (tmp_path / "s.zarr" / acts_key(site.name, shard)).read_bytes()
-            theirs_bytes = (tmp_path / "theirs.zarr" / acts_key(site.name, shard)).read_bytes()
+            ours_bytes = (tmp_path / "s.zarr" / sharded_key(site.name, "acts", shard)).read_bytes()
+            theirs_bytes = (tmp_path / "theirs.zarr" / sharded_key(site.name, "acts", shard)).read_bytes()
             assert ours_bytes == theirs_bytes
     np.testing.assert_array_equal(group["tokens/ids"][:], blocks.ids)
     for name in ("sequence", "position", "token"):
@@ -179,11 +181,36 @@ def test_nan_and_infinity_are_counted_and_spoil_no_statistic(tmp_path):
     assert store.info()["sites"]["x"]["n_nan"] == 1
 
 
+@pytest.mark.parametrize("width", [1, 7, 128])
+def test_the_compiled_statistics_are_those_of_numpy(width):
+    """One pass in machine code against several of numpy, over any bits: NaN, infinities, zeros of both signs."""
+    rng = np.random.default_rng(width)
+    rows = (rng.standard_normal((300, width)).astype(np.float32) * 1e3).view(np.uint32) >> 16
+    rows = rows.astype(np.uint16)
+    strange = rng.integers(0, rows.size, 5)
+    rows.reshape(-1)[strange] = [0x7F80, 0xFF80, 0x7FC1, 0x8000, 0x0001]
+    wanted = rng.permutation(300)
+    lines = []
+    for compiled in (True, False):
+        builder = LineBuilder(width, "bfloat16")
+        assert builder._kernel is not None
+        if not compiled:
+            builder._kernel = None
+        out = np.zeros_like(rows)
+        for start in range(0, 300, 64):
+            builder.take(rows, wanted[start : start + 64], out[start : start + 64])
+        assert np.array_equal(out, rows[wanted])
+        lines.append(builder.line)
+    np.testing.assert_allclose(lines[0], lines[1], rtol=1e-12)
+    assert np.array_equal(lines[0][-3:], lines[1][-3:])  # zeros, NaN and infinities are counted, not measured
+
+
 def test_info_is_json_and_counts_what_is_on_disk(small_store):
     info = json.loads(json.dumps(small_store.info()))
     objects = [p for p in Path(small_store.path).rglob("*") if p.is_file()]
-    of_shards = [p for p in objects if "/acts/c/" in str(p) or "/stats/c/" in str(p) or "/rows/" in str(p)]
-    assert info["bytes"] == sum(p.stat().st_size for p in of_shards if p.name != "zarr.json")
+    of_shards = [p for p in objects if "/acts/c." in str(p) or "/stats/c." in str(p) or "/rows/" in str(p)]
+    of_shards = [p for p in of_shards if p.name != "zarr.json" and p.parent.name != "commit"]
+    assert info["bytes"] == sum(p.stat().st_size for p in of_shards)
     assert info["n_rows"] == info["n_rows_expected"] == 29 * 12
     assert info["state"] == "sealed"
 
@@ -221,7 +248,7 @@ def test_a_store_begun_with_another_spec_is_refused_and_says_what_differs(tmp_pa
     other = spec_of(blocks, codec="raw", model={"name": "other"})
     with pytest.raises(StoreMismatchError) as error:
         write_shards(tmp_path / "s.zarr", other, blocks, random_bits(other))
-    assert "codec: the store has 'lossless', asked for 'raw'" in str(error.value)
+    assert "sites.blocks.0.hook_mlp_out.codec: the store has 'lossless', asked for 'raw'" in str(error.value)
     assert "model.name: the store has 'random', asked for 'other'" in str(error.value)
     assert open_store(tmp_path / "s.zarr").committed == [0]
 
@@ -243,8 +270,8 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
 def test_no_store_and_unknown_site_say_what_to_do(tmp_path, small_store):
     with pytest.raises(StoreNotFoundError, match="actcache extract"):
         open_store(tmp_path / "nowhere.zarr")
-    with pytest.raises(ConfigError, match="is a URL"):
-        open_store("s3://bucket/acts.zarr")
+    with pytest.raises(ConfigError, match="nobody here knows"):
+        open_store("gopher://acts.zarr")
     with pytest.raises(SiteError, match=r"did you mean blocks\.0\.hook_mlp_out"):
         small_store.stats("blocks.0.hook_mlp_oot")
 

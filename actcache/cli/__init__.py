@@ -3,7 +3,9 @@
 Exit codes: 0 fine, 1 something that the user can mend (said in one line), 2 unsound data, 130 interrupted.
 
     screen.py   bars, tables, JSON: all that is printed
-    verbs.py    the verbs
+    stores.py   the verbs that make a store and look after it
+    exchange.py the verb `import`
+    verbs.py    the others
     train.py    the verb `train`, whose options need torch
 """
 
@@ -16,7 +18,7 @@ from collections.abc import Callable, Sequence
 from cyclopts import App, CycloptsError, Parameter
 
 from actcache import __version__
-from actcache.cli import verbs
+from actcache.cli import exchange, stores, verbs
 from actcache.cli.screen import error_line
 from actcache.errors import ActcacheError, CorruptShardError
 
@@ -24,8 +26,9 @@ FINE, USER_ERROR, UNSOUND, INTERRUPTED = 0, 1, 2, 130
 
 _HELP = """Cache a model's activations, serve them shuffled, learn sparse MLPs from them.
 
-Start with `actcache demo`. The parts: `sites` and `extract` make a store, `info`, `verify` and `repair` look after it;
-`train`, `evaluate` and `report` make and measure sparse MLPs.
+Start with `actcache demo`. The parts: `sites` and `extract` make a store; `info`, `verify` and `repair` look after it;
+`extend`, `add-sites`, `delete-sites` and `export` change it; `import` makes one of another tool's files; `train`, `evaluate` and `report` make and measure sparse
+MLPs.
 """
 
 _EPILOGUE = """Every verb takes `--json`. Exit codes: 0 fine, 1 something to mend (said in one line), 2 unsound data.
@@ -51,16 +54,19 @@ def build_app() -> App:
         print_error=False,
         suppress_keyboard_interrupt=False,
     )
-    before: list[Callable[..., int]] = [verbs.demo, verbs.sites, verbs.extract, verbs.info, verbs.verify, verbs.repair]
-    for place, verb in enumerate(before):
-        app.command(verb, sort_key=place, help_epilogue="")
-    # Its options are the trainer's, whose module needs torch: it is imported when it is asked for.
+    # `train` has the trainer's options, whose module needs torch: it is imported when it is asked for.
     summary = (
         "Train a sparse MLP that predicts one site of a store from another. Run again, it goes on where it stopped."
     )
-    app.command("actcache.cli.train:train", sort_key=6, help=summary, help_epilogue="")
-    app.command(verbs.evaluate, sort_key=7, help_epilogue="")
-    app.command(verbs.report, sort_key=8, help_epilogue="")
+    making: list[Callable[..., int]] = [verbs.demo, verbs.sites, stores.extract, stores.info]
+    keeping: list[Callable[..., int]] = [stores.verify, stores.repair, stores.extend, stores.add_sites]
+    keeping += [stores.delete_sites, stores.export]
+    for place, verb in enumerate([*making, *keeping]):
+        app.command(verb, sort_key=place, help_epilogue="")
+    app.command(exchange.import_store, name="import", sort_key=10, help_epilogue="")
+    app.command("actcache.cli.train:train", sort_key=20, help=summary, help_epilogue="")
+    app.command(verbs.evaluate, sort_key=21, help_epilogue="")
+    app.command(verbs.report, sort_key=22, help_epilogue="")
     return app
 
 

@@ -140,13 +140,14 @@ def stages_table(stages: Mapping[str, Metrics]) -> Table:
 
 def sites_table(sites: Mapping[str, Metrics]) -> Table:
     """One line a cached site: width, bytes, statistics; NaN and infinite values stand out."""
-    headings = ("site", "width", "on disk", "of raw", "mean norm", "abs max", "zeros", "NaN", "Inf")
-    table = _table(headings, left=("site",))
+    headings = ("site", "width", "codec", "on disk", "of raw", "mean norm", "abs max", "zeros", "NaN", "Inf")
+    table = _table(headings, left=("site", "codec"))
     for name, site in sites.items():
         broken = [f"[bold red]{site[key]:,}[/]" if site.get(key) else "0" for key in ("n_nan", "n_inf")]
         table.add_row(
             escape(name),
             "x".join(map(str, site["shape"])),
+            "by hand" if site["codec"].startswith("[") else site["codec"],
             formats.size(site["bytes"]),
             formats.percent(site["ratio"]),
             *(formats.number(site.get(key)) for key in ("mean_norm", "abs_max")),
@@ -165,7 +166,7 @@ def store_lines(info: Metrics) -> str:
     return "\n".join(
         [
             f"[bold]{escape(str(info['path']))}[/]  {info['state']}, {rows}, {shards}",
-            f"{size}, codec {spec['codec']}",
+            size,
             f"model {escape(str(spec['model'].get('name', '?')))}, {spec['n_sequences']:,} sequences of "
             f"{spec['sequence_length']} tokens, first {spec['skip_first']} of each not kept",
             f"fingerprint {info['fingerprint'] or '(when it is sealed)'}",

@@ -7,8 +7,8 @@ libraries are imported inside the verbs, so that `--help` answers at once.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from rich.console import Console
 
-from actcache.cli.screen import Screen, paths_lines, results_table, sites_table, stages_table, store_lines
+from actcache.cli.screen import Screen, paths_lines, results_table, stages_table
 from actcache.demo import DemoConfig, run_demo
 from actcache.spec import Dtype
 
@@ -25,8 +25,6 @@ Flat = Parameter(name="*")
 
 Flag = Annotated[bool, Parameter(show_default=False)]
 Strings = Annotated[list[str], Parameter(consume_multiple=True)]
-
-UNSOUND = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,133 +97,6 @@ def demo(
     with Screen(json=json) as screen:
         metrics = run_demo(config, on_stage=screen.stage, say=screen.say, command=typed())
         screen.result(metrics, lambda out: _show_run(out, config.out, metrics))
-    return 0
-
-
-def extract(
-    *,
-    sites: Strings,
-    out: Path,
-    model: Annotated[ModelOptions | None, Flat] = None,
-    text: Annotated[TextOptions | None, Flat] = None,
-    codec: str = "lossless",
-    dtype: Dtype = "bfloat16",
-    skip_first: int = 1,
-    seed: int = 0,
-    batch_sequences: int = 32,
-    json: Flag = False,
-) -> int:
-    """Run the model over a text once and keep its activations in a store. Run again, it goes on where it stopped.
-
-    Parameters
-    ----------
-    sites
-        Hook names or patterns of them, such as 'blocks.*.hook_mlp_out'; "actcache sites" lists them.
-    out
-        The store, a folder ending in .zarr; begun anew, or continued.
-    codec
-        Compression preset: `raw` or `lossless`.
-    dtype
-        Element type on disk.
-    skip_first
-        Leading positions of each sequence that are not kept: those with the least context.
-    seed
-        Seed of the shuffle of rows within shards.
-    batch_sequences
-        Sequences in one forward pass.
-    json
-        Print one JSON object on stdout; progress stays on stderr.
-    """
-    from actcache.extraction import extract as extract_activations
-
-    with Screen(json=json) as screen:
-        lm = (model or ModelOptions()).load()
-        text = text or TextOptions()
-        # A mistyped name is reported before minutes are spent on the text.
-        lm.resolve(sites, length=text.length)
-        blocks = text.blocks(lm.tokenizer, screen)
-        store = extract_activations(
-            lm,
-            blocks,
-            sites,
-            out,
-            codec=codec,
-            dtype=dtype,
-            skip_first=skip_first,
-            seed=seed,
-            batch_sequences=batch_sequences,
-            progress=screen.stage("Extract activations", "sequences"),
-        )
-        found = store.info()
-        screen.result(found, _shown_store(found))
-    return 0
-
-
-def info(store: Path, /, *, json: Flag = False) -> int:
-    """Say what a store holds, how far it is, how large, and the statistics of its sites (NaN and Inf counted).
-
-    Parameters
-    ----------
-    store
-        The store.
-    json
-        Print one JSON object on stdout.
-    """
-    from actcache.store import open_store
-
-    with Screen(json=json) as screen:
-        found = open_store(store).info()
-        screen.result(found, _shown_store(found))
-    return 0
-
-
-def verify(store: Path, /, *, json: Flag = False) -> int:
-    """Read every byte of a store and check it; exit code 2 if anything is not as it was written.
-
-    Parameters
-    ----------
-    store
-        The store.
-    json
-        Print one JSON object on stdout; progress stays on stderr.
-    """
-    from actcache.store import verify as verify_store
-
-    with Screen(json=json) as screen:
-        faults = [asdict(fault) for fault in verify_store(store, progress=screen.stage("Verify", "columns"))]
-        lines = [f"{_place(f['column'], f['shard'])}: {f['reason']}" for f in faults]
-        way_out = f"found {len(faults)} fault{'s' * (len(faults) > 1)}; see 'actcache repair --help'"
-        shown = "\n".join([*lines, way_out]) if faults else f"{store} is sound"
-        payload = {"path": str(store), "sound": not faults, "faults": faults}
-        screen.result(payload, lambda out: out.print(shown, markup=False, highlight=False))
-    return UNSOUND if faults else 0
-
-
-def repair(store: Path, /, *, json: Flag = False) -> int:
-    """Verify a store and open its faulty shards again, so that the extract command that made it makes them anew.
-
-    A damaged ledger is written anew at once. Damaged tokens or root attributes cannot be mended: everything else was
-    made from them, so the store must be extracted anew.
-
-    Parameters
-    ----------
-    store
-        The store.
-    json
-        Print one JSON object on stdout; progress stays on stderr.
-    """
-    from actcache.store import repair as repair_store
-    from actcache.store import verify as verify_store
-
-    with Screen(json=json) as screen:
-        faults = verify_store(store, progress=screen.stage("Verify", "columns"))
-        shards = repair_store(store, faults)
-        opened = f"shards {', '.join(map(str, shards))} are open again; repeat the extract command to make them anew"
-        mended = (
-            "the ledger was damaged, and was written anew from the commit records" if faults else f"{store} is sound"
-        )
-        payload = {"path": str(store), "shards": shards}
-        screen.result(payload, lambda out: out.print(opened if shards else mended, markup=False, highlight=False))
     return 0
 
 
@@ -306,20 +177,8 @@ def sites(
     return 0
 
 
-def _place(column: str, shard: int) -> str:
-    return f"{column}, shard {shard}" if shard >= 0 else column
-
-
 def _site_line(site: Mapping[str, Any]) -> str:
     return f"{site['name']}  {' x '.join(map(str, site['shape']))}" if "shape" in site else str(site["name"])
-
-
-def _shown_store(found: Mapping[str, Any]) -> Callable[[Console], None]:
-    def show(out: Console) -> None:
-        out.print(store_lines(found), highlight=False)
-        out.print(sites_table(found["sites"]))
-
-    return show
 
 
 def _show_run(out: Console, run: Path, metrics: Mapping[str, Any]) -> None:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actcache.kernels import take_dequantised, take_widened
 from actcache.load.plan import Epoch, Plan
-from actcache.store.codecs import Scratch
-from actcache.store.layout import chunks_per_shard
+from actcache.store.codecs import Scratch, chain_of, dequantise_rows
+from actcache.store.layout import array_dtype, chunks_per_shard, exponents_of
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
 
 
 class Window:
-    """The decoded chunks of one window, for all sites: `values[site]` is `(rows, D)` in stored dtype."""
+    """The decoded chunks of one window, for all sites: `values[site]` is `(rows, D)` in stored dtype.
+
+    Of quantised sites the values are int8, and `scales[site]` are the `(rows,)` bits of their bfloat16 scales.
+    """
 
     epoch: Epoch
     """The epoch that it belongs to."""
@@ -35,9 +39,19 @@ class Window:
     """Its number in that epoch."""
 
     def __init__(self, store: Store, sites: list[str], n_rows: int) -> None:
-        dtype = store.stored_dtype
         self.store, self.sites = store, sites
-        self.values = {site: np.empty((n_rows, store.spec.site(site).width), dtype) for site in sites}
+        self.values: dict[str, NDArray[Any]] = {}
+        self.scales: dict[str, NDArray[np.uint16]] = {}
+        self.exponents: dict[str, NDArray[np.int8] | None] = {}
+        self.weights: dict[str, NDArray[np.float32]] = {}
+        for name in sites:
+            site = store.spec.site(name)
+            self.values[name] = np.empty((n_rows, site.width), array_dtype(store.spec, site, "acts"))
+            if chain_of(site.codec).quantised:
+                self.scales[name] = np.empty(n_rows, np.uint16)
+                self.exponents[name] = exponents_of(site)
+                powers = site.feature_exponents or np.zeros(site.width)
+                self.weights[name] = np.exp2(powers, dtype=np.float32)
         self.order: NDArray[np.int64] = np.empty(0, np.int64)
         self.row_ids: NDArray[np.int64] = np.empty(0, np.int64)
         self.pending: list[Future[None]] = []
@@ -47,10 +61,11 @@ class Window:
         """Start decoding a window into these buffers."""
         self.epoch, self.number = epoch, window
         chunks = epoch.windows[window]
-        ends = np.cumsum(epoch.plan.chunk_rows(chunks))
+        sizes = epoch.plan.chunk_rows(chunks)
+        ends = np.cumsum(sizes)
         self.pending = [
-            pool.submit(self._decode, site, int(chunk), int(end))
-            for chunk, end in zip(chunks, ends, strict=True)
+            pool.submit(self._decode, site, int(chunk), int(n_rows), int(end))
+            for chunk, n_rows, end in zip(chunks, sizes, ends, strict=True)
             for site in self.sites
         ]
         self.pending.append(pool.submit(self._shuffle, epoch, window))
@@ -64,19 +79,24 @@ class Window:
     def _shuffle(self, epoch: Epoch, window: int) -> None:
         self.order, self.row_ids = epoch.window_order(window), epoch.row_ids(window)
 
-    def _decode(self, site: str, chunk: int, end: int) -> None:
-        """Decode a chunk so that its rows end before row `end` of the buffer."""
-        spec = self.store.spec
-        shard, within = divmod(chunk, chunks_per_shard(spec))
-        n_rows = min(spec.rows_per_chunk, spec.n_rows - chunk * spec.rows_per_chunk)
+    def _decode(self, site: str, chunk: int, n_rows: int, end: int) -> None:
+        """Decode a chunk so that its `n_rows` rows end before row `end` of the buffer."""
+        shard, within = divmod(chunk, chunks_per_shard(self.store.spec))
+        self._decode_array("acts", self.values[site], site, shard, within, n_rows, end)
+        if site in self.scales:
+            self._decode_array("scale", self.scales[site], site, shard, within, n_rows, end)
+
+    def _decode_array(
+        self, array: str, values: NDArray[Any], site: str, shard: int, chunk: int, n_rows: int, end: int
+    ) -> None:
         if not hasattr(self._local, "scratch"):
             self._local.scratch = Scratch()
-        target = self.values[site][end - n_rows : end]
-        if n_rows == spec.rows_per_chunk:
-            self.store.read_chunk(site, shard, within, target, self._local.scratch)
-        else:  # the store's last chunk is padded on disk, so it does not fit its place here
-            whole = np.empty((spec.rows_per_chunk, target.shape[1]), target.dtype)
-            self.store.read_chunk(site, shard, within, whole, self._local.scratch)
+        scratch, target = self._local.scratch, values[end - n_rows : end]
+        if n_rows == self.store.spec.rows_per_chunk:
+            self.store.read_chunk(site, shard, chunk, target, scratch, array=array)
+        else:  # a shard's last chunk is padded on disk, so it does not fit its place here
+            whole = np.empty((self.store.spec.rows_per_chunk, *target.shape[1:]), target.dtype)
+            self.store.read_chunk(site, shard, chunk, whole, scratch, array=array)
             target[:] = whole[:n_rows]
 
 
@@ -119,6 +139,15 @@ _GATHER_BYTES = 1 << 17
 """Rows gathered at a time: they stay in a core's cache until they are widened."""
 
 
+_STORED = {
+    "torch.bfloat16": "<u2",
+    "torch.float16": "<f2",
+    "torch.float32": "<f4",
+    "torch.float64": "<f8",
+    "torch.int8": "|i1",
+}
+
+
 class BatchMemory:
     """Batch buffers, handed out as tensors and taken back when the last tensor or view on one is gone.
 
@@ -134,7 +163,7 @@ class BatchMemory:
         """An uninitialised `(n_rows, width)` tensor."""
         import torch
 
-        stored = {torch.bfloat16: "<u2", torch.float16: "<f2", torch.float32: "<f4", torch.float64: "<f8"}[dtype]
+        stored = _STORED[str(dtype)]
         free = self._free.setdefault((n_rows, width, stored), deque())
         try:
             kept = free.popleft()
@@ -155,26 +184,95 @@ class Gather:
 
     def __init__(self, logical: torch.dtype, out: torch.dtype) -> None:
         self.logical, self.out = logical, out
-        self._scratch = Scratch()
+        self._scratch, self._wide = Scratch(), Scratch()
 
-    def __call__(self, values: NDArray[Any], places: NDArray[np.int64], target: torch.Tensor) -> None:
-        """`target[i] = values[places[i]]`."""
+    def __call__(self, window: Window, site: str, places: NDArray[np.int64], target: torch.Tensor) -> None:
+        """`target[i] = window row places[i]`."""
+        values, scales = window.values[site], window.scales.get(site)
+        if scales is None and self.out == self.logical:
+            np.take(values, places, axis=0, out=_bits(target), mode="clip")
+        elif not self._in_one_pass(window, site, places, target):
+            self._in_blocks(window, site, places, target)
+
+    def _in_one_pass(self, window: Window, site: str, places: NDArray[np.int64], target: torch.Tensor) -> bool:
+        """The compiled loops, for what is asked for most; False where there is none."""
         import torch
 
-        width = values.shape[1]
-        block_rows = max(1, _GATHER_BYTES // (width * values.itemsize))
-        if self.out == self.logical:
-            bits = target.view(torch.uint16) if self.out == torch.bfloat16 else target
-            np.take(values, places, axis=0, out=bits.numpy(), mode="clip")
-            return
+        values, scales = window.values[site], window.scales.get(site)
+        kernel = take_widened() if scales is None else take_dequantised()
+        if kernel is None or self.out != torch.float32 or (scales is None and self.logical != torch.bfloat16):
+            return False
+        if scales is None:
+            kernel(values, places, _bits(target).view(np.uint32))
+        else:
+            wide = (scales[places].astype(np.uint32) << 16).view(np.float32)
+            kernel(values, wide, window.weights[site], places, _bits(target))
+        return True
+
+    def _in_blocks(self, window: Window, site: str, places: NDArray[np.int64], target: torch.Tensor) -> None:
+        values, scales = window.values[site], window.scales.get(site)
+        block_rows = max(1, _GATHER_BYTES // (values.shape[1] * values.itemsize))
         for start in range(0, len(places), block_rows):
             part = places[start : start + block_rows]
-            rows = np.frombuffer(self._scratch.take(len(part) * width * values.itemsize), values.dtype)
-            rows = np.take(values, part, axis=0, out=rows.reshape(-1, width), mode="clip")
+            rows = self._take(values, part)
             wide = target[start : start + len(part)]
-            if self.logical == torch.bfloat16 and self.out == torch.float32:
-                # bfloat16 bits are the upper half of the float32.
-                np.left_shift(rows, 16, out=wide.view(torch.int32).numpy().view(np.uint32), dtype=np.uint32)
+            if scales is None:
+                self._widen(rows, wide)
             else:
-                narrow = torch.from_numpy(rows)
-                wide.copy_(narrow.view(torch.bfloat16) if self.logical == torch.bfloat16 else narrow)
+                self._dequantise(rows, scales[part], window.exponents[site], wide)
+
+    def _take(self, values: NDArray[Any], places: NDArray[np.int64]) -> NDArray[Any]:
+        """Gathered rows in reused memory."""
+        width = values.shape[1]
+        rows = np.frombuffer(self._scratch.take(len(places) * width * values.itemsize), values.dtype)
+        return np.take(values, places, axis=0, out=rows.reshape(-1, width), mode="clip")
+
+    def _widen(self, rows: NDArray[Any], target: torch.Tensor) -> None:
+        import torch
+
+        if self.logical == torch.bfloat16 and self.out == torch.float32:
+            # bfloat16 bits are the upper half of the float32.
+            np.left_shift(rows, 16, out=target.view(torch.int32).numpy().view(np.uint32), dtype=np.uint32)
+        else:
+            narrow = torch.from_numpy(rows)
+            target.copy_(narrow.view(torch.bfloat16) if self.logical == torch.bfloat16 else narrow)
+
+    def _dequantise(
+        self,
+        rows: NDArray[np.int8],
+        scales: NDArray[np.uint16],
+        exponents: NDArray[np.int8] | None,
+        target: torch.Tensor,
+    ) -> None:
+        import torch
+
+        if self.out in (torch.float32, torch.bfloat16):
+            dequantise_rows(rows, scales, _bits(target), exponents)
+            return
+        wide = np.frombuffer(self._wide.take(4 * rows.size), np.float32).reshape(rows.shape)
+        dequantise_rows(rows, scales, wide, exponents)
+        target.copy_(torch.from_numpy(wide))
+
+
+def _bits(target: torch.Tensor) -> NDArray[Any]:
+    """The tensor's memory as numpy sees it: bfloat16 as uint16."""
+    import torch
+
+    return (target.view(torch.uint16) if target.dtype == torch.bfloat16 else target).numpy()
+
+
+def dequantise_on(
+    device: torch.device,
+    q: torch.Tensor,
+    scales: torch.Tensor,
+    exponents: NDArray[np.int8] | None,
+    out: torch.dtype,
+) -> torch.Tensor:
+    """Quantised rows `(B, D)` int8 and their `(B,)` bfloat16 scales, sent to a device and multiplied out there."""
+    import torch
+
+    wide = q.to(device).to(torch.float32)
+    wide.mul_(scales.to(device).to(torch.float32)[:, None])
+    if exponents is not None:
+        wide.mul_(torch.exp2(torch.from_numpy(exponents).to(device, torch.float32)))
+    return wide.to(out)

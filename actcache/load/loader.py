@@ -9,16 +9,19 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from actcache.errors import ConfigError, StateError, StoreIncompleteError
-from actcache.load.fetch import BatchMemory, Gather, Window, windows
-from actcache.load.plan import Plan
+from actcache.load.fetch import BatchMemory, Gather, Window, dequantise_on, windows
+from actcache.load.plan import Plan, chunk_table
 from actcache.spec import check_positive, expand_names
+from actcache.store.layout import array_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +119,8 @@ class Loader:
         self.rank, self.world_size, self.read_ahead = rank, world_size, read_ahead
         self.plan = Plan(
             rows_per_chunk=store.spec.rows_per_chunk,
-            n_rows=store.spec.n_rows,
+            n_rows=store.n_rows,
+            chunk_table=chunk_table(store.shard_n_rows, store.spec.rows_per_shard, store.spec.rows_per_chunk),
             chunks_per_window=self._chunks_per_window(memory_bytes),
             batch_rows=batch_rows,
             seed=seed,
@@ -134,10 +138,10 @@ class Loader:
 
     def _chunks_per_window(self, memory_bytes: int) -> int:
         spec = self.store.spec
-        row_bytes = sum(spec.site(site).width for site in self.sites) * self.store.stored_dtype.itemsize
+        row_bytes = sum(site.width * array_dtype(spec, site, "acts").itemsize for site in map(spec.site, self.sites))
         by_memory = memory_bytes // 2 // (spec.rows_per_chunk * row_bytes)
         # Several windows an epoch, so that one is read while another is in use; no fewer chunks than shuffle well.
-        n_chunks = -(-spec.n_rows // spec.rows_per_chunk)
+        n_chunks = -(-self.store.n_rows // spec.rows_per_chunk)
         by_overlap = max(_CHUNKS_THAT_SHUFFLE, -(-n_chunks // _WINDOWS_PER_EPOCH))
         return max(1, min(by_memory, by_overlap))
 
@@ -252,8 +256,8 @@ class Loader:
 
         epoch, in_order = window.epoch, batch * self.world_size + self.rank
         begin, end = epoch.batch_span(in_order)
-        widths = {site: self.store.spec.site(site).width for site in self.sites}
-        acts = {site: self._memory.take(end - begin, width, self.dtype) for site, width in widths.items()}
+        quantised = window.scales if self.device.type != "cpu" else {}
+        acts, scales = self._batch_memory(end - begin, quantised)
         rows = torch.empty(end - begin, dtype=torch.int64)
         for wanted in epoch.batch_windows(in_order):
             while window.number != wanted:  # windows that belong to other ranks' batches are passed by
@@ -262,10 +266,33 @@ class Loader:
             stop = piece.start + len(piece.places)
             rows[piece.start : stop] = torch.from_numpy(window.row_ids[piece.places])
             for site, target in acts.items():
-                gather(window.values[site], piece.places, target[piece.start : stop])
+                if site in scales:  # multiplied out where the batch is going to live
+                    np.take(window.values[site], piece.places, axis=0, out=target[piece.start : stop].numpy())
+                    taken = window.scales[site][piece.places].view(np.int16)
+                    scales[site][piece.start : stop] = torch.from_numpy(taken).view(torch.bfloat16)
+                else:
+                    gather(window, site, piece.places, target[piece.start : stop])
         if self.device.type != "cpu":
-            acts = {site: value.to(self.device) for site, value in acts.items()}
+            acts = {
+                site: dequantise_on(self.device, value, scales[site], window.exponents[site], self.dtype)
+                if site in scales
+                else value.to(self.device)
+                for site, value in acts.items()
+            }
         return Batch(acts, rows), window
+
+    def _batch_memory(
+        self, n_rows: int, quantised: Collection[str]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Tensors for a batch's activations, and for the scales of sites that leave the CPU quantised."""
+        import torch
+
+        widths = {site: self.store.spec.site(site).width for site in self.sites}
+        acts = {
+            site: self._memory.take(n_rows, width, torch.int8 if site in quantised else self.dtype)
+            for site, width in widths.items()
+        }
+        return acts, {site: torch.empty(n_rows, dtype=torch.bfloat16) for site in quantised}
 
 
 class _ReadAhead:

@@ -24,7 +24,7 @@ class Plan:
     """The sizes that, with a seed, decide the order of a whole training run."""
 
     rows_per_chunk: int
-    """Rows of every chunk but the last of the store."""
+    """Rows of a full chunk; row id `r` lies in chunk `r // rows_per_chunk`."""
     n_rows: int
     """Rows of the store."""
     chunks_per_window: int
@@ -35,6 +35,8 @@ class Plan:
     """Seed of the order."""
     drop_last: bool = True
     """Leave out the last, smaller batch of an epoch."""
+    chunk_table: NDArray[np.int64] | None = None
+    """`(n_chunks, 2)` number and rows of each chunk that has any, in order; None where only the last is not full."""
 
     def __post_init__(self) -> None:
         names = ("rows_per_chunk", "n_rows", "chunks_per_window", "batch_rows")
@@ -44,8 +46,8 @@ class Plan:
 
     @property
     def n_chunks(self) -> int:
-        """Chunks of the store."""
-        return -(-self.n_rows // self.rows_per_chunk)
+        """Chunks of the store that have rows."""
+        return -(-self.n_rows // self.rows_per_chunk) if self.chunk_table is None else len(self.chunk_table)
 
     @property
     def n_windows(self) -> int:
@@ -59,13 +61,18 @@ class Plan:
         return whole + (rest > 0 and not self.drop_last)
 
     def chunk_rows(self, chunks: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Rows of each of these chunks: the last chunk of the store may be smaller."""
+        """Rows of each of these chunks."""
+        if self.chunk_table is not None:
+            table: NDArray[np.int64] = self.chunk_table[np.searchsorted(self.chunk_table[:, 0], chunks), 1]
+            return table
         rows: NDArray[np.int64] = np.minimum(self.rows_per_chunk, self.n_rows - chunks * self.rows_per_chunk)
         return rows
 
     def epoch(self, epoch: int) -> Epoch:
         """The order of one epoch."""
         chunks = permutation(self.n_chunks, self.seed, _CHUNK_ORDER, epoch)
+        if self.chunk_table is not None:
+            chunks = self.chunk_table[chunks, 0]
         windows = tuple(np.array_split(chunks, self.n_windows))  # sizes differ by one at most
         rows = [int(self.chunk_rows(window).sum()) for window in windows]
         return Epoch(plan=self, epoch=epoch, windows=windows, starts=np.concatenate([[0], np.cumsum(rows)]))
@@ -98,7 +105,7 @@ class Epoch:
         return permutation(n, self.plan.seed, _ROW_ORDER, self.epoch, window)
 
     def row_ids(self, window: int) -> NDArray[np.int64]:
-        """Global row id of each place of a window."""
+        """Row id of each place of a window."""
         chunks = self.windows[window]
         sizes = self.plan.chunk_rows(chunks)
         first = chunks * self.plan.rows_per_chunk
@@ -128,3 +135,14 @@ class Epoch:
         """Global row ids of a batch, from the integers alone; what the loader's batches must equal."""
         parts = ((window, self.piece(batch, window, self.window_order(window))) for window in self.batch_windows(batch))
         return np.concatenate([self.row_ids(window)[piece.places] for window, piece in parts])
+
+
+def chunk_table(shard_n_rows: NDArray[np.int64], rows_per_shard: int, rows_per_chunk: int) -> NDArray[np.int64] | None:
+    """The `chunk_table` of a store whose shards have these numbers of rows; None where only the last is not full."""
+    if (shard_n_rows[:-1] == rows_per_shard).all():
+        return None
+    per_shard = rows_per_shard // rows_per_chunk
+    rows = shard_n_rows[:, None] - np.arange(per_shard) * rows_per_chunk
+    rows = np.clip(rows, 0, rows_per_chunk).reshape(-1)
+    numbers = np.flatnonzero(rows)
+    return np.stack([numbers, rows[numbers]], axis=1)

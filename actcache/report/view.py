@@ -58,7 +58,7 @@ def tiles(metrics: Metrics) -> list[dict[str, str]]:
         found.append(_tile(formats.number(sum(l0) / len(l0)), "latents active per token", "mean L0"))
     if store := metrics.get("store"):
         spec = store["spec"]
-        note = f"{formats.percent(store['compression_ratio'])} of raw {spec['dtype']}, codec {spec['codec']}"
+        note = f"{formats.percent(store['compression_ratio'])} of raw {spec['dtype']}, codec {store['codec']}"
         found.append(_tile(f"{store['bytes_per_activation']:.2f} bytes", "per activation on disk", note))
     if seconds := metrics.get("seconds"):
         n_stages = len(metrics.get("stages", {}))
@@ -77,7 +77,7 @@ def store_line(metrics: Metrics) -> str:
         f"The store holds {formats.size(store['raw_bytes'])} of {spec['dtype']} activations in "
         f"{formats.size(store['bytes'])}, tokens, row table and checksums included: "
         f"{store['bytes_per_activation']:.2f} bytes per activation, {formats.percent(spared)} less than raw "
-        f"(codec {spec['codec']})."
+        f"(codec {store['codec']})."
     )
 
 
@@ -103,7 +103,8 @@ def facts(metrics: Metrics) -> list[dict[str, Any]]:
     store = {
         "path": metrics.get("store", {}).get("path"),
         "fingerprint": metrics.get("store", {}).get("fingerprint"),
-        **{name: spec.get(name) for name in ("dtype", "codec", "n_sequences", "sequence_length", "skip_first", "seed")},
+        "codec": metrics.get("store", {}).get("codec"),
+        **{name: spec.get(name) for name in ("dtype", "n_sequences", "sequence_length", "skip_first", "seed")},
         "shards": metrics.get("store", {}).get("n_shards"),
     }
     machine = {**metrics.get("machine", {})}

@@ -1,6 +1,9 @@
 """The on-disk format: compressed, checked, plain Zarr v3. The only room that knows zarr and numcodecs."""
 
 from actcache.store.codecs import PRESETS
+from actcache.store.export import export
+from actcache.store.grow import delete_sites
+from actcache.store.objects import Objects, unlock
 from actcache.store.reader import Store, open_store
 from actcache.store.stats import SiteStats
 from actcache.store.verify import Fault, repair, verify
@@ -9,11 +12,15 @@ from actcache.store.writer import ShardBuffers, StoreWriter
 __all__ = [
     "PRESETS",
     "Fault",
+    "Objects",
     "ShardBuffers",
     "SiteStats",
     "Store",
     "StoreWriter",
+    "delete_sites",
+    "export",
     "open_store",
     "repair",
+    "unlock",
     "verify",
 ]

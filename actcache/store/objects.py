@@ -1,83 +1,90 @@
-"""Whole objects of a Zarr store, synchronously: put, get, read a range into a buffer, list, delete.
+"""Whole objects of a Zarr store, synchronously: put, get, read a range into a buffer, list, delete; the writer's lock.
 
-Everything goes through zarr's own store interface (so any store that zarr opens will do), except that ranges of local
-files are read straight into the caller's buffer: on hot paths the first touch of fresh memory costs more than the copy.
+In: a folder, a URL or a zarr store object. Out: bytes, or errors that name the store and the key. How the bytes travel
+is the business of `backends.py`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import shutil
-import threading
-from collections.abc import Coroutine, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias
 
-import numpy as np
-from zarr.abc.store import RangeByteRequest, Store
-from zarr.buffer import cpu, default_buffer_prototype
+from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
-from actcache.errors import ConfigError, StorageFullError
+from actcache.errors import ActcacheError, StorageFullError
+from actcache.store import lock as locks
+from actcache.store.backends import PARTIAL, backend_of
+from actcache.store.lock import LEASE, WriterLock
+from actcache.store.urls import first_line, open_url
 
-T = TypeVar("T")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-class _Loop:
-    """One background event loop for the whole process, begun at first use; zarr's stores are asynchronous."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._pid = 0
-
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        with self._lock:
-            if self._loop is None or self._pid != os.getpid():  # a forked child has no copy of the thread
-                self._loop, self._pid = asyncio.new_event_loop(), os.getpid()
-                threading.Thread(target=self._loop.run_forever, name="actcache-io", daemon=True).start()
-        future: Future[T] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        return future.result()
-
-
-_LOOP = _Loop()
+_Names: TypeAlias = list[str]  # within the class, `list` is a method
+_DENIED = ("PermissionDeniedError", "UnauthenticatedError")
 
 
 class Objects:
-    """The objects of one store. Thread-safe; picklable stores stay the caller's business."""
+    """The objects of one store. Thread-safe; may be pickled when it was made from a path or a URL.
+
+    A forked child may go on using it, unless it is a bucket and was used before the fork: that is refused with a
+    `ConfigError`, because obstore's threads stay behind in the parent.
+
+    Args:
+        location: a folder; a URL (`s3://`, `gs://`, `az://`, `http(s)://` through obstore, all that fsspec knows
+            otherwise); or a zarr store object.
+        read_only: refuse puts and deletes.
+
+    Raises:
+        ConfigError: a URL that cannot be opened here.
+    """
 
     def __init__(self, location: str | Path | Store, *, read_only: bool) -> None:
-        self.location = location
+        self.location, self._read_only = location, read_only
         if isinstance(location, Store):
             self.store = location
         elif "://" in str(location):
-            raise ConfigError(
-                f"{location} is a URL, and this version writes and reads local folders; "
-                "give a path, or a zarr store object"
-            )
+            self.store = open_url(str(location), read_only=read_only)
         else:
             self.store = LocalStore(Path(location), read_only=read_only)
         self.root = self.store.root if isinstance(self.store, LocalStore) else None
-        self._root = None if self.root is None else str(self.root)
+        self.backend = backend_of(self.store)
 
     def __str__(self) -> str:
         return str(self.location)
 
-    def put(self, key: str, data: memoryview | bytes) -> None:
-        """Write one object whole and atomically.
+    def __reduce__(self) -> Any:
+        return _opened, (self.location, self._read_only)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the store is a folder of this machine's file system."""
+        return self.root is not None
+
+    def put(self, key: str, *parts: memoryview | bytes) -> None:
+        """Write one object, the parts laid end to end, atomically: readers see the old one or the new one.
+
+        File systems behind fsspec that write in place (`ftp://`, `sftp://`) are the exception.
 
         Raises:
             StorageFullError: there is no room; what was there before is untouched.
+            OSError: the store did not take it, after some retries; what was there before is untouched.
         """
-        # A store in memory keeps what it is given, and the caller reuses its buffer; a file is written and done with.
-        kept = np.frombuffer(data if self.root is not None else bytes(data), dtype=np.uint8)
-        with self.full_disk_explained(f"{key}: {len(data):,} bytes"):
-            _LOOP.run(self.store.set(key, cpu.Buffer.from_array_like(kept)))
+        n_bytes = sum(map(len, parts))
+        with self.full_disk_explained(f"{key}: {n_bytes:,} bytes"), self._named("write", key):
+            self.backend.put(key, *parts)
+
+    def create(self, key: str, data: bytes) -> None:
+        """Put an object unless there is one by that name; reading it afterwards tells who was first.
+
+        One step for folders and for what obstore reaches; through fsspec it is a look and then a put.
+        """
+        with self.full_disk_explained(f"{key}: {len(data):,} bytes"), self._named("write", key):
+            self.backend.create(key, data)
 
     @contextmanager
     def full_disk_explained(self, what: str) -> Iterator[None]:
@@ -87,74 +94,118 @@ class Objects:
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-            free = f"{shutil.disk_usage(self.root).free:,}" if self.root else "too few"
+            free = self.free_bytes()
             raise StorageFullError(
                 error.errno,
-                f"no room in {self} for {what} needed, {free} free; "
+                f"no room in {self} for {what} needed, {'too few' if free is None else f'{free:,}'} free; "
                 "make room and give the same command again, it continues where it stopped",
             ) from error
 
+    @contextmanager
+    def _named(self, doing: str, what: str) -> Iterator[None]:
+        """Give the errors of a remote store the family of OSError, and the key that they are about."""
+        try:
+            yield
+        except ActcacheError:
+            raise
+        except Exception as error:
+            if self.is_local or self._read_only:
+                raise
+            said = (
+                f"could not {doing} {what or 'the objects'} of {self}: {first_line(error)}; "
+                "see to the connection, the address and the rights, and give the same command again"
+            )
+            if isinstance(error, OSError) and error.errno:
+                raise OSError(error.errno, said) from error
+            raise (PermissionError if type(error).__name__ in _DENIED else OSError)(said) from error
+
     def get(self, key: str) -> memoryview | None:
         """The whole object, or None when there is none."""
-        if self.root is not None:
-            try:
-                return memoryview((self.root / key).read_bytes())
-            except (FileNotFoundError, NotADirectoryError):
-                return None
-        buffer = _LOOP.run(self.store.get(key, prototype=default_buffer_prototype()))
-        return None if buffer is None else memoryview(buffer.to_bytes())
+        if self.is_local:
+            return self.backend.get(key)
+        with self._named("read", key):
+            return self.backend.get(key)
 
     def read_into(self, key: str, offset: int, *outs: memoryview) -> int:
         """Fill the buffers, one after the other, from byte `offset` on.
 
         Returns the bytes read, fewer than asked for where the object ends, or -1 when there is no object.
         """
-        if self._root is None:
-            request = RangeByteRequest(offset, offset + sum(map(len, outs)))
-            buffer = _LOOP.run(self.store.get(key, prototype=default_buffer_prototype(), byte_range=request))
-            if buffer is None:
-                return -1
-            data, done = memoryview(buffer.to_bytes()), 0
-            for out in outs:
-                part = data[done : done + len(out)]
-                out[: len(part)] = part
-                done += len(part)
-            return done
-        try:
-            descriptor = os.open(f"{self._root}/{key}", os.O_RDONLY)
-        except (FileNotFoundError, NotADirectoryError):
-            return -1
-        try:
-            return os.preadv(descriptor, outs, offset)
-        finally:
-            os.close(descriptor)
+        if self.is_local:
+            return self.backend.read_into(key, offset, outs)
+        with self._named("read", key):
+            return self.backend.read_into(key, offset, outs)
+
+    def tail(self, key: str, n_bytes: int) -> memoryview | None:
+        """The last `n_bytes` (at least 1) of an object, all of it where it is shorter, None when there is none."""
+        with self._named("read", key):
+            return self.backend.tail(key, n_bytes)
 
     def size(self, key: str) -> int:
         """Bytes of an object, -1 when there is none."""
-        if self.root is not None:
-            try:
-                return (self.root / key).stat().st_size
-            except (FileNotFoundError, NotADirectoryError):
-                return -1
-        try:
-            return _LOOP.run(self.store.getsize(key))
-        except FileNotFoundError:
-            return -1
+        with self._named("read", key):
+            return self.backend.size(key)
 
     def list(self, prefix: str) -> Iterator[str]:
-        """Keys of all objects below a prefix."""
+        """Keys of all objects below a folder, which may be given with or without a slash at its end."""
+        with self._named("list", prefix):
+            yield from self.backend.walk(prefix.rstrip("/"))
 
-        async def collect() -> list[str]:
-            return [key async for key in self.store.list_prefix(prefix)]
+    def names(self, prefix: str) -> _Names:
+        """Names of the objects directly below a folder."""
+        with self._named("list", prefix):
+            return self.backend.names(prefix.rstrip("/"))
 
-        return iter(_LOOP.run(collect()))
+    def exists_any(self) -> bool:
+        """Whether anything at all lies there. Empty folders count as nothing, and so does a writer's lease."""
+        if self.root is not None and self.root.is_file():
+            return True
+        return any(not key.startswith(LEASE) for key in self.list(""))
 
     def delete(self, key: str) -> None:
         """Remove an object; nothing happens when there is none."""
-        _LOOP.run(self.store.delete(key))
+        with self._named("delete", key):
+            self.backend.delete(key)
+
+    def delete_all(self, prefix: str) -> None:
+        """Remove everything below a folder, in no particular order; nothing happens when there is none."""
+        if not prefix.strip("/"):
+            raise ValueError("this would delete the store itself; name a folder in it")
+        with self._named("delete", prefix):
+            self.backend.delete_all(prefix.rstrip("/"))
 
     def remove_partial_writes(self) -> None:
-        """Delete what a killed process left of unfinished atomic writes (zarr names such files `*.partial`)."""
-        if self.root is not None:
-            for file in self.root.rglob("*.partial"):
-                file.unlink(missing_ok=True)
+        """Delete what a killed process left of unfinished atomic writes (zarr names such files `*.partial`).
+
+        In buckets, parts of unfinished uploads are nothing that can be listed; the bucket's lifecycle rules end them.
+        """
+        if self.root is None:
+            return
+        for folder, _, names in os.walk(self.root):
+            for name in names:
+                if name.endswith(PARTIAL):
+                    Path(folder, name).unlink(missing_ok=True)
+
+    def free_bytes(self) -> int | None:
+        """Room on the file system that the store is or will be on, None where nobody knows."""
+        if self.root is None:
+            return None
+        here = self.root.absolute()
+        return shutil.disk_usage(next(place for place in (here, *here.parents) if place.exists())).free
+
+    def lock(self) -> WriterLock:
+        """The lock that a writer holds; use as a context manager."""
+        return WriterLock(self)
+
+
+def _opened(location: str | Path | Store, read_only: bool) -> Objects:
+    return Objects(location, read_only=read_only)
+
+
+def unlock(path: str | Path | Objects) -> str | None:
+    """Take away the lock that a writer on another machine has left; whose it was, or None when there was none.
+
+    Raises:
+        StoreBusyError: the writer is a living process of this machine.
+    """
+    return locks.unlock(path if isinstance(path, Objects) else Objects(path, read_only=False))

@@ -16,14 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import CorruptShardError, SiteError, StoreError, StoreIncompleteError, StoreNotFoundError
-from actcache.spec import StoreSpec, expand_names
-from actcache.store import codecs, layout
+from actcache.spec import MOST_OBJECT_BYTES, StoreSpec, TokenBlocks, expand_names
+from actcache.store import codecs, layout, views
 from actcache.store.objects import Objects
 from actcache.store.stats import SiteStats, line_length, merge, stats_of
 
 if TYPE_CHECKING:
     import dask.array
     import torch
+    import xarray
+
+Rows = slice | Sequence[int] | NDArray[Any]
+"""How rows are asked for: a slice of row ids, row ids, or a mask over all of them."""
 
 
 def open_store(path: str | Path | Objects) -> Store:
@@ -42,17 +46,22 @@ def open_store(path: str | Path | Objects) -> Store:
 
 
 class Store:
-    """An activation store, open for reading. Global row `r` lies in shard `r // spec.rows_per_shard`."""
+    """An activation store, open for reading.
+
+    A row id is an index into the store's arrays: row `r` lies in shard `r // spec.rows_per_shard`. Mostly every id up
+    to `spec.n_rows` is a row; a shard that leaves rows out ends before its last ids.
+    """
 
     def __init__(self, objects: Objects, root: layout.Root) -> None:
         self.objects, self.root = objects, root
         self.spec: StoreSpec = root.spec
         self.fingerprint: str | None = root.fingerprint
-        self._compression = codecs.preset(self.spec.codec)
         self.stored_dtype = codecs.STORED_DTYPE[self.spec.dtype]
         self.use_ledger = True
-        self._records: dict[tuple[int, int], layout.Record] = {}
-        self._indexes: dict[tuple[str, int], NDArray[np.uint64]] = {}
+        self._columns = layout.columns(self.spec)
+        self._sites = {site.name: site for site in self.spec.sites}
+        self._records: dict[tuple[str, int], layout.Record] = {}
+        self._indexes: dict[tuple[str, str, int], NDArray[np.uint64]] = {}
 
     def __repr__(self) -> str:
         return f"Store({str(self.objects)!r}, {self.n_rows:,} of {self.spec.n_rows:,} rows, {len(self.sites)} sites)"
@@ -72,23 +81,33 @@ class Store:
         """Names of the sites, in stored order."""
         return [site.name for site in self.spec.sites]
 
-    @property
+    @cached_property
     def n_rows(self) -> int:
         """Rows that can be read now."""
-        return sum(len(self.spec.shard_rows(shard)) for shard in self.committed)
+        return int(self.shard_n_rows.sum())
+
+    @cached_property
+    def shard_n_rows(self) -> NDArray[np.int64]:
+        """`(S,)` rows of each shard, 0 where it is not committed."""
+        if self.sealed:
+            return self.heads()[:, 0, 0].astype(np.int64)
+        rows = np.zeros(self.spec.n_shards, np.int64)
+        for shard in self.committed:
+            rows[shard] = self.record(layout.ROWS, shard).n_rows
+        return rows
 
     @cached_property
     def ledger(self) -> NDArray[np.uint8]:
         """`(S, C, 48)` heads of all records, of a sealed store."""
-        shape = (self.spec.n_shards, len(self.spec.sites) + 1, layout.HEAD_BYTES)
-        return layout.get_table(self.objects, "ledger/c/0/0/0", shape, layout.UINT8)[0]
+        return layout.read_ledger(self.objects, self.spec)
 
     @cached_property
     def committed(self) -> list[int]:
         """Shards whose every column is committed."""
         if self.sealed:
             return list(range(self.spec.n_shards))
-        return sorted(committed_columns(self.objects, self.spec, complete=True))
+        shards = set(range(self.spec.n_shards))
+        return sorted(shards.intersection(*(layout.committed_shards(self.objects, name) for name in self._columns)))
 
     def record(self, column: str, shard: int) -> layout.Record:
         """The commit record of a shard's column.
@@ -96,21 +115,18 @@ class Store:
         Raises:
             CorruptShardError: it is missing or damaged. StoreIncompleteError: the shard is not committed yet.
         """
-        number = layout.columns(self.spec).index(column)
-        if (number, shard) not in self._records:
-            if not self.sealed and shard not in self.committed:
+        if (column, shard) not in self._records:
+            if not self.sealed and self.objects.size(layout.commit_key(column, shard)) < 0:
                 raise StoreIncompleteError(
                     f"shard {shard} of {self.path} is not written yet; finish 'actcache extract'"
                 )
-            shape = (1, 1, layout.record_length(self.spec))
-            data = layout.get_table(self.objects, layout.commit_key(shard, number), shape, layout.UINT8)[0].tobytes()
-            if self.sealed and self.use_ledger and data[: layout.HEAD_BYTES] != self.ledger[shard, number].tobytes():
-                raise self.corrupt(column, shard, "has a commit record that differs from the ledger")
-            try:
-                self._records[number, shard] = layout.Record.from_bytes(data)
-            except ValueError as error:
-                raise self.corrupt(column, shard, str(error)) from None
-        return self._records[number, shard]
+            record = layout.read_record(self.objects, self.spec, column, shard)
+            if self.sealed and self.use_ledger:
+                head = record.to_bytes(layout.record_length(self.spec, column))[: layout.HEAD_BYTES]
+                if head != self.ledger[shard, self._columns.index(column)].tobytes():
+                    raise self.corrupt(column, shard, "has a commit record that differs from the ledger")
+            self._records[column, shard] = record
+        return self._records[column, shard]
 
     def corrupt(self, column: str, shard: int, reason: str) -> CorruptShardError:
         """The error that names a shard's column and what is wrong with it."""
@@ -120,67 +136,121 @@ class Store:
 
     # --- activations -------------------------------------------------------------------------------------------
 
-    def read_chunk(self, site: str, shard: int, chunk: int, out: NDArray[Any], scratch: codecs.Scratch) -> None:
+    def read_chunk(
+        self, site: str, shard: int, chunk: int, out: NDArray[Any], scratch: codecs.Scratch, *, array: str = "acts"
+    ) -> None:
         """Decode one inner chunk, checked, into the C-contiguous `(rows_per_chunk, D)` array `out`.
 
-        `scratch` receives the stored bytes and is kept by the caller for the next call (one per thread).
+        `scratch` receives the stored bytes and is kept by the caller for the next call (one per thread). Of a quantised
+        site, `array="scale"` gives the `(rows_per_chunk,)` scales.
 
         Raises:
             CorruptShardError: anything about the chunk is not as it was written.
         """
-        offset, size = self._index(site, shard)[chunk].tolist()
-        key, problem = layout.acts_key(site, shard), None
-        if self._compression is None and size == out.nbytes + codecs.CRC_BYTES:
+        offset, size = self._index(site, array, shard)[chunk].tolist()
+        key, chain = layout.sharded_key(site, array, shard), layout.array_chain(self._sites[site], array)
+        if chain.is_raw and size == out.nbytes + codecs.CRC_BYTES:
             # Nothing to decode: the values are read where they belong, their checksum beside them.
             payload, stored = out.reshape(-1).view(np.uint8).data, scratch.take(codecs.CRC_BYTES)
             n_read = self.objects.read_into(key, offset, payload, stored)
-            if not codecs.matches(payload, codecs.checksum_of(stored)):
-                problem = "does not match its checksum"
+            sound = n_read == size and codecs.matches(payload, codecs.checksum_of(stored))
+            problem = None if sound else "does not match its checksum"
         else:
             stored = scratch.take(size)
             n_read = self.objects.read_into(key, offset, stored)
-            problem = codecs.decode_into(stored, out, self._compression)
+            problem = chain.decode_into(stored, out) if n_read == size else ""
         if n_read != size:
-            raise self.corrupt(site, shard, f"is missing or too short to hold chunk {chunk}")
-        if problem is None and codecs.checksum_of(stored) != self.record(site, shard).checksums[chunk]:
+            raise self.corrupt(site, shard, f"is missing or too short to hold chunk {chunk} of {array}")
+        self._check_chunk(site, array, shard, chunk, stored, problem)
+
+    def fetch_chunk(self, site: str, shard: int, chunk: int, *, array: str = "acts") -> memoryview:
+        """The stored bytes of one inner chunk, not yet checked: the part of `read_chunk` that waits for the storage."""
+        offset, size = self._index(site, array, shard)[chunk].tolist()
+        stored = np.empty(size, np.uint8).data
+        if self.objects.read_into(layout.sharded_key(site, array, shard), offset, stored) != size:
+            raise self.corrupt(site, shard, f"is missing or too short to hold chunk {chunk} of {array}")
+        return stored
+
+    def decode_chunk(
+        self, site: str, shard: int, chunk: int, stored: memoryview, out: NDArray[Any], *, array: str = "acts"
+    ) -> None:
+        """Check and decode what `fetch_chunk` gave: the part of `read_chunk` that works the processor."""
+        problem = layout.array_chain(self._sites[site], array).decode_into(stored, out)
+        self._check_chunk(site, array, shard, chunk, stored, problem)
+
+    def _check_chunk(
+        self, site: str, array: str, shard: int, chunk: int, stored: memoryview, problem: str | None
+    ) -> None:
+        place = layout.checksum_place(self.spec, array, chunk)
+        if problem is None and codecs.checksum_of(stored) != self.record(site, shard).checksums[place]:
             problem = "is not the one that was committed"
         if problem:
-            raise self.corrupt(site, shard, f"is damaged: chunk {chunk} {problem}")
+            raise self.corrupt(site, shard, f"is damaged: chunk {chunk} of {array} {problem}")
 
-    def _index(self, site: str, shard: int) -> NDArray[np.uint64]:
-        if (site, shard) not in self._indexes:
-            record, n_chunks = self.record(site, shard), layout.chunks_per_shard(self.spec)
-            key, n_bytes = layout.acts_key(site, shard), layout.index_bytes(self.spec)
-            total = self.objects.size(key)
-            if total < 0:
-                raise self.corrupt(site, shard, "is missing")
-            stored = memoryview(bytearray(n_bytes))
-            if total < n_bytes or self.objects.read_into(key, total - n_bytes, stored) != n_bytes:
-                raise self.corrupt(site, shard, f"is truncated: {total:,} bytes")
-            index = np.empty((n_chunks, 2), "<u8")
-            problem = codecs.decode_into(stored, index, None)
-            if problem is None and codecs.checksum_of(stored) != record.checksums[n_chunks]:
-                problem = "is not the one that was committed"
-            used = index[:, 1] != np.iinfo(np.uint64).max
-            # A damaged or hostile index must not make us read or allocate beyond the object.
-            if problem is None and (index[used].sum(axis=1) > total - n_bytes).any():
-                problem = "points outside the object"
-            if problem:
-                raise self.corrupt(site, shard, f"is damaged: its index {problem}")
-            self._indexes[site, shard] = index
-        return self._indexes[site, shard]
+    def check_sharded(self, site: str, array: str, shard: int) -> None:
+        """Read one sharded object from end to end and hold every byte against the commit record.
 
-    def read(self, site: str, rows: slice | Sequence[int] | NDArray[np.int64], *, threads: int = 2) -> torch.Tensor:
-        """Rows of a site as a `(n, D)` tensor in the logical dtype; `rows` is a slice, global row ids, or a mask.
+        Raises:
+            CorruptShardError: a byte, or the length, is not as it was written.
+        """
+        index = self._index(site, array, shard)
+        scratch, chunks = codecs.Scratch(), np.flatnonzero(index[:, 1] != layout.ABSENT_CHUNK)
+        key, end = layout.sharded_key(site, array, shard), 0
+        for chunk in chunks.tolist():
+            offset, size = index[chunk].tolist()
+            stored = scratch.take(size)
+            problem = None if self.objects.read_into(key, offset, stored) == size else "is cut short"
+            if problem is None and not codecs.matches(stored[: -codecs.CRC_BYTES], codecs.checksum_of(stored)):
+                problem = "does not match its checksum"
+            self._check_chunk(site, array, shard, chunk, stored, problem)
+            end = max(end, offset + size)
+        if self.objects.size(key) != end + layout.index_bytes(self.spec):
+            raise self.corrupt(site, shard, f"is damaged: {key} is longer than its chunks and its index")
+
+    def _index(self, site: str, array: str, shard: int) -> NDArray[np.uint64]:
+        key = (site, array, shard)
+        if key not in self._indexes:
+            self._indexes[key] = self._read_index(site, array, shard)
+        return self._indexes[key]
+
+    def _read_index(self, site: str, array: str, shard: int) -> NDArray[np.uint64]:
+        record, n_chunks = self.record(site, shard), layout.chunks_per_shard(self.spec)
+        key, n_bytes = layout.sharded_key(site, array, shard), layout.index_bytes(self.spec)
+        stored = self.objects.tail(key, n_bytes)
+        if stored is None:
+            raise self.corrupt(site, shard, f"is missing: there is no {key}")
+        if len(stored) != n_bytes:
+            raise self.corrupt(site, shard, f"is truncated: {key} has {len(stored):,} bytes")
+        index = np.empty((n_chunks, 2), "<u8")
+        problem = codecs.chain_of("raw").decode_into(stored, index)
+        place = layout.checksum_place(self.spec, array, n_chunks)
+        if problem is None and codecs.checksum_of(stored) != record.checksums[place]:
+            problem = "is not the one that was committed"
+        # A hostile index must not make us read or allocate more than there is.
+        sizes = index[index[:, 1] != layout.ABSENT_CHUNK, 1]
+        most = self.objects.size(key) if self.objects.is_local else MOST_OBJECT_BYTES
+        if problem is None and (len(sizes) != -(-record.n_rows // self.spec.rows_per_chunk) or (sizes > most).any()):
+            problem = "lists other chunks than there can be"
+        if problem:
+            raise self.corrupt(site, shard, f"is damaged: the index of {array} {problem}")
+        return index
+
+    def read(self, site: str, rows: Rows, *, threads: int = 2) -> torch.Tensor:
+        """Rows of a site as a `(n, D)` tensor in the logical dtype; `rows` is a slice, row ids, or a mask.
 
         Raises:
             SiteError: no such site. IndexError: a row is out of range. CorruptShardError: a shard is damaged.
         """
         import torch
 
+        tensor = torch.from_numpy(self.read_stored(site, rows, threads=threads))
+        return tensor.view(torch.bfloat16) if self.spec.dtype == "bfloat16" else tensor
+
+    def read_stored(self, site: str, rows: Rows, *, threads: int = 2) -> NDArray[Any]:
+        """What `read` gives, as a numpy array; numpy has no bfloat16, so those are given as the bits of uint16."""
         self.check_site(site)
-        wanted = self._row_ids(rows)
-        width = self.spec.site(site).width
+        wanted = self.checked_rows(rows)
+        width = self._sites[site].width
         values = np.empty((len(wanted), width), self.stored_dtype)
         chunk_ids, places, counts = np.unique(
             wanted // self.spec.rows_per_chunk, return_inverse=True, return_counts=True
@@ -192,21 +262,41 @@ class Store:
             buffer, scratch = np.empty((self.spec.rows_per_chunk, width), self.stored_dtype), codecs.Scratch()
             for number in part:
                 chunk_id = int(chunk_ids[number])
-                self.read_chunk(site, *divmod(chunk_id, layout.chunks_per_shard(self.spec)), buffer, scratch)
+                self._read_logical(site, *divmod(chunk_id, layout.chunks_per_shard(self.spec)), buffer, scratch)
                 here = rows_of_chunk[number]
                 values[here] = buffer[wanted[here] - chunk_id * self.spec.rows_per_chunk]
 
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(fetch, np.array_split(np.arange(len(chunk_ids)), threads)))
-        tensor = torch.from_numpy(values)
-        return tensor.view(torch.bfloat16) if self.spec.dtype == "bfloat16" else tensor
+        return values
 
-    def _row_ids(self, rows: slice | Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    def _read_logical(self, site: str, shard: int, chunk: int, out: NDArray[Any], scratch: codecs.Scratch) -> None:
+        """One chunk as values of the logical dtype; those of a quantised site are multiplied out."""
+        if not codecs.chain_of(self._sites[site].codec).quantised:
+            self.read_chunk(site, shard, chunk, out, scratch)
+            return
+        values, scale = np.empty(out.shape, "i1"), np.empty(len(out), "<u2")
+        self.read_chunk(site, shard, chunk, values, scratch)
+        self.read_chunk(site, shard, chunk, scale, scratch, array="scale")
+        wide = np.empty(out.shape, np.float32) if self.spec.dtype == "float16" else out
+        codecs.dequantise_rows(values, scale, wide, layout.exponents_of(self._sites[site]))
+        if wide is not out:
+            out[:] = wide
+
+    def row_ids(self) -> NDArray[np.int64]:
+        """Ids of all rows that can be read now, in order: `range(n_rows)`, unless shards are not full or not there."""
+        firsts = np.arange(self.spec.n_shards) * self.spec.rows_per_shard
+        return np.concatenate([f + np.arange(n) for f, n in zip(firsts, self.shard_n_rows, strict=True)])
+
+    def checked_rows(self, rows: Rows) -> NDArray[np.int64]:
+        """The row ids that a slice, ids or a mask mean; IndexError when there is one that is no row."""
         if isinstance(rows, slice):
-            return np.arange(*rows.indices(self.spec.n_rows))
+            wanted = np.arange(*rows.indices(self.spec.n_rows))
+            # A slice takes what there is of a finished store; ids of shards still to be written are asked for in error.
+            return wanted[self._there(wanted)] if self.sealed else wanted
         wanted = np.asarray(rows)
         if wanted.dtype == bool and wanted.shape == (self.spec.n_rows,):
-            return np.flatnonzero(wanted)
+            wanted = np.flatnonzero(wanted)
         if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
             raise IndexError(
                 f"rows of {self.path} are asked for by a slice, a list of row ids, or a mask of {self.spec.n_rows} "
@@ -217,7 +307,15 @@ class Store:
             raise IndexError(
                 f"rows {wanted.min()} to {wanted.max()} asked of {self.path}, which has 0 to {self.spec.n_rows - 1}"
             )
+        absent = wanted[~self._there(wanted)] if self.sealed else wanted[:0]
+        if len(absent):
+            raise IndexError(f"row {absent[0]} of {self.path} was left out when it was written; see Store.row_ids()")
         return wanted
+
+    def _there(self, wanted: NDArray[np.int64]) -> NDArray[np.bool_]:
+        shard, within = np.divmod(wanted, self.spec.rows_per_shard)
+        there: NDArray[np.bool_] = within < self.shard_n_rows[shard]
+        return there
 
     def check_site(self, site: str) -> None:
         """Raise `SiteError`, naming the nearest sites, unless the store has this one."""
@@ -240,6 +338,17 @@ class Store:
             table[name] = values[: record.n_rows]
         return table
 
+    def kept_rows(self, shard: int) -> NDArray[np.bool_] | None:
+        """`(q * rows_per_sequence,)` which rows of the shard's sequences there are, in reading order; None for all."""
+        capacity = len(self.spec.shard_rows(shard))
+        if self.shard_n_rows[shard] == capacity:
+            return None
+        table, kept = self.shard_row_table(shard), np.zeros(capacity, bool)
+        first = self.spec.shard_sequences(shard).start
+        place = (table["sequence"].astype(np.int64) - first) * self.spec.rows_per_sequence
+        kept[place + table["position"] - self.spec.skip_first] = True
+        return kept
+
     def row_table(self) -> dict[str, NDArray[np.uint32]]:
         """`sequence`, `position` and `token` of every committed row, in row order; 12 bytes a row."""
         tables = [self.shard_row_table(shard) for shard in self.committed]
@@ -247,19 +356,22 @@ class Store:
 
     def tokens(self, array: str = "ids") -> NDArray[np.uint32]:
         """The `(Q, T)` token `ids`, or the `document` of each token."""
-        per_chunk = min(layout.token_sequences_per_chunk(self.spec), self.spec.n_sequences)
+        per_chunk = layout.token_sequences_per_chunk(self.spec)
         shape = (per_chunk, self.spec.sequence_length)
-        n_chunks = -(-self.spec.n_sequences // per_chunk)
-        keys = (f"tokens/{array}/c/{chunk}/0" for chunk in range(n_chunks))
+        keys = (layout.token_key(array, chunk) for chunk in range(-(-self.spec.n_sequences // per_chunk)))
         parts = [layout.get_table(self.objects, key, shape, layout.UINT32)[0] for key in keys]
         return np.concatenate(parts)[: self.spec.n_sequences]
 
+    def token_blocks(self) -> TokenBlocks:
+        """The store's tokens as they were given to `extract`."""
+        ids, document = (self.tokens(name) for name in layout.TOKEN_ARRAYS)
+        return TokenBlocks(ids=ids, document=document, description=self.spec.text)
+
     def shard_line(self, site: str, shard: int) -> NDArray[np.float64]:
         """The statistics line of a shard."""
-        width = self.spec.site(site).width
-        shape = (1, line_length(width))
+        shape = (1, line_length(self._sites[site].width))
         values, crc = layout.get_table(self.objects, layout.stats_key(site, shard), shape, layout.FLOAT64)
-        if crc != self.record(site, shard).checksums[layout.chunks_per_shard(self.spec) + 1]:
+        if crc != self.record(site, shard).checksums[layout.stats_place(self.spec)]:
             raise self.corrupt(site, shard, "is damaged: its statistics are not the ones that were committed")
         line: NDArray[np.float64] = values[0]
         return line
@@ -272,10 +384,7 @@ class Store:
         """
         self.check_site(site)
         if self.sealed:
-            shape = (line_length(self.spec.site(site).width),)
-            return stats_of(
-                layout.get_table(self.objects, f"{layout.site_prefix(site)}/total/c/0", shape, layout.FLOAT64)[0]
-            )
+            return stats_of(layout.read_total(self.objects, self._sites[site]))
         if not self.committed:
             raise StoreError(f"{self.path} has no committed shard yet, so there are no statistics of {site}")
         return stats_of(merge(self.shard_line(site, shard) for shard in self.committed))
@@ -284,74 +393,20 @@ class Store:
         """`(shards, C, 2)` rows and stored bytes of each committed shard's columns."""
         if self.sealed:
             return self.ledger[:, :, 32:].copy().view("<u8")
-        names = layout.columns(self.spec)
-        records = [[self.record(name, shard) for name in names] for shard in self.committed]
-        return np.array([[(r.n_rows, r.n_bytes) for r in row] for row in records], "<u8").reshape(-1, len(names), 2)
+        records = [[self.record(name, shard) for name in self._columns] for shard in self.committed]
+        sizes = [[(record.n_rows, record.n_bytes) for record in row] for row in records]
+        return np.array(sizes, "<u8").reshape(-1, len(self._columns), 2)
+
+    # --- views -------------------------------------------------------------------------------------------------
 
     def info(self) -> dict[str, Any]:
         """What the store is, how far it is, how large, and its statistics: JSON-able."""
-        bytes_per_column = self.heads()[:, :, 1].sum(axis=0)
-        raw_bytes = {s.name: self.n_rows * s.width * self.stored_dtype.itemsize for s in self.spec.sites}
-        stored = dict(zip(layout.columns(self.spec), map(int, bytes_per_column), strict=True))
-        sites = {
-            site.name: {
-                "shape": list(site.shape),
-                "bytes": stored[site.name],
-                "bytes_per_activation": stored[site.name] / max(1, self.n_rows * site.width),
-                "ratio": stored[site.name] / max(1, raw_bytes[site.name]),
-                **(self.stats(site.name).summary() if self.committed else {}),
-            }
-            for site in self.spec.sites
-        }
-        site_bytes = sum(stored[name] for name in self.sites)
-        return {
-            "path": self.path,
-            "state": self.root.state,
-            "fingerprint": self.fingerprint,
-            "n_rows": self.n_rows,
-            "n_rows_expected": self.spec.n_rows,
-            "n_shards": len(self.committed),
-            "n_shards_expected": self.spec.n_shards,
-            "bytes": sum(stored.values()),
-            "raw_bytes": sum(raw_bytes.values()),
-            "compression_ratio": site_bytes / max(1, sum(raw_bytes.values())),
-            "spec": self.spec.to_dict(),
-            "sites": sites,
-        }
+        return views.info(self)
 
     def as_dask(self, site: str) -> dask.array.Array:
-        """The site as a lazy `(n_rows, D)` dask array with one block a shard, every read checked.
+        """The site as a lazy `(n_rows, D)` dask array, see `views.as_dask`."""
+        return views.as_dask(self, site)
 
-        numpy has no bfloat16, so such a store shows as float32, which holds every bfloat16 exactly.
-        """
-        import dask
-        import dask.array
-        import torch
-
-        self.check_site(site)
-        width = self.spec.site(site).width
-        dtype = np.dtype("<f4") if self.spec.dtype == "bfloat16" else self.stored_dtype
-
-        def load(start: int, stop: int) -> NDArray[Any]:
-            rows = self.read(site, slice(start, stop))
-            return (rows.float() if rows.dtype == torch.bfloat16 else rows).numpy()
-
-        blocks = []
-        for shard in self.committed:
-            rows = self.spec.shard_rows(shard)
-            block = dask.delayed(load)(rows.start, rows.stop)
-            blocks.append(dask.array.from_delayed(block, (len(rows), width), dtype))
-        return dask.array.concatenate(blocks)
-
-
-def committed_columns(objects: Objects, spec: StoreSpec, *, complete: bool) -> set[Any]:
-    """Shards that have every column committed (`complete`), or all committed `(shard, column number)` pairs."""
-    pairs = set()
-    for key in objects.list("commit/c/"):
-        parts = key.split("/")
-        if len(parts) == 5 and not key.endswith(".partial"):
-            pairs.add((int(parts[2]), int(parts[3])))
-    if not complete:
-        return pairs
-    n_columns = len(spec.sites) + 1
-    return {s for s in range(spec.n_shards) if all((s, c) in pairs for c in range(n_columns))}
+    def as_xarray(self, sites: Sequence[str] | str | None = None) -> xarray.Dataset:
+        """Sites (all by default) as a lazy xarray dataset, see `views.as_xarray`."""
+        return views.as_xarray(self, sites)

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from actcache.kernels import take_and_measure
 
 _BLOCK_VALUES = 1 << 16
 """Values widened to float64 at a time: half a megabyte, which stays in a core's cache."""
@@ -78,22 +81,29 @@ _BITS = {
 class LineBuilder:
     """Accumulates one line over blocks of `(rows, D)` stored values.
 
-    Sums and sums of squares are float64 products with a vector of ones, which a BLAS does at the speed of the cache.
-    They are taken about a shift: zero for 16-bit values, whose few digits cannot cancel in float64, and the first
-    block's mean for float32. Largest values, zeros and non-finite values are found on the bits.
+    bfloat16 has a compiled loop. Without it, and for the other dtypes, sums and sums of squares are float64 products
+    with a vector of ones, which a BLAS does at the speed of the cache. They are taken about a shift: zero for 16-bit
+    values, whose few digits cannot cancel in float64, and the first block's mean for float32. Largest values, zeros and
+    non-finite values are found on the bits.
     """
 
     def __init__(self, width: int, logical: str) -> None:
         self.width, self.logical, self._kind = width, logical, _BITS[logical]
         self.block_rows = max(1, _BLOCK_VALUES // width)
-        self._wide = np.empty((self.block_rows, width))
-        self._squares = np.empty((self.block_rows, width))
-        self._bits = np.empty((self.block_rows, width), np.uint32)
-        self._magnitudes = np.empty((self.block_rows, width), self._kind.unsigned)
         self._shift: NDArray[np.float64] | None = None if logical == "float32" else np.zeros(width)
         self._sums = np.zeros(2 * width)
         self._largest = np.zeros(width, self._kind.unsigned)
         self._scalars = np.zeros(len(_SCALARS))
+        self._kernel = take_and_measure() if logical == "bfloat16" else None
+        self._row = np.empty(width, np.uint32)
+
+    def take(self, rows: NDArray[Any], wanted: NDArray[np.int64], out: NDArray[Any]) -> None:
+        """`out[i] = rows[wanted[i]]`, all of them taken in."""
+        if self._kernel is None:
+            self.add(np.take(rows, wanted, axis=0, out=out, mode="clip"))
+            return
+        sums, squares = self._sums[: self.width], self._sums[self.width :]
+        self._kernel(rows, wanted, out, self._row, sums, squares, self._largest, self._scalars)
 
     def add(self, rows: NDArray[Any]) -> None:
         """Take in `(n, D)` stored values."""
@@ -108,6 +118,24 @@ class LineBuilder:
         mean = sums / n + (0.0 if self._shift is None else self._shift)
         deviations = np.maximum(squares - sums * sums / n, 0.0)
         return np.concatenate([mean, deviations, self._widen(self._largest[None])[0], self._scalars])
+
+    # Buffers of the numpy way, made when it is first gone.
+
+    @cached_property
+    def _wide(self) -> NDArray[np.float64]:
+        return np.empty((self.block_rows, self.width))
+
+    @cached_property
+    def _squares(self) -> NDArray[np.float64]:
+        return np.empty((self.block_rows, self.width))
+
+    @cached_property
+    def _bits(self) -> NDArray[np.uint32]:
+        return np.empty((self.block_rows, self.width), np.uint32)
+
+    @cached_property
+    def _magnitudes(self) -> NDArray[np.unsignedinteger[Any]]:
+        return np.empty((self.block_rows, self.width), self._kind.unsigned)
 
     def _add_block(self, stored: NDArray[Any]) -> None:
         magnitudes = self._magnitudes[: len(stored)]

@@ -1,0 +1,345 @@
+"""The verbs that make a store and look after it. A store is named by a folder or a URL.
+
+In: options, documented where they are defined. Out: a result on stdout (`--json`: one object), an exit code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
+
+from rich.console import Console
+
+from actcache.cli.screen import Screen, sites_table, store_lines
+from actcache.cli.verbs import Flag, Flat, ModelOptions, Strings, TextOptions
+from actcache.errors import ConfigError
+from actcache.spec import Dtype
+
+UNSOUND = 2
+
+
+def extract(
+    *,
+    sites: Strings,
+    out: str,
+    model: Annotated[ModelOptions | None, Flat] = None,
+    text: Annotated[TextOptions | None, Flat] = None,
+    codec: Strings = ("lossless",),  # type: ignore[assignment]  # cyclopts gives a list
+    dtype: Dtype = "bfloat16",
+    skip_first: int = 1,
+    seed: int = 0,
+    batch_sequences: int = 32,
+    json: Flag = False,
+) -> int:
+    """Run the model over a text once and keep its activations in a store. Run again, it goes on where it stopped.
+
+    Parameters
+    ----------
+    sites
+        Hook names or patterns of them, such as 'blocks.*.hook_mlp_out'; "actcache sites" lists them.
+    out
+        The store: a folder ending in .zarr, or a URL such as s3://bucket/name.zarr; begun anew, or continued.
+    codec
+        Preset `raw`, `lossless`, `sparse` or `int8`, `auto`, or the JSON text of a list of Zarr codecs; for some sites
+        only as 'PATTERN=CODEC', several times.
+    dtype
+        Element type on disk.
+    skip_first
+        Leading positions of each sequence that are not kept: those with the least context.
+    seed
+        Seed of the shuffle of rows within shards.
+    batch_sequences
+        Sequences in one forward pass.
+    json
+        Print one JSON object on stdout; progress stays on stderr.
+    """
+    from actcache.extraction import extract as extract_activations
+
+    with Screen(json=json) as screen:
+        lm = (model or ModelOptions()).load()
+        text = text or TextOptions()
+        # A mistyped name is reported before minutes are spent on the text.
+        lm.resolve(sites, length=text.length)
+        codecs = codecs_by_pattern(codec)
+        store = extract_activations(
+            lm,
+            text.blocks(lm.tokenizer, screen),
+            sites,
+            out,
+            codec=codecs,
+            dtype=dtype,
+            skip_first=skip_first,
+            seed=seed,
+            batch_sequences=batch_sequences,
+            progress=screen.stage("Extract activations", "sequences"),
+        )
+        show_store(screen, store.info())
+    return 0
+
+
+def extend(
+    store: str,
+    /,
+    *,
+    model: Annotated[ModelOptions | None, Flat] = None,
+    text: Annotated[TextOptions | None, Flat] = None,
+    batch_sequences: int = 32,
+    json: Flag = False,
+) -> int:
+    """Append sequences to a store. Use --skip-documents, so that they are not those that it has.
+
+    Parameters
+    ----------
+    store
+        A finished store, or one that is being extended with the same text.
+    batch_sequences
+        Sequences in one forward pass.
+    json
+        Print one JSON object on stdout; progress stays on stderr.
+    """
+    from actcache.extraction import extend as extend_store
+
+    with Screen(json=json) as screen:
+        lm = (model or ModelOptions()).load()
+        blocks = (text or TextOptions()).blocks(lm.tokenizer, screen)
+        progress = screen.stage("Extract activations", "sequences")
+        grown = extend_store(lm, store, blocks, batch_sequences=batch_sequences, progress=progress)
+        show_store(screen, grown.info())
+    return 0
+
+
+def add_sites(
+    store: str,
+    /,
+    *,
+    sites: Strings,
+    model: Annotated[ModelOptions | None, Flat] = None,
+    codec: Strings = ("lossless",),  # type: ignore[assignment]
+    batch_sequences: int = 32,
+    json: Flag = False,
+) -> int:
+    """Add sites to a store: the model runs over the store's own tokens once more, and only the new sites are kept.
+
+    Parameters
+    ----------
+    store
+        A store.
+    sites
+        Hook names or patterns; those that the store has already are passed over.
+    codec
+        As for "actcache extract".
+    batch_sequences
+        Sequences in one forward pass.
+    json
+        Print one JSON object on stdout; progress stays on stderr.
+    """
+    from actcache.extraction import add_sites as add
+
+    with Screen(json=json) as screen:
+        lm = (model or ModelOptions()).load()
+        progress, codecs = screen.stage("Extract activations", "sequences"), codecs_by_pattern(codec)
+        grown = add(lm, store, sites, codec=codecs, batch_sequences=batch_sequences, progress=progress)
+        show_store(screen, grown.info())
+    return 0
+
+
+def delete_sites(store: str, sites: list[str], /, *, json: Flag = False) -> int:
+    """Take sites out of a store, data and all.
+
+    Parameters
+    ----------
+    store
+        A finished store.
+    sites
+        Names of sites, written out: no patterns here.
+    json
+        Print one JSON object on stdout.
+    """
+    from actcache.store import delete_sites as delete
+    from actcache.store import open_store
+
+    with Screen(json=json) as screen:
+        delete(store, sites)
+        show_store(screen, open_store(store).info())
+    return 0
+
+
+def export(
+    store: str,
+    /,
+    *,
+    out: str,
+    sites: Strings = ("*",),  # type: ignore[assignment]
+    codec: Strings = (),  # type: ignore[assignment]
+    sequences: str | None = None,
+    rows: str | None = None,
+    sequences_per_shard: int | None = None,
+    rows_per_chunk: int | None = None,
+    format: Literal["zarr", "saelens"] = "zarr",  # noqa: A002  # the option's name
+    json: Flag = False,
+) -> int:
+    """Copy a store, or a part of it, into a new one, perhaps with other codecs or sizes. Run again, it goes on.
+
+    Parameters
+    ----------
+    store
+        A finished store.
+    out
+        The new store: a folder ending in .zarr, or a URL.
+    sites
+        Names or patterns of the sites to take.
+    codec
+        As for "actcache extract"; by default every site keeps its own.
+    sequences
+        Sequences to take, as START:STOP.
+    rows
+        Row ids to take, as START:STOP.
+    sequences_per_shard
+        Sequences of a shard; by default the store's.
+    rows_per_chunk
+        Rows of the unit of reading; by default the store's, where it fits.
+    format
+        `zarr`, a store; or `saelens`, a folder that SAELens trains from (of whole sites, so with --sites only).
+    json
+        Print one JSON object on stdout; progress stays on stderr.
+    """
+    from actcache.cli.exchange import export_to_saelens
+    from actcache.store import export as export_store
+    from actcache.store import open_store
+
+    if format == "saelens":
+        if codec or sequences or rows or sequences_per_shard or rows_per_chunk:
+            raise ConfigError("--format saelens takes whole sites: of the options only --sites goes with it")
+        return export_to_saelens(store, out, sites, json=json)
+    with Screen(json=json) as screen:
+        taken = None if sequences is None else stretch("--sequences", sequences)
+        copied = export_store(
+            open_store(store),
+            out,
+            sites=sites,
+            codec=codecs_by_pattern(codec) if codec else None,
+            sequences=None if taken is None else range(taken.start, taken.stop),
+            rows=None if rows is None else stretch("--rows", rows),
+            sequences_per_shard=sequences_per_shard,
+            rows_per_chunk=rows_per_chunk,
+            progress=screen.stage("Export", "shards"),
+        )
+        show_store(screen, copied.info())
+    return 0
+
+
+def info(store: str, /, *, json: Flag = False) -> int:
+    """Say what a store holds, how far it is, how large, and the statistics of its sites (NaN and Inf counted).
+
+    Parameters
+    ----------
+    store
+        The store.
+    json
+        Print one JSON object on stdout.
+    """
+    from actcache.store import open_store
+
+    with Screen(json=json) as screen:
+        show_store(screen, open_store(store).info())
+    return 0
+
+
+def verify(store: str, /, *, sample: float = 1.0, json: Flag = False) -> int:
+    """Read every byte of a store and check it; exit code 2 if anything is not as it was written.
+
+    Parameters
+    ----------
+    store
+        The store.
+    sample
+        Share of the shards to check, for a quick look: 0.05 reads a twentieth.
+    json
+        Print one JSON object on stdout; progress stays on stderr.
+    """
+    from actcache.store import verify as verify_store
+
+    with Screen(json=json) as screen:
+        found = verify_store(store, sample=sample, progress=screen.stage("Verify", "columns"))
+        faults = [asdict(fault) for fault in found]
+        lines = [f"{_place(f['column'], f['shard'])}: {f['reason']}" for f in faults]
+        way_out = f"found {len(faults)} fault{'s' * (len(faults) > 1)}; see 'actcache repair --help'"
+        sound = f"{store} is sound" if sample == 1 else f"{store}: no fault in the {100 * sample:g} % of it looked at"
+        shown = "\n".join([*lines, way_out]) if faults else sound
+        payload = {"path": store, "sound": not faults, "sample": sample, "faults": faults}
+        screen.result(payload, lambda out: out.print(shown, markup=False, highlight=False))
+    return UNSOUND if faults else 0
+
+
+def repair(store: str, /, *, unlock: Flag = False, json: Flag = False) -> int:
+    """Verify a store and open its faulty shards again, so that the extract command that made it makes them anew.
+
+    A damaged ledger is written anew at once. Damaged tokens or root attributes cannot be mended: everything else was
+    made from them, so the store must be extracted anew.
+
+    Parameters
+    ----------
+    store
+        The store.
+    unlock
+        Only take away the lock that a writer on another machine has left; make sure first that it is gone.
+    json
+        Print one JSON object on stdout; progress stays on stderr.
+    """
+    from actcache.store import repair as repair_store
+    from actcache.store import unlock as unlock_store
+    from actcache.store import verify as verify_store
+
+    with Screen(json=json) as screen:
+        if unlock:
+            said = f"the lock of {store} is taken away" if unlock_store(store) else f"{store} was not locked"
+            screen.result({"path": store, "said": said}, lambda out: out.print(said, markup=False, highlight=False))
+            return 0
+        faults = verify_store(store, progress=screen.stage("Verify", "columns"))
+        shards = repair_store(store, faults)
+        opened = f"shards {', '.join(map(str, shards))} are open again; repeat the extract command to make them anew"
+        mended = (
+            "the ledger was damaged, and was written anew from the commit records" if faults else f"{store} is sound"
+        )
+        payload = {"path": store, "shards": shards}
+        screen.result(payload, lambda out: out.print(opened if shards else mended, markup=False, highlight=False))
+    return 0
+
+
+def codecs_by_pattern(given: Sequence[str]) -> dict[str, str]:
+    """`["lossless", "*hook_post=sparse"]` as patterns and codecs, the named ones first."""
+    named, everywhere = {}, {}
+    for text in given:
+        pattern, equals, codec = text.partition("=")
+        if equals and not text.lstrip().startswith("["):
+            named[pattern] = codec
+        else:
+            everywhere["*"] = text
+    return {**named, **everywhere}
+
+
+def stretch(option: str, text: str) -> slice:
+    """`START:STOP` as a slice of non-negative numbers."""
+    start, colon, stop = text.partition(":")
+    if not colon or not start.isdecimal() or not stop.isdecimal() or int(start) >= int(stop):
+        raise ConfigError(f"{option} takes START:STOP, such as 0:1024, not {text!r}")
+    return slice(int(start), int(stop))
+
+
+def show_store(screen: Screen, found: Mapping[str, Any]) -> None:
+    """Print what a store is."""
+
+    def show(out: Console) -> None:
+        out.print(store_lines(found), highlight=False)
+        out.print(sites_table(found["sites"]))
+        for name, site in found["sites"].items():
+            if site["codec_reason"]:
+                out.print(f"[dim]{name}: {site['codec_reason']}[/]", highlight=False)
+
+    shown: Callable[[Console], None] = show
+    screen.result(found, shown)
+
+
+def _place(column: str, shard: int) -> str:
+    return f"{column}, shard {shard}" if shard >= 0 else column

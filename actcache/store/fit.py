@@ -1,0 +1,36 @@
+"""Codecs that are fitted to a site's own activations, on the first of them, before its store is begun."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from numpy.typing import NDArray
+
+from actcache.spec import Site
+from actcache.store.codecs import chain_of, choose_codec, parse_codec
+from actcache.store.quantise import feature_exponents
+
+AUTO = "auto"
+
+
+def needs_trial(codec: str) -> bool:
+    """True when a codec depends on the activations: `auto`, and those that quantise."""
+    return codec == AUTO or chain_of(codec).quantised
+
+
+def is_result_of(site: Site, asked: str) -> bool:
+    """True when this is what fitting may have made of the codec that is asked for."""
+    return bool(site.codec_reason) if asked == AUTO else site.codec == asked and not site.codec_reason
+
+
+def fitted(site: Site, asked: str, rows: NDArray[Any], logical: str) -> Site:
+    """The site with the codec that is asked for, fitted to `rows (n, D)` of stored dtype."""
+    if asked == AUTO:
+        codec, reason = choose_codec([rows])
+        return replace(site, codec=codec, codec_reason=reason, feature_exponents=())
+    site = replace(site, codec=parse_codec(asked), codec_reason="", feature_exponents=())
+    if not chain_of(site.codec).quantised:
+        return site
+    exponents = feature_exponents(rows, logical)
+    return replace(site, feature_exponents=tuple(exponents.tolist()) if exponents.any() else ())

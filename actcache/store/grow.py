@@ -1,0 +1,120 @@
+"""What may change about a store that exists: nothing, unless it is asked to grow by sequences or by sites."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actcache.errors import CorruptShardError, SiteError, StoreIncompleteError, StoreMismatchError
+from actcache.spec import StoreSpec, TokenBlocks
+from actcache.store import layout
+from actcache.store.objects import Objects
+from actcache.store.reader import Store
+from actcache.store.seal import seal
+
+
+def check_same_spec(objects: Objects, found: StoreSpec, asked: StoreSpec) -> None:
+    """Raise `StoreMismatchError`, listing every difference, unless both specs are equal."""
+    differences = list(_differences(_by_site(found), _by_site(asked)))
+    if differences:
+        raise StoreMismatchError(
+            f"the store at {objects} was begun with other settings, so it is left as it is:\n  "
+            + "\n  ".join(differences)
+            + "\nname another place, or give the settings of the store"
+        )
+
+
+def _by_site(spec: StoreSpec) -> dict[str, Any]:
+    plain = spec.to_dict()
+    return {
+        **plain,
+        "sites": {site["name"]: site for site in plain["sites"]},
+        "order of sites": [site.name for site in spec.sites],
+    }
+
+
+def _differences(found: Any, asked: Any, where: str = "") -> Iterator[str]:
+    if isinstance(found, dict) and isinstance(asked, dict):
+        for key in sorted({*found, *asked}):
+            yield from _differences(found.get(key), asked.get(key), f"{where}.{key}".lstrip("."))
+    elif found != asked:
+        yield f"{where}: the store has {found!r}, asked for {asked!r}"
+
+
+def check(objects: Objects, found: StoreSpec, asked: StoreSpec, blocks: TokenBlocks) -> None:
+    """Raise `StoreMismatchError` unless `asked` is the store's spec with more sequences at the end, or more sites."""
+    expected = replace(asked, sites=asked.sites[: len(found.sites)])
+    if asked.n_sequences != found.n_sequences:
+        expected = replace(expected, n_sequences=found.n_sequences, text=found.text)
+    check_same_spec(objects, found, expected)
+    if asked.n_sequences < found.n_sequences:
+        raise StoreMismatchError(
+            f"{objects} has {found.n_sequences:,} sequences, asked for {asked.n_sequences:,}; a store only grows, "
+            "'actcache export' makes a smaller one"
+        )
+    store = Store(objects, layout.read_root(objects))
+    for name in layout.TOKEN_ARRAYS:
+        stored = store.tokens(name)
+        if not np.array_equal(stored, getattr(blocks, name)[: len(stored)]):
+            raise StoreMismatchError(
+                f"the first {len(stored):,} sequences are not those of {objects}; give its tokens with the new ones "
+                "behind them"
+            )
+
+
+def clear_leftovers(objects: Objects, found: StoreSpec, asked: StoreSpec, blocks: TokenBlocks) -> None:
+    """Un-commit what an earlier attempt to grow has left, where it is not of these tokens and settings."""
+    for site in asked.sites[len(found.sites) :]:
+        stored = objects.get(f"{layout.site_prefix(site.name)}/acts/zarr.json")
+        if stored is not None and json.loads(bytes(stored))["attributes"]["codec"] != site.codec:
+            objects.delete_all(layout.site_prefix(site.name))
+    reader = Store(objects, layout.Root(state="open", spec=asked))
+    for shard in sorted(layout.committed_shards(objects, layout.ROWS)):
+        if found.n_shards <= shard < asked.n_shards and not _fits(reader, shard, blocks):
+            for name in layout.columns(asked):
+                objects.delete(layout.commit_key(name, shard))
+
+
+def _fits(reader: Store, shard: int, blocks: TokenBlocks) -> bool:
+    """True when a shard's row table reaches to its last sequence and says of each row the token that is there."""
+    try:
+        table = reader.shard_row_table(shard)
+    except CorruptShardError:
+        return False
+    sequences = reader.spec.shard_sequences(shard)
+    if not len(table["sequence"]) or table["sequence"].max() != sequences[-1]:
+        return False
+    ids = np.asarray(blocks.ids[sequences.start : sequences.stop])
+    return bool((ids[table["sequence"] - sequences.start, table["position"]] == table["token"]).all())
+
+
+def delete_sites(path: str | Path | Objects, names: list[str]) -> None:
+    """Take sites out of a sealed store: the store without them is sealed first, then their data goes.
+
+    Done again after a crash, it finishes what was begun.
+
+    Raises:
+        SiteError: no such site. ConfigError: none would be left. StoreIncompleteError: the store is not finished.
+    """
+    objects = path if isinstance(path, Objects) else Objects(path, read_only=False)
+    with objects.lock():
+        root = layout.read_root(objects)
+        stay = tuple(site for site in root.spec.sites if site.name not in names)
+        for name in names:
+            begun = objects.get(f"{layout.site_prefix(name)}/acts/zarr.json") is not None
+            if name not in layout.columns(root.spec) and not begun:
+                raise SiteError(f"no site {name!r} in {objects}; there are {', '.join(layout.columns(root.spec)[1:])}")
+        if stay != root.spec.sites:
+            if root.state != "sealed":
+                raise StoreIncompleteError(f"{objects} is not finished; finish 'actcache extract' first")
+            layout.write_root(objects, layout.Root(state="open", spec=replace(root.spec, sites=stay)))
+            seal(objects, root)
+        elif root.state == "open" and len(Store(objects, root).committed) == root.spec.n_shards:
+            seal(objects)
+        for name in names:
+            objects.delete_all(layout.site_prefix(name))

@@ -1,0 +1,68 @@
+"""Finish a store: the ledger and the totals from the committed records, then the one put that makes it sealed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.spec import StoreSpec
+from actcache.store import layout
+from actcache.store.objects import Objects
+from actcache.store.reader import Store
+from actcache.store.stats import merge
+
+
+def seal(objects: Objects, before: layout.Root | None = None) -> None:
+    """Write ledger and totals of a store whose shards are all committed, and make it sealed.
+
+    Args:
+        objects: the store, in state `open`.
+        before: the sealed root of the same store before sites were added or deleted, if that is what happened: what it
+            says of the sites that stay is not read again.
+
+    Raises:
+        CorruptShardError: a record or a statistics line is damaged.
+    """
+    root = layout.read_root(objects)
+    spec, reader = root.spec, Store(objects, replace(root, state="open"))
+    known = _known_heads(objects, before, spec)
+    ledger = np.empty((spec.n_shards, len(spec.sites) + 1, layout.HEAD_BYTES), np.uint8)
+    for column, name in enumerate(layout.columns(spec)):
+        if name in known:
+            ledger[:, column] = known[name]
+            continue
+        length = layout.record_length(spec, name)
+        for shard in range(spec.n_shards):
+            head = reader.record(name, shard).to_bytes(length)[: layout.HEAD_BYTES]
+            ledger[shard, column] = np.frombuffer(head, np.uint8)
+    totals = []
+    for site in spec.sites:
+        if site.name in known:
+            totals.append(layout.read_total(objects, site))
+            continue
+        totals.append(merge(reader.shard_line(site.name, shard) for shard in range(spec.n_shards)))
+        layout.put_table(objects, layout.total_key(site.name), totals[-1])
+    layout.put_ledger(objects, spec, ledger)
+    mark = fingerprint(spec, ledger, totals)
+    layout.write_root(objects, layout.Root(state="sealed", spec=spec, fingerprint=mark))
+
+
+def _known_heads(objects: Objects, before: layout.Root | None, spec: StoreSpec) -> dict[str, NDArray[np.uint8]]:
+    """`(S, 48)` ledger columns that are the same before and after."""
+    if before is None or before.state != "sealed" or before.spec.n_sequences != spec.n_sequences:
+        return {}
+    ledger = layout.read_ledger(objects, before.spec)
+    stay = layout.columns(spec)
+    return {name: ledger[:, i] for i, name in enumerate(layout.columns(before.spec)) if name in stay}
+
+
+def fingerprint(spec: StoreSpec, ledger: NDArray[np.uint8], totals: list[NDArray[np.float64]]) -> str:
+    """sha256 over the spec and everything that the records say: equal stores have equal fingerprints."""
+    digest = hashlib.sha256(json.dumps(spec.to_dict(), sort_keys=True).encode())
+    for part in (ledger, *totals):
+        digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,37 @@
+"""How large shards and chunks are where nobody says otherwise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from actcache.spec import DTYPE_BYTES, Dtype
+
+_SHARD_BYTES = 256 << 20
+"""Default size of one shard of all sites, before compression; two of them are in memory."""
+_CHUNK_BYTES = 1 << 19
+"""Default size of the unit of reading, before compression: what it costs to ask for one is then no matter."""
+_SEQUENCES_PER_SHARD = 512
+"""Each chunk is a sample of the shard's sequences; of 512, a window of many chunks shuffles like the whole store."""
+
+
+def default_sizes(
+    widths: Sequence[int],
+    dtype: Dtype,
+    n_sequences: int,
+    rows_per_sequence: int,
+    sequences_per_shard: int | None = None,
+) -> tuple[int, int]:
+    """Sequences of a shard and rows of a chunk for sites of these widths, where nobody says otherwise."""
+    row_bytes = [width * DTYPE_BYTES.get(dtype, 4) for width in widths]
+    if sequences_per_shard is None:
+        by_memory = _SHARD_BYTES // max(1, sum(row_bytes) * rows_per_sequence)
+        sequences_per_shard = max(1, min(_SEQUENCES_PER_SHARD, by_memory, n_sequences))
+    at_most = max(1, _CHUNK_BYTES // max([1, *row_bytes]))
+    return sequences_per_shard, largest_divisor(max(1, sequences_per_shard) * rows_per_sequence, at_most)
+
+
+def largest_divisor(n: int, at_most: int) -> int:
+    """The largest divisor of n that is no larger than `at_most`."""
+    divisors = {d for i in range(1, math.isqrt(n) + 1) if n % i == 0 for d in (i, n // i)}
+    return max(d for d in divisors if d <= at_most)

@@ -1,0 +1,345 @@
+"""Chunk codecs: what goes in comes out bit by bit, zarr-python agrees on every byte, and hostile bytes do nothing."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import MemoryStore
+
+from actcache.errors import ConfigError
+from actcache.store import codecs
+
+LOSSLESS = [name for name, chain in codecs.PRESETS.items() if not chain.quantised]
+STORED = ["<u2", "<f2", "<f4", "<u4", "|i1", "|u1"]
+
+
+def named(name, **configuration):
+    return {"name": name, "configuration": configuration}
+
+
+BY_HAND = {
+    "blosc": [named("blosc", cname="lz4hc", clevel=9, shuffle="noshuffle")],
+    "zstd": [named("zstd", level=3, checksum=True)],
+    "gzip": [named("gzip", level=1)],
+    "shuffle zstd": [named("numcodecs.shuffle"), named("zstd", level=1)],
+    "delta bz2": [named("numcodecs.delta"), named("numcodecs.bz2")],
+    "transpose zlib": [named("transpose", order=[1, 0]), named("numcodecs.zlib")],
+    "lz4 gzip": [named("numcodecs.lz4"), named("gzip")],
+    "lzma": [named("bytes", endian="little"), named("numcodecs.lzma", preset=1), named("crc32c")],
+    "blosc zstd lz4": [named("blosc"), named("zstd"), named("numcodecs.lz4")],
+    "nothing": [],
+}
+LOSSY = {
+    "bitround": [named("numcodecs.bitround", keepbits=5), named("zstd")],
+    "quantize": [named("numcodecs.quantize", digits=2), named("blosc")],
+    "scale": [named("numcodecs.fixedscaleoffset", offset=0.5, scale=20, astype="|i1"), named("numcodecs.zlib")],
+}
+
+
+def stored_form(chain, chunk):
+    payload, crc = chain.encode(np.ascontiguousarray(chunk))
+    return memoryview(bytes(payload) + codecs.crc_bytes(crc))
+
+
+def with_crc(payload):
+    return memoryview(bytes(payload) + codecs.crc_bytes(codecs.google_crc32c.value(bytes(payload))))
+
+
+def chain_by_hand(listed):
+    return codecs.chain_of(codecs.parse_codec(listed))
+
+
+def some_values(dtype, shape=(64, 24), seed=0):
+    values = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    if dtype == "<u2":
+        return (values.view(np.uint32) >> 16).astype("<u2")
+    return values.astype(dtype) if np.dtype(dtype).kind == "f" else (values * 20).astype("<i8").astype(dtype)
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("name", [*LOSSLESS, *BY_HAND])
+@given(data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_any_bits_come_back(name, data):
+    chain = codecs.PRESETS[name] if name in codecs.PRESETS else chain_by_hand(BY_HAND[name])
+    dtype = np.dtype(data.draw(st.sampled_from(["<u2", "|i1"] if name == "delta bz2" else STORED)))
+    shape = data.draw(hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=40))
+    bits = data.draw(hnp.arrays(f"<u{dtype.itemsize}", shape))
+    out = np.empty(shape, dtype)
+    assert chain.decode_into(stored_form(chain, bits.view(dtype)), out) is None
+    np.testing.assert_array_equal(out.view(bits.dtype), bits)
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_every_bfloat16_comes_back(name):
+    every = np.arange(1 << 16, dtype="<u2").reshape(256, 256)  # -0, subnormals and every NaN payload among them
+    out = np.empty_like(every)
+    assert codecs.PRESETS[name].decode_into(stored_form(codecs.PRESETS[name], every), out) is None
+    np.testing.assert_array_equal(out, every)
+
+
+def test_equal_values_give_equal_bytes_whenever_and_wherever_they_are_encoded():
+    from concurrent.futures import ThreadPoolExecutor
+
+    chunk = some_values("<u2", (1024, 512))
+    chains = [*(codecs.PRESETS[name] for name in LOSSLESS), *(chain_by_hand(c) for c in BY_HAND.values())]
+    for chain in chains:
+        with ThreadPoolExecutor(1) as pool:
+            elsewhere = pool.submit(stored_form, chain, chunk).result()
+        assert bytes(elsewhere) == bytes(stored_form(chain, chunk))
+
+
+def test_pcodec_comes_back():
+    pytest.importorskip("pcodec")
+    chain = chain_by_hand([named("numcodecs.delta"), named("numcodecs.pcodec", level=4), named("zstd")])
+    chunk, out = some_values("<u2"), np.zeros((64, 24), "<u2")
+    stored = stored_form(chain, chunk)
+    assert chain.decode_into(stored, out) is None
+    np.testing.assert_array_equal(out, chunk)
+    assert chain.decode_into(stored, np.empty((65, 24), "<u2"))
+    assert chain.decode_into(stored, np.empty((63, 24), "<u2"))
+
+
+# Parity with zarr-python
+
+PARITY = (
+    [(name, codecs.PRESETS[name], dtype) for name in codecs.PRESETS for dtype in ("<u2", "<f4")]
+    + [("table", codecs.TABLE, dtype) for dtype in ("<u4", "<f8", "|u1")]
+    + [(name, chain_by_hand(listed), "<u2") for name, listed in BY_HAND.items()]
+    + [(name, chain_by_hand(listed), "<f4") for name, listed in LOSSY.items()]
+)
+
+
+@pytest.mark.parametrize(("name", "chain", "dtype"), PARITY)
+def test_zarr_writes_the_same_bytes_and_reads_the_same_values(name, chain, dtype):
+    values = some_values("|i1" if chain.quantised else dtype)
+    store = MemoryStore()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)  # numcodecs.* names are not in the specification
+        array = zarr.open_group(store, mode="w").create_array(
+            "a", shape=(64, 24), chunks=(16, 24), shards=(64, 24), dtype=values.dtype, fill_value=0,
+            **chain.zarr_codecs(values.dtype),
+        )  # fmt: skip
+        array[:] = values
+        theirs = store._store_dict["a/c/0/0"].to_bytes()
+        ours = [bytes(stored_form(chain, values[start : start + 16])) for start in range(0, 64, 16)]
+        if "gzip" not in name:  # there, zarr's bytes hold the time
+            assert theirs.startswith(b"".join(ours))
+        index = np.frombuffer(theirs[-68:-4], "<u8").reshape(4, 2).tolist()
+        out = np.empty((16, 24), values.dtype)
+        for number, (offset, size) in enumerate(index):
+            assert chain.decode_into(memoryview(theirs)[offset : offset + size], out) is None
+            np.testing.assert_array_equal(out, array[16 * number : 16 * number + 16])
+        if name not in LOSSY:
+            np.testing.assert_array_equal(array[:], values)
+        assert read_by_zarr(store, ours, values.dtype).tobytes() == array[:].tobytes()
+
+
+def read_by_zarr(store, chunks, dtype):
+    """What zarr reads from a shard made of our chunks, as the same array."""
+    sizes = [len(chunk) for chunk in chunks]
+    index = np.column_stack([np.cumsum([0, *sizes[:-1]]), sizes]).astype("<u8").tobytes()
+    shard = b"".join(chunks) + bytes(with_crc(index))
+    store._store_dict["a/c/0/0"] = default_buffer_prototype().buffer.from_bytes(shard)
+    return zarr.open_array(store, path="a", mode="r")[:].astype(dtype)
+
+
+# Damaged and hostile bytes
+
+
+@pytest.mark.parametrize("name", [*LOSSLESS, *BY_HAND])
+def test_what_is_cut_or_changed_is_noticed_with_its_checksum(name):
+    chain = codecs.PRESETS[name] if name in codecs.PRESETS else chain_by_hand(BY_HAND[name])
+    chunk, out = some_values("<u2"), np.empty((64, 24), "<u2")
+    stored = bytes(stored_form(chain, chunk))
+    for cut in (0, 1, 3, 4, 7, len(stored) // 2, len(stored) - 1):
+        assert chain.decode_into(memoryview(stored[:cut]), out)
+    for place in range(0, len(stored), 37):
+        flipped = bytearray(stored)
+        flipped[place] ^= 1
+        assert "checksum" in chain.decode_into(memoryview(flipped), out)
+
+
+@pytest.mark.parametrize("name", [*LOSSLESS, *BY_HAND])
+def test_forged_payloads_never_reach_outside_or_come_back_short(name):
+    chain = codecs.PRESETS[name] if name in codecs.PRESETS else chain_by_hand(BY_HAND[name])
+    chunk, rng = some_values("<u2"), np.random.default_rng(0)
+    payload = bytes(stored_form(chain, chunk))[:-4]
+    room = np.empty(3 * 64 * 24, "<u2")
+    out = room[64 * 24 : 2 * 64 * 24].reshape(64, 24)
+    for cut in [*range(0, 40), *rng.integers(0, len(payload), 40)]:
+        assert chain.decode_into(with_crc(payload[:cut]), out), cut
+    for n_rows in (1, 63, 65, 1000):  # a chunk of another size
+        wrong = bytes(stored_form(chain, some_values("<u2", (n_rows, 24))))[:-4]
+        assert chain.decode_into(with_crc(wrong), out), n_rows
+    room[:] = 7
+    for _ in range(300):
+        forged = bytearray(payload)
+        for place in rng.integers(0, rng.choice([24, len(payload)]), rng.integers(1, 4)):
+            forged[place] = rng.integers(256)
+        chain.decode_into(with_crc(forged), out)
+    assert (room[: 64 * 24] == 7).all()
+    assert (room[2 * 64 * 24 :] == 7).all()
+
+
+def test_a_header_that_announces_more_is_refused_before_anything_is_made():
+    out = np.empty((4, 4), "<u2")
+    huge = (1 << 31).to_bytes(4, "little")
+    blosc = bytearray(bytes(codecs.TABLE.encode(out)[0]))
+    blosc[4:8] = huge
+    assert "announces" in codecs.TABLE.decode_into(with_crc(blosc), out)
+    blosc[4:8], blosc[12:16] = (32).to_bytes(4, "little"), huge
+    assert "announces" in codecs.TABLE.decode_into(with_crc(blosc), out)
+    assert "announces" in chain_by_hand([named("numcodecs.lz4")]).decode_into(with_crc(huge + b"0" * 40), out)
+    frame = b"\x28\xb5\x2f\xfd\xe0" + (1 << 40).to_bytes(8, "little") + b"\x01\0\0"
+    assert "announces" in codecs.PRESETS["sparse"].decode_into(with_crc(frame), out)
+    unsized = b"\x28\xb5\x2f\xfd\x00\x58" + b"\x01\0\0"
+    assert "no content size" in codecs.PRESETS["sparse"].decode_into(with_crc(unsized), out)
+
+
+@pytest.mark.parametrize("name", ["gzip", "numcodecs.zlib", "numcodecs.bz2", "numcodecs.lzma"])
+def test_bombs_stop_at_the_size_of_the_chunk(name):
+    chain = chain_by_hand([named(name)])
+    bomb = stored_form(chain, np.zeros((1 << 22, 2), "<u2"))
+    assert "more than" in chain.decode_into(bomb, np.empty((4, 4), "<u2"))
+
+
+# Names and text
+
+
+def test_presets_are_their_own_text():
+    for name in codecs.PRESETS:
+        assert codecs.parse_codec(name) == name
+        assert codecs.chain_of(name) is codecs.PRESETS[name]
+
+
+@pytest.mark.parametrize("listed", [*BY_HAND.values(), *LOSSY.values()])
+def test_canonical_text_is_a_fixed_point(listed):
+    text = codecs.parse_codec(listed)
+    assert codecs.parse_codec(text) == text
+    assert codecs.parse_codec(json.dumps(listed)) == text
+    assert codecs.chain_of(text) == codecs.chain_of(codecs.parse_codec(text))
+    spelled_out = [*listed, named("crc32c")] if listed[-1:] != [named("crc32c")] else listed
+    assert codecs.parse_codec(spelled_out) == text
+    if listed:
+        assert codecs.chain_of(text).zarr_codecs(np.dtype("<f4" if listed in LOSSY.values() else "<u2"))["compressors"][
+            -1
+        ] == {"name": "crc32c"}
+
+
+@pytest.mark.parametrize(
+    ("codec", "reason"),
+    [
+        ("nonsense", "no codec preset"),
+        ("", "no codec preset"),
+        ("{}", "no codec preset"),
+        ("[", "no JSON"),
+        ("[" * 3000, "no JSON"),
+        ("[" + " " * 5000 + "]", "characters"),
+        ('["zstd"]', "a codec is"),
+        ([{"name": "zstd", "config": {}}], "a codec is"),
+        ([{"name": ["zstd"]}], "a codec is"),
+        ([{"name": "zstd", "configuration": [1]}], "a codec is"),
+        ([named("zstd")] * 9, "more than 8"),
+        ([named("numcodecs.pickle")], "cannot be used"),
+        ([named("numcodecs.json2")], "cannot be used"),
+        ([named("numcodecs.zstd")], "cannot be used"),
+        ([named("sharding_indexed")], "cannot be used"),
+        ([named("__class__")], "cannot be used"),
+        ([named("crc32c"), named("zstd")], "cannot be used"),
+        ([named("zstd", level=23)], "level must be"),
+        ([named("zstd", level=True)], "level must be"),
+        ([named("zstd", level=1.0)], "level must be"),
+        ([named("zstd", levels=1)], "does not take"),
+        ([{"name": "zstd", "configuration": {"name": "x"}}], "does not take"),
+        ([named("blosc", cname="../evil")], "cname must be"),
+        ([named("blosc", cname=["lz4"])], "cname must be"),
+        ([named("blosc", typesize=0)], "typesize must be"),
+        ([named("blosc", blocksize=1 << 40)], "blocksize must be"),
+        ([named("transpose", order=[1, 0, 2])], "order must be"),
+        ([named("transpose")], "does not take"),
+        ([named("bytes", endian="big")], "little-endian"),
+        ([named("zstd"), named("bytes")], "that late"),
+        ([named("zstd"), named("numcodecs.delta")], "that late"),
+        ([named("zstd"), named("numcodecs.shuffle")], "must come before"),
+        ([named("transpose", order=[1, 0]), named("numcodecs.delta")], "cannot be combined"),
+        ([named("numcodecs.delta", dtype="O")], "dtype must be"),
+        ([named("numcodecs.fixedscaleoffset", offset=0, scale=float("nan"))], "scale must be"),
+        ([named("numcodecs.fixedscaleoffset", offset=0, scale=0)], "scale must be"),
+    ],
+)
+def test_what_cannot_be_a_codec_is_refused(codec, reason):
+    with pytest.raises(ConfigError, match=reason):
+        codecs.parse_codec(codec)
+    if isinstance(codec, str):
+        with pytest.raises(ConfigError, match=reason):
+            codecs.chain_of(codec)
+
+
+@pytest.mark.parametrize(
+    ("listed", "works", "fails"),
+    [
+        (LOSSY["bitround"], ["float16", "float32"], ["bfloat16"]),
+        (LOSSY["quantize"], ["float16", "float32"], ["bfloat16"]),
+        (LOSSY["scale"], ["float16", "float32"], ["bfloat16"]),
+        (BY_HAND["delta bz2"], ["bfloat16"], ["float16", "float32"]),
+        ([named("numcodecs.delta", dtype="<u4")], [], ["bfloat16", "float32"]),
+        ([named("numcodecs.bitround", keepbits=12)], ["float32"], ["float16", "bfloat16"]),
+        (BY_HAND["blosc"], list(codecs.STORED_DTYPE), []),
+    ],
+)
+def test_filters_work_on_the_dtypes_they_are_made_for(listed, works, fails):
+    chain = chain_by_hand(listed)
+    for logical in works:
+        assert chain.stored_dtype(logical) == codecs.STORED_DTYPE[logical]
+    for logical in fails:
+        with pytest.raises(ConfigError, match=listed[0]["name"]):
+            chain.stored_dtype(logical)
+
+
+@pytest.mark.parametrize("strange", [np.nan, np.inf, 1e30])
+def test_lossy_filters_refuse_what_would_come_back_as_another_number(strange):
+    values = some_values("<f4")
+    values[3, 3] = strange
+    with pytest.raises(ValueError, match="cannot hold"):
+        chain_by_hand(LOSSY["scale"]).encode(values)
+
+
+def test_lossy_filters_stay_within_their_rounding():
+    values, out = some_values("<f4"), np.empty((64, 24), "<f4")
+    for name, bound in (("bitround", 2**-6 * np.abs(values).max()), ("quantize", 0.005), ("scale", 0.0251)):
+        chain = chain_by_hand(LOSSY[name])
+        assert chain.decode_into(stored_form(chain, values), out) is None
+        assert 0 < np.abs(out - values).max() <= bound
+
+
+def test_auto_goes_by_size():
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 1 << 16, (1024, 256)).astype("<u2")
+    dense = some_values("<u2", (1024, 256))
+    sparse = np.where(rng.random((1024, 256)) < 0.9, 0, dense).astype("<u2")
+    chosen = {}
+    for name, chunk in (("raw", noise), ("lossless", dense), ("sparse", sparse)):
+        chosen[name], reason = codecs.choose_codec([chunk, chunk])
+        assert codecs.choose_codec([chunk, chunk]) == (chosen[name], reason)
+        assert reason.startswith(f"{name}: ")
+    assert chosen == {name: name for name in chosen}
+    assert codecs.choose_codec([])[0] == "lossless"
+    assert codecs.choose_codec([dense[:1], dense[:0]])[0] in codecs.PRESETS
+
+
+def test_auto_looks_at_a_large_array_in_pieces():
+    dense = some_values("<u2", (20_000, 512))  # 20 MB
+    large, small = codecs.choose_codec([dense]), codecs.choose_codec([dense[:4096]])
+    assert large[0] == small[0] == "lossless"
+    assert large[1] == small[1]  # the same ratios to two digits
