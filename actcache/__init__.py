@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from actcache.errors import ActcacheError as ActcacheError
     from actcache.evaluate import reconstruction as reconstruction
     from actcache.evaluate import spliced_loss as spliced_loss
+    from actcache.exchange import export_saelens as export_saelens
+    from actcache.exchange import import_npy as import_npy
+    from actcache.exchange import import_saelens as import_saelens
+    from actcache.exchange import import_safetensors as import_safetensors
     from actcache.extraction import add_sites as add_sites
     from actcache.extraction import extend as extend
     from actcache.extraction import extract as extract
@@ -44,8 +48,12 @@ _ROOMS = {
     "add_sites": "extraction",
     "delete_sites": "store",
     "export": "store",
+    "export_saelens": "exchange",
     "extend": "extraction",
     "extract": "extraction",
+    "import_npy": "exchange",
+    "import_saelens": "exchange",
+    "import_safetensors": "exchange",
     "load_lm": "lm",
     "open_store": "store",
     "read_texts": "source",
@@ -67,8 +75,12 @@ __all__ = [
     "add_sites",
     "delete_sites",
     "export",
+    "export_saelens",
     "extend",
     "extract",
+    "import_npy",
+    "import_saelens",
+    "import_safetensors",
     "load_lm",
     "open_store",
     "read_texts",

@@ -114,17 +114,17 @@ def extract(
     """
     check_positive("extract", batch_sequences=batch_sequences)
     resolved = lm.resolve(patterns, length=blocks.sequence_length)
-    sites = _with_codecs(lm, blocks, resolved, path, codec, dtype, skip_first)
     spec = store_spec(
         lm,
         blocks,
-        sites,
+        [site.site for site in resolved],
         dtype=dtype,
         skip_first=skip_first,
         seed=seed,
         sequences_per_shard=sequences_per_shard,
         rows_per_chunk=rows_per_chunk,
     )
+    spec = replace(spec, sites=_with_codecs(lm, blocks, resolved, path, codec, spec))
     return _fill(lm, StoreWriter(path, spec, blocks, threads=_threads(threads)), blocks, batch_sequences, progress)
 
 
@@ -184,7 +184,7 @@ def add_sites(
     store = open_store(path)
     blocks, spec = store.token_blocks(), store.spec
     new = [site for site in lm.resolve(patterns, length=spec.sequence_length) if site.site.name not in store.sites]
-    sites = _with_codecs(lm, blocks, new, path, codec, spec.dtype, spec.skip_first)
+    sites = _with_codecs(lm, blocks, new, path, codec, spec)
     spec = replace(spec, model=lm.identity, sites=(*spec.sites, *sites))
     writer = StoreWriter(path, spec, blocks, grow=True, threads=_threads(threads))
     return _fill(lm, writer, blocks, batch_sequences, progress, store.kept_rows)
@@ -245,9 +245,8 @@ def _with_codecs(
     resolved: Sequence[ResolvedSite],
     path: str | Path,
     codec: str | Mapping[str, str],
-    dtype: Dtype,
-    skip_first: int,
-) -> list[Site]:
+    spec: StoreSpec,
+) -> tuple[Site, ...]:
     """The sites with their codecs. What was found out for the store that is there is not found out again."""
     by_pattern = {"*": codec} if isinstance(codec, str) else codec
     asked = {
@@ -261,10 +260,10 @@ def _with_codecs(
     known = {name: site for name, site in known.items() if is_result_of(site, asked.get(name, ""))}
     to_try = [site for site in resolved if needs_trial(asked[site.site.name]) and site.site.name not in known]
     if to_try:
-        known |= _tried(lm, blocks, to_try, asked, dtype, skip_first)
-    return [
+        known |= _tried(lm, blocks, to_try, asked, spec)
+    return tuple(
         known.get(site.site.name) or replace(site.site, codec=parse_codec(asked[site.site.name])) for site in resolved
-    ]
+    )
 
 
 def _tried(
@@ -272,21 +271,22 @@ def _tried(
     blocks: TokenBlocks,
     sites: Sequence[ResolvedSite],
     asked: Mapping[str, str],
-    dtype: Dtype,
-    skip_first: int,
+    spec: StoreSpec,
 ) -> dict[str, Site]:
-    """Each site with what suits the activations of the first sequences best."""
-    length = blocks.sequence_length
-    n_sequences = min(blocks.n_sequences, max(1, _ROWS_TO_TRY // length))
-    trial = StoreSpec(
+    """Each site with what suits the activations of the first sequences best, in chunks as they are going to be."""
+    n_rows = max(_ROWS_TO_TRY, spec.rows_per_chunk)
+    n_sequences = min(blocks.n_sequences, -(-n_rows // spec.rows_per_sequence))
+    trial = replace(
+        spec,
         sites=tuple(site.site for site in sites),
         n_sequences=n_sequences,
-        sequence_length=length,
         sequences_per_shard=n_sequences,
-        rows_per_chunk=n_sequences * (length - skip_first),
-        skip_first=skip_first,
-        dtype=dtype,
+        rows_per_chunk=spec.rows_per_sequence,
     )
     buffers = ShardBuffers(trial, trial.sites)
     _keep(lm, sites, np.asarray(blocks.ids[:n_sequences]), 0, buffers)
-    return {site.name: fitted(site, asked[site.name], buffers.rows[site.name], dtype) for site in trial.sites}
+    whole = max(1, len(trial.shard_rows(0)) // spec.rows_per_chunk) * spec.rows_per_chunk
+    return {
+        site.name: fitted(site, asked[site.name], buffers.rows[site.name][:whole], spec.dtype, spec.rows_per_chunk)
+        for site in trial.sites
+    }

@@ -9,10 +9,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +24,11 @@ from actcache.errors import ConfigError, SiteError
 Dtype = Literal["bfloat16", "float16", "float32"]
 DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-MOST_OBJECT_BYTES = (1 << 31) - 1
-"""Largest piece of a store that is read or written whole; Blosc's own limit."""
+MOST_OBJECT_BYTES = 1 << 28
+"""Largest piece of a store that is decoded whole: what a hostile store can make a reader allocate at a time."""
+_MOST_NAME_CHARACTERS = 240
+"""Of a site's name, escaped as in a URL: file systems take names of 255 bytes."""
+_NO_SITE_NAMES = ("rows", "tokens", "ledger", "attributes", "metadata")
 
 Progress = Callable[[int, int], None]
 """`progress(done, total)`: called by long functions; the library itself prints nothing."""
@@ -57,8 +62,9 @@ class Site:
     """Of a quantised site: powers of two, one a feature, that outlying features are divided by first; or empty."""
 
     def __post_init__(self) -> None:
-        if not self.name:
-            raise ConfigError("a site needs a name")
+        self._check_name()
+        if not isinstance(self.codec, str) or not isinstance(self.codec_reason, str):
+            raise ConfigError(f"site {self.name}: codec and codec_reason must be text")
         check_positive(f"site {self.name}", **{f"shape[{i}]": n for i, n in enumerate(self.shape)})
         if not self.shape:
             raise ConfigError(f"site {self.name}: shape must have at least one axis")
@@ -68,10 +74,25 @@ class Site:
                 f"site {self.name}: feature_exponents must be {self.width} integers from 0 to 127, or none"
             )
 
+    def _check_name(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ConfigError("a site needs a name")
+        try:
+            length = len(quote(self.name))
+        except UnicodeEncodeError:
+            raise ConfigError(f"site {self.name!r}: the name is no text that could be stored") from None
+        if length > _MOST_NAME_CHARACTERS:
+            raise ConfigError(
+                f"site {self.name[:40]}...: the name of a site becomes that of a folder, of {length} characters "
+                f"with what is escaped; at most {_MOST_NAME_CHARACTERS} are possible"
+            )
+        if self.name in _NO_SITE_NAMES:
+            raise ConfigError(f"a site cannot be called {self.name!r}: a part of every store is called that")
+
     @property
     def width(self) -> int:
         """D, the number of values a row holds."""
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +127,11 @@ class StoreSpec:
             raise ConfigError("store spec: at least one site is needed")
         if len({site.name for site in self.sites}) != len(self.sites):
             raise ConfigError("store spec: a site is named twice")
-        if not 0 <= self.skip_first < self.sequence_length:
+        if type(self.seed) is not int:
+            raise ConfigError(f"store spec: seed must be an integer, got {self.seed!r}")
+        if not isinstance(self.model, Mapping) or not isinstance(self.text, Mapping):
+            raise ConfigError("store spec: model and text must be mappings")
+        if type(self.skip_first) is not int or not 0 <= self.skip_first < self.sequence_length:
             raise ConfigError(
                 f"store spec: skip_first must be between 0 and sequence_length - 1 = {self.sequence_length - 1}, "
                 f"got {self.skip_first}"
@@ -121,7 +146,7 @@ class StoreSpec:
         self._check_object_sizes()
 
     def _check_object_sizes(self) -> None:
-        """No object that is read or written whole may be larger than what Blosc takes.
+        """No object that is read or written whole may be larger than `MOST_OBJECT_BYTES`.
 
         A spec is read from a store that anybody may have made: what passes here is all that is ever allocated for it.
         """

@@ -22,7 +22,8 @@ from actcache.store import Store
 
 ROOT = Path(actcache.__file__).parent.parent
 SITE_IN, SITE_OUT = "blocks.3.mlp.hook_in", "blocks.3.hook_mlp_out"
-VERBS = ("demo", "sites", "extract", "info", "verify", "repair", "train", "evaluate", "report")
+STORE_VERBS = ("extract", "info", "verify", "repair", "extend", "add-sites", "delete-sites", "export", "import")
+VERBS = ("demo", "sites", *STORE_VERBS, "train", "evaluate", "report")
 
 
 def run(*arguments: str, cwd: Path, **more: Any) -> subprocess.CompletedProcess[str]:

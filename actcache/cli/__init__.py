@@ -27,8 +27,8 @@ FINE, USER_ERROR, UNSOUND, INTERRUPTED = 0, 1, 2, 130
 _HELP = """Cache a model's activations, serve them shuffled, learn sparse MLPs from them.
 
 Start with `actcache demo`. The parts: `sites` and `extract` make a store; `info`, `verify` and `repair` look after it;
-`extend`, `add-sites`, `delete-sites` and `export` change it; `import` makes one of another tool's files; `train`, `evaluate` and `report` make and measure sparse
-MLPs.
+`extend`, `add-sites`, `delete-sites` and `export` change it; `import` makes one of another tool's files; `train`,
+`evaluate` and `report` make and measure sparse MLPs.
 """
 
 _EPILOGUE = """Every verb takes `--json`. Exit codes: 0 fine, 1 something to mend (said in one line), 2 unsound data.

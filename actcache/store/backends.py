@@ -16,9 +16,9 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Coroutine, Hashable, Iterator
+from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -29,7 +29,7 @@ from zarr.storage import FsspecStore, LocalStore, ObjectStore
 from actcache.errors import ConfigError
 
 T = TypeVar("T")
-_ABSENT = (FileNotFoundError, NotADirectoryError)
+_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _READ_ONLY = "store was opened in read-only mode and does not support writing"
 PARTIAL = ".partial"
 """How the names of zarr's unfinished local writes end."""
@@ -47,9 +47,11 @@ class Backend(Protocol):
 
     def get(self, key: str) -> memoryview | None: ...
     def read_into(self, key: str, offset: int, outs: tuple[memoryview, ...]) -> int: ...
+    def pieces(self, key: str, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]: ...
     def tail(self, key: str, n_bytes: int) -> memoryview | None: ...
     def size(self, key: str) -> int: ...
     def put(self, key: str, *parts: memoryview | bytes) -> None: ...
+    def writing(self, key: str) -> AbstractContextManager[Callable[..., None]]: ...
     def create(self, key: str, data: bytes) -> None: ...
     def walk(self, prefix: str) -> Iterator[str]: ...
     def names(self, prefix: str) -> list[str]: ...
@@ -81,7 +83,28 @@ _LOOP = _Loop()
 os.register_at_fork(after_in_child=_LOOP.forget)
 
 
-class ZarrBackend:
+class _Whole:
+    """For backends that give and take objects best in one piece."""
+
+    def get(self, key: str) -> memoryview | None:
+        raise NotImplementedError
+
+    def pieces(self, key: str, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        data = self.get(key) or memoryview(b"")
+        for offset, n_bytes in spans:
+            yield bytes(data[offset : offset + n_bytes])
+
+    def put(self, key: str, *parts: memoryview | bytes) -> None:
+        raise NotImplementedError
+
+    @contextmanager
+    def writing(self, key: str) -> Iterator[Callable[..., None]]:
+        parts: list[bytes] = []
+        yield lambda *more: parts.extend(map(bytes, more))
+        self.put(key, *parts)
+
+
+class ZarrBackend(_Whole):
     """Any store that zarr opens, through its asynchronous interface."""
 
     identity: Hashable
@@ -178,6 +201,18 @@ class FileBackend:
         finally:
             os.close(descriptor)
 
+    def pieces(self, key: str, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        try:
+            descriptor = os.open(f"{self._root}/{key}", os.O_RDONLY)
+        except _ABSENT:
+            yield from (b"" for _ in spans)
+            return
+        try:
+            for offset, n_bytes in spans:
+                yield os.pread(descriptor, n_bytes, offset)
+        finally:
+            os.close(descriptor)
+
     def tail(self, key: str, n_bytes: int) -> memoryview | None:
         try:
             descriptor = os.open(f"{self._root}/{key}", os.O_RDONLY)
@@ -195,19 +230,26 @@ class FileBackend:
             return -1
 
     def put(self, key: str, *parts: memoryview | bytes) -> None:
+        with self.writing(key) as add:
+            add(*parts)
+
+    @contextmanager
+    def writing(self, key: str) -> Iterator[Callable[..., None]]:
         self._check_writable()
         place = f"{self._root}/{key}"
         beside = f"{place}.{uuid.uuid4().hex}{PARTIAL}"
         os.makedirs(os.path.dirname(place), exist_ok=True)
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            _write_all(descriptor, [memoryview(part).cast("B") for part in parts])
+            try:
+                yield lambda *parts: _write_all(descriptor, [memoryview(part).cast("B") for part in parts])
+            finally:
+                os.close(descriptor)
+            os.replace(beside, place)
         except BaseException:
-            os.unlink(beside)
+            with suppress(FileNotFoundError):
+                os.unlink(beside)
             raise
-        finally:
-            os.close(descriptor)
-        os.replace(beside, place)
 
     def create(self, key: str, data: bytes) -> None:
         _LOOP.run(self.store.set_if_not_exists(key, cpu.Buffer.from_bytes(data)))
@@ -241,7 +283,7 @@ class FileBackend:
             raise ValueError(_READ_ONLY)
 
 
-class BucketBackend:
+class BucketBackend(_Whole):
     """An object store behind obstore. Objects above 5 MB go up in parts and appear whole when the last one is there."""
 
     _used_by: int | None = None  # the process whose threads obstore's requests run in

@@ -367,6 +367,15 @@ def matches(payload: memoryview, crc: int) -> bool:
     return bool(google_crc32c.value(np.frombuffer(payload, dtype=np.uint8)) == crc)
 
 
+_RESIDUE = 0x48674BC7
+"""The crc32c of any bytes with their own crc32c, little-endian, behind them."""
+
+
+def is_whole(stored: bytes) -> bool:
+    """True when a stored chunk matches the crc32c at its end. Of bytes, unlike arrays, it is taken without the GIL."""
+    return len(stored) >= CRC_BYTES and bool(google_crc32c.value(stored) == _RESIDUE)
+
+
 class Scratch:
     """Bytes that are reused from call to call (one per thread): fresh memory is dear on hot paths."""
 

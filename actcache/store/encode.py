@@ -1,11 +1,13 @@
-"""Encode one site of one shard: shuffled, measured, compressed chunk by chunk, and put as one sharded object.
+"""Encode one site of one shard: shuffled, measured, compressed and written chunk by chunk as one sharded object.
 
-The hot path of writing. Buffers are kept from shard to shard (an encoder belongs to one thread), and what is done to a
-chunk is done while it lies in the core's cache.
+The hot path of writing. Buffers are kept from shard to shard (an encoder belongs to one thread), and all that is done
+to a chunk is done while it lies in the core's cache, the writing too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -26,35 +28,35 @@ class ShardEncoder:
 
     def write(self, site: Site, shard: int, rows: NDArray[Any], order: NDArray[np.int64]) -> layout.Record:
         """Put row `order[i]` of `rows (n, D)` as row `i`, and the statistics line; returns the record to commit."""
-        spec, quantised = self.spec, codecs.chain_of(site.codec).quantised
+        spec, builder = self.spec, LineBuilder(site.width, self.spec.dtype)
         shuffled = self._chunk(site.width, rows.dtype)
-        objects = {array: _ShardedObject(spec, site, array) for array in layout.arrays_of(site)}
-        builder = LineBuilder(site.width, spec.dtype)
-        for start in range(0, len(order), spec.rows_per_chunk):
-            wanted = order[start : start + spec.rows_per_chunk]
-            n = len(wanted)
-            builder.take(rows, wanted, shuffled[:n])
-            shuffled[n:] = 0  # the padding of a partial last chunk is always the same bytes
-            if quantised:
-                values = self._chunk(site.width, np.dtype("i1"))
-                scale = np.empty(spec.rows_per_chunk, "<u2")
-                codecs.quantise_rows(shuffled, spec.dtype, values, scale, layout.exponents_of(site))
-                objects["acts"].add(values)
-                objects["scale"].add(scale)
-            else:
-                objects["acts"].add(shuffled)
-        checksums: list[int] = []
-        n_bytes = 0
-        for array, sharded in objects.items():
-            pieces, part = sharded.assemble()
-            self.objects.put(layout.sharded_key(site.name, array, shard), *pieces)
-            n_bytes += sum(map(len, pieces))
-            checksums += part
-            if array == "acts":
-                crc, size = layout.put_table(self.objects, layout.stats_key(site.name, shard), builder.line[None])
-                n_bytes += size
-                checksums.append(crc)
+        with ExitStack() as stack:
+            objects = {}
+            for array in layout.arrays_of(site):
+                add = stack.enter_context(self.objects.writing(layout.sharded_key(site.name, array, shard)))
+                objects[array] = _ShardedObject(spec, site, array, add)
+            for start in range(0, len(order), spec.rows_per_chunk):
+                wanted = order[start : start + spec.rows_per_chunk]
+                builder.take(rows, wanted, shuffled[: len(wanted)])
+                shuffled[len(wanted) :] = 0  # the padding of a partial last chunk is always the same bytes
+                self._add(site, shuffled, objects)
+            for sharded in objects.values():
+                sharded.end()
+        crc, n_bytes = layout.put_table(self.objects, layout.stats_key(site.name, shard), builder.line[None])
+        checksums = [*objects["acts"].checksums, crc]
+        if "scale" in objects:
+            checksums += objects["scale"].checksums
+        n_bytes += sum(sharded.n_bytes for sharded in objects.values())
         return layout.Record(n_rows=len(order), n_bytes=n_bytes, checksums=tuple(checksums))
+
+    def _add(self, site: Site, chunk: NDArray[Any], objects: dict[str, _ShardedObject]) -> None:
+        if "scale" not in objects:
+            objects["acts"].add(chunk)
+            return
+        values, scale = self._chunk(site.width, np.dtype("i1")), np.empty(len(chunk), "<u2")
+        codecs.quantise_rows(chunk, self.spec.dtype, values, scale, layout.exponents_of(site))
+        objects["acts"].add(values)
+        objects["scale"].add(scale)
 
     def _chunk(self, width: int, dtype: np.dtype[Any]) -> NDArray[Any]:
         key = (width, dtype.str)
@@ -64,25 +66,27 @@ class ShardEncoder:
 
 
 class _ShardedObject:
-    """The chunks of one sharded array, encoded, until they are put together."""
+    """One sharded array's object of a shard while it is written: its chunks end to end, then its index."""
 
-    def __init__(self, spec: StoreSpec, site: Site, array: str) -> None:
-        self._chain, self._n_chunks = layout.array_chain(site, array), layout.chunks_per_shard(spec)
-        self._pieces: list[bytes] = []
+    def __init__(self, spec: StoreSpec, site: Site, array: str, write: Callable[..., None]) -> None:
+        self._chain, self._n_chunks, self._write = layout.array_chain(site, array), layout.chunks_per_shard(spec), write
         self._sizes: list[int] = []
-        self._checksums: list[int] = []
+        self.checksums: list[int] = []
+        """crc32c of each chunk, and in the end of the index."""
+        self.n_bytes = 0
+        """Bytes written so far."""
 
     def add(self, chunk: NDArray[Any]) -> None:
-        """Encode a whole chunk; it may be overwritten afterwards."""
+        """Encode and write a whole chunk; it may be overwritten afterwards."""
         payload, crc = self._chain.encode(chunk)
-        # Without compression the payload is the chunk itself, which the next one overwrites.
-        kept = payload if isinstance(payload, bytes) else bytes(payload)
-        self._pieces += [kept, codecs.crc_bytes(crc)]
-        self._sizes.append(len(kept) + codecs.CRC_BYTES)
-        self._checksums.append(crc)
+        self._write(payload, codecs.crc_bytes(crc))
+        self._sizes.append(len(payload) + codecs.CRC_BYTES)
+        self.n_bytes += self._sizes[-1]
+        self.checksums.append(crc)
 
-    def assemble(self) -> tuple[list[bytes], list[int]]:
-        """The object in pieces, and the crc32c of each chunk and of the index."""
-        index, crc = codecs.chain_of("raw").encode(layout.index_of(self._sizes, self._n_chunks))
-        absent = [0] * (self._n_chunks - len(self._checksums))
-        return [*self._pieces, bytes(index), codecs.crc_bytes(crc)], [*self._checksums, *absent, crc]
+    def end(self) -> None:
+        """Write the index."""
+        payload, crc = codecs.chain_of("raw").encode(layout.index_of(self._sizes, self._n_chunks))
+        self._write(payload, codecs.crc_bytes(crc))
+        self.n_bytes += len(payload) + codecs.CRC_BYTES
+        self.checksums += [0] * (self._n_chunks - len(self._sizes)) + [crc]

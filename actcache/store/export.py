@@ -134,7 +134,7 @@ def _spec(
     }
     return replace(
         old,
-        sites=tuple(_with_codec(store, old.site(name), codec) for name in names),
+        sites=tuple(_with_codec(store, old.site(name), codec, rows_per_chunk) for name in names),
         n_sequences=len(sequences),
         sequences_per_shard=per_shard,
         rows_per_chunk=rows_per_chunk,
@@ -142,9 +142,10 @@ def _spec(
     )
 
 
-def _with_codec(store: Store, site: Site, codec: str | Mapping[str, str] | None) -> Site:
+def _with_codec(store: Store, site: Site, codec: str | Mapping[str, str] | None, rows_per_chunk: int) -> Site:
     by_pattern = {"*": codec} if isinstance(codec, str) else codec or {}
     asked = next((c for pattern, c in by_pattern.items() if fnmatchcase(site.name, pattern)), None)
     if asked is None:
         return site
-    return fitted(site, asked, store.read_stored(site.name, store.row_ids()[:4096]), store.spec.dtype)
+    rows = store.read_stored(site.name, store.row_ids()[: max(4096, rows_per_chunk)])
+    return fitted(site, asked, rows, store.spec.dtype, rows_per_chunk)

@@ -24,10 +24,11 @@ def is_result_of(site: Site, asked: str) -> bool:
     return bool(site.codec_reason) if asked == AUTO else site.codec == asked and not site.codec_reason
 
 
-def fitted(site: Site, asked: str, rows: NDArray[Any], logical: str) -> Site:
+def fitted(site: Site, asked: str, rows: NDArray[Any], logical: str, rows_per_chunk: int) -> Site:
     """The site with the codec that is asked for, fitted to `rows (n, D)` of stored dtype."""
     if asked == AUTO:
-        codec, reason = choose_codec([rows])
+        chunks = [rows[start : start + rows_per_chunk] for start in range(0, len(rows), rows_per_chunk)]
+        codec, reason = choose_codec(chunks)
         return replace(site, codec=codec, codec_reason=reason, feature_exponents=())
     site = replace(site, codec=parse_codec(asked), codec_reason="", feature_exponents=())
     if not chain_of(site.codec).quantised:

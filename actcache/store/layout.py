@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import math
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -28,7 +28,7 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.errors import CorruptShardError, NotAStoreError, StoreNotFoundError, StoreVersionError
+from actcache.errors import ConfigError, CorruptShardError, NotAStoreError, StoreNotFoundError, StoreVersionError
 from actcache.spec import Site, StoreSpec
 from actcache.store import codecs, stats
 from actcache.store.objects import Objects
@@ -41,7 +41,7 @@ HEAD_BYTES = 48
 """A record's head: sha256 (32), rows (8), stored bytes (8)."""
 LEDGER_KEY = "ledger/c.0.0.0"
 _INDEX_ENTRY_BYTES = 16
-_MOST_ROOT_BYTES = 1 << 26
+_MOST_ROOT_BYTES = 1 << 23
 ABSENT_CHUNK = np.iinfo(np.uint64).max
 """Offset and size of a chunk that a shard does not have, as the sharding codec defines it."""
 ABSENT_ROW = np.iinfo(np.uint32).max
@@ -58,7 +58,9 @@ class Root:
     spec: StoreSpec
     """What the store holds."""
     fingerprint: str | None = None
-    """sha256 over spec and ledger; only a sealed store has one."""
+    """sha256 over spec, ledger and totals; only a sealed store has one."""
+    digests: tuple[str, ...] = ()
+    """sha256 (hex) of the ledger, then of each site's total: by them each is known by itself. Of a sealed store."""
 
     def attributes(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -67,6 +69,7 @@ class Root:
             "state": self.state,
             "spec": self.spec.to_dict(),
             "fingerprint": self.fingerprint,
+            "digests": list(self.digests),
         }
 
 
@@ -78,39 +81,61 @@ def read_root(objects: Objects) -> Root:
         NotAStoreError: something else is there.
         StoreVersionError: a newer version wrote it.
     """
-    data = objects.get("zarr.json")
+    data = objects.get("zarr.json") if objects.size("zarr.json") <= _MOST_ROOT_BYTES else memoryview(b"")
     if data is None:
         if objects.exists_any():
             raise NotAStoreError(f"{objects} holds something else, no activation store; name another place")
         raise StoreNotFoundError(f"no activation store at {objects}; make one with 'actcache extract --out {objects}'")
     try:
-        if len(data) > _MOST_ROOT_BYTES:
-            raise ValueError
         attributes = json.loads(bytes(data))["attributes"]["actcache"]
         version = attributes["format_version"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise NotAStoreError(f"{objects} is no activation store: its zarr.json has no 'actcache' attributes") from None
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if type(version) is not int or not 0 < version <= FORMAT_VERSION:
         raise StoreVersionError(
-            f"{objects} has format version {version}, this actcache reads up to {FORMAT_VERSION}; upgrade actcache"
+            f"{objects} has format version {str(version)[:40]}, this actcache reads up to {FORMAT_VERSION}; "
+            "upgrade actcache"
         )
     try:
-        spec = StoreSpec.from_dict(attributes["spec"])
-        return Root(state=attributes["state"], spec=spec, fingerprint=attributes["fingerprint"])
+        return _root(attributes)
     except (KeyError, TypeError, ValueError) as error:
-        raise CorruptShardError(f"the attributes of {objects} are damaged: {error}") from error
+        raise CorruptShardError(f"the attributes of {objects} are damaged: {str(error)[:300]}") from None
+
+
+def _root(attributes: dict[str, Any]) -> Root:
+    """The root that `Root.attributes` described; KeyError, TypeError or ValueError when it is not legal."""
+    root = Root(
+        state=attributes["state"],
+        spec=StoreSpec.from_dict(attributes["spec"]),
+        fingerprint=attributes["fingerprint"],
+        digests=tuple(attributes["digests"]),
+    )
+    if root.state not in ("creating", "open", "sealed"):
+        raise ValueError(f"there is no state {root.state!r}")
+    if root.state == "sealed" and len(root.digests) != len(columns(root.spec)):
+        raise ValueError(f"{len(columns(root.spec))} digests belong there, it has {len(root.digests)}")
+    for site in root.spec.sites:
+        codecs.chain_of(site.codec).stored_dtype(root.spec.dtype)
+    return root
 
 
 def write_root(objects: Objects, root: Root) -> None:
     """Put the root attributes: one atomic put, which is what makes a store open or sealed."""
     metadata = {"zarr_format": 3, "node_type": "group", "attributes": {"actcache": root.attributes()}}
-    objects.put("zarr.json", json.dumps(metadata, indent=2).encode())
+    data = json.dumps(metadata, indent=2).encode()
+    if len(data) > _MOST_ROOT_BYTES:
+        raise ConfigError(
+            f"what {objects} holds takes {len(data):,} bytes to describe, at most {_MOST_ROOT_BYTES:,} are possible; "
+            "spread the sites over several stores"
+        )
+    objects.put("zarr.json", data)
 
 
 def site_prefix(site: str) -> str:
     """Where a site's arrays lie. A hook name may hold anything: all that could make a path of it is percent-encoded."""
     name = quote(site, safe=":@+,=()[] ")
-    return "sites/" + (name if name.strip(".") else name.replace(".", "%2E"))
+    # Dots alone lead elsewhere, and zarr.json is the group's own metadata.
+    return "sites/" + (name.replace(".", "%2E") if not name.strip(".") or name == "zarr.json" else name)
 
 
 def column_prefix(column: str) -> str:
@@ -151,7 +176,8 @@ def commit_key(column: str, shard: int) -> str:
 def committed_shards(objects: Objects, column: str) -> set[int]:
     """Shards whose record lies there, for one column."""
     names = (name.split(".") for name in objects.names(f"{column_prefix(column)}/commit"))
-    return {int(parts[1]) for parts in names if len(parts) == 3 and parts[0] == "c" and parts[1].isdecimal()}
+    shards = (parts[1] for parts in names if len(parts) == 3 and parts[0] == "c" and parts[2] == "0")
+    return {int(shard) for shard in shards if shard.isdecimal() and shard == str(int(shard))}
 
 
 def columns(spec: StoreSpec) -> list[str]:
@@ -226,73 +252,6 @@ class Record:
         return cls(n_rows=n_rows, n_bytes=n_bytes, checksums=tuple(np.frombuffer(data[HEAD_BYTES:], "<u4").tolist()))
 
 
-def write_metadata(objects: Objects, spec: StoreSpec) -> None:
-    """Put the metadata of every array that lacks it or has grown; nothing happens when all is as the spec says."""
-    for key, wanted in _metadata(_arrays(spec)).items():
-        stored = objects.get(key)
-        found = None if stored is None else json.loads(bytes(stored))
-        if found is None:
-            objects.put(key, wanted)
-        elif found.get("shape") != json.loads(wanted).get("shape"):
-            objects.put(key, json.dumps({**found, "shape": json.loads(wanted)["shape"]}, indent=2).encode())
-
-
-def _metadata(arrays: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, bytes]:
-    """The `zarr.json` of every group and array below the root, as zarr-python writes it into an empty store."""
-    import zarr
-    from zarr.storage import MemoryStore
-
-    memory = MemoryStore()
-    group = zarr.create_group(memory)
-    for name, settings in arrays:
-        group.create_array(name, fill_value=0, chunk_key_encoding={"name": "default", "separator": "."}, **settings)
-    objects = Objects(memory, read_only=True)
-    return {key: bytes(objects.get(key) or b"") for key in objects.list("") if key != "zarr.json"}
-
-
-def _arrays(spec: StoreSpec) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and settings of every array but the ledger."""
-    n_shards, table = spec.n_shards, _table
-    for name in TOKEN_ARRAYS:
-        shape, chunks = (
-            (spec.n_sequences, spec.sequence_length),
-            (token_sequences_per_chunk(spec), spec.sequence_length),
-        )
-        yield f"tokens/{name}", table(shape, chunks, UINT32, dimension_names=("sequence", "position"))
-    for name in ROW_ARRAYS:
-        yield f"{ROWS}/{name}", table((spec.n_rows,), (spec.rows_per_shard,), UINT32, dimension_names=("row",))
-    for column in columns(spec):
-        length = record_length(spec, column)
-        yield f"{column_prefix(column)}/commit", table((n_shards, length), (1, length), UINT8)
-    for site in spec.sites:
-        line, fields = stats.line_length(site.width), {"fields": list(stats.LINE_FIELDS), "width": site.width}
-        prefix = site_prefix(site.name)
-        yield f"{prefix}/stats", table((n_shards, line), (1, line), FLOAT64, attributes=fields)
-        yield f"{prefix}/total", table((line,), (line,), FLOAT64, attributes=fields)
-        for array in arrays_of(site):
-            yield f"{prefix}/{array}", _sharded(spec, site, array)
-
-
-def _table(shape: tuple[int, ...], chunks: tuple[int, ...], dtype: np.dtype[Any], **more: Any) -> dict[str, Any]:
-    return {"shape": shape, "chunks": chunks, "dtype": dtype, **codecs.TABLE.zarr_codecs(dtype), **more}
-
-
-def _sharded(spec: StoreSpec, site: Site, array: str) -> dict[str, Any]:
-    width = (site.width,) if array == "acts" else ()
-    chain, dtype = array_chain(site, array), array_dtype(spec, site, array)
-    about = {"dtype": spec.dtype, "hook": site.name, "shape": list(site.shape), "codec": site.codec}
-    about |= {"feature_exponents": list(site.feature_exponents)} if site.feature_exponents else {}
-    return {
-        "shape": (spec.n_rows, *width),
-        "chunks": (spec.rows_per_chunk, *width),
-        "shards": (spec.rows_per_shard, *width),
-        "dtype": dtype,
-        **chain.zarr_codecs(dtype),
-        "attributes": about if array == "acts" else {"dtype": "bfloat16"},
-        "dimension_names": ("row", "feature")[: 1 + len(width)],
-    }
-
-
 def array_chain(site: Site, array: str) -> codecs.Chain:
     """The codecs of a sharded array's chunks; scales are stored as they are."""
     return codecs.chain_of(site.codec if array == "acts" else "raw")
@@ -301,14 +260,6 @@ def array_chain(site: Site, array: str) -> codecs.Chain:
 def array_dtype(spec: StoreSpec, site: Site, array: str) -> np.dtype[Any]:
     """The dtype in a sharded array; scales are the bits of bfloat16 numbers."""
     return array_chain(site, array).stored_dtype(spec.dtype if array == "acts" else "bfloat16")
-
-
-def put_ledger(objects: Objects, spec: StoreSpec, ledger: NDArray[np.uint8]) -> None:
-    """Store the ledger, metadata and all: its one chunk has the shape of the whole, which differs after growth."""
-    settings = _table(ledger.shape, ledger.shape, UINT8, attributes={"columns": columns(spec)})
-    for key, data in _metadata([("ledger", settings)]).items():
-        objects.put(key, data)
-    put_table(objects, LEDGER_KEY, ledger)
 
 
 def encode_table(values: NDArray[Any]) -> tuple[int, bytes]:
@@ -324,20 +275,31 @@ def put_table(objects: Objects, key: str, values: NDArray[Any]) -> tuple[int, in
     return crc, len(data)
 
 
-def get_table(objects: Objects, key: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[NDArray[Any], int]:
-    """One whole chunk of a table array and its crc32c.
+def get_table(
+    objects: Objects, key: str, shape: tuple[int, ...], dtype: np.dtype[Any], *, at_least: int = 0
+) -> tuple[NDArray[Any], int]:
+    """One whole chunk of a table array and its crc32c; stored in `at_least` so many bytes.
 
     Raises:
         CorruptShardError: the object is missing or damaged; never answered with fill values.
     """
-    stored = objects.get(key)
+    most = math.prod(shape) * dtype.itemsize * 9 // 8 + (1 << 16)
+    too_long = objects.is_local and objects.size(key) > most  # nothing of that size is even read
+    stored = memoryview(b"") if too_long else objects.get(key)
     if stored is None:
         raise CorruptShardError(f"{key} of {objects} is missing; run 'actcache verify {objects}'")
+    if len(stored) < at_least or too_long:
+        raise CorruptShardError(f"{key} of {objects} has another length; run 'actcache verify {objects}'")
     out = np.empty(shape, dtype)
     problem = codecs.TABLE.decode_into(stored, out)
     if problem:
         raise CorruptShardError(f"{key} of {objects} {problem}; run 'actcache verify {objects}'")
     return out, codecs.checksum_of(stored)
+
+
+def sha256_of(values: NDArray[Any]) -> str:
+    """sha256 (hex) of an array's bytes."""
+    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
 
 
 def index_of(sizes: list[int], n_chunks: int) -> NDArray[np.uint64]:
@@ -362,9 +324,12 @@ def read_record(objects: Objects, spec: StoreSpec, column: str, shard: int) -> R
     key, shape = commit_key(column, shard), (1, record_length(spec, column))
     data = get_table(objects, key, shape, UINT8)[0].tobytes()
     try:
-        return Record.from_bytes(data)
+        record = Record.from_bytes(data)
+        if record.n_rows > len(spec.shard_rows(shard)):
+            raise ValueError(f"it lists {record.n_rows} rows, the shard has room for {len(spec.shard_rows(shard))}")
     except ValueError as error:
         raise CorruptShardError(f"{key} of {objects}: {error}; run 'actcache verify {objects}'") from None
+    return record
 
 
 def read_total(objects: Objects, site: Site) -> NDArray[np.float64]:
@@ -373,5 +338,19 @@ def read_total(objects: Objects, site: Site) -> NDArray[np.float64]:
 
 
 def read_ledger(objects: Objects, spec: StoreSpec) -> NDArray[np.uint8]:
-    """`(S, C, 48)` heads of all records of a sealed store."""
-    return get_table(objects, LEDGER_KEY, (spec.n_shards, len(spec.sites) + 1, HEAD_BYTES), UINT8)[0]
+    """`(S, C, 48)` heads of all records of a sealed store.
+
+    Raises:
+        CorruptShardError: it is missing, damaged, or lists what cannot be.
+    """
+    shape = (spec.n_shards, len(spec.sites) + 1, HEAD_BYTES)
+    # Digests cannot be compressed, and those of the row tables all differ.
+    ledger, _ = get_table(objects, LEDGER_KEY, shape, UINT8, at_least=32 * spec.n_shards)
+    n_rows = ledger[:, :, 32:40].copy().view("<u8")[:, :, 0]
+    room = np.full((spec.n_shards, 1), spec.rows_per_shard, np.uint64)
+    room[-1] = len(spec.shard_rows(spec.n_shards - 1))
+    if (n_rows > room).any() or (n_rows != n_rows[:, :1]).any():
+        raise CorruptShardError(
+            f"{LEDGER_KEY} of {objects} lists numbers of rows that cannot be; run 'actcache verify {objects}'"
+        )
+    return ledger

@@ -80,9 +80,12 @@ class WriterLock:
         """Give the lock back; nothing happens when it is not held."""
         with _GUARD:
             release, self._release = self._release, None
-            _HELD.discard(self)
-        if release is not None:
-            release()
+        try:
+            if release is not None:
+                release()
+        finally:  # not sooner: a lease that nobody holds may be taken over
+            with _GUARD:
+                _HELD.discard(self)
 
     def _take_here(self, identity: Hashable) -> Callable[[], None]:
         if any(lock._identity == identity for lock in _HELD):
@@ -122,7 +125,7 @@ class WriterLock:
         mine = _Lease.now(self._token)
         self._objects.create(LEASE, mine.to_bytes())
         found = _read_lease(self._objects, LEASE)
-        if found is not None and found.is_gone():
+        if found is not None and found.token != mine.token and found.is_gone():
             found = self._take_over(found, mine)
         if found is None or found.token != mine.token:
             raise _busy(self._objects, found)
@@ -132,18 +135,24 @@ class WriterLock:
         """Replace the lease of a dead process; the lease that is there then.
 
         The right to do so is an object of its own, made by put-if-absent: of several who see the same dead lease one
-        gets it, and one who comes late finds another lease than the one that it saw.
+        gets it, and one who comes late finds another lease than the one that it saw. Who died with the right in hand
+        is succeeded in the same way.
         """
-        right = f"{LEASE}.{gone.token}"
-        self._objects.create(right, mine.to_bytes())
-        owner = _read_lease(self._objects, right)
-        if owner is None or owner.token != mine.token:
-            return owner
+        rights: list[str] = []
+        owner: _Lease | None = gone
+        while owner is not None and owner.token != mine.token:
+            right = f"{LEASE}.{owner.token}"
+            if right in rights or not owner.is_gone():
+                return owner
+            self._objects.create(right, mine.to_bytes())
+            rights.append(right)
+            owner = _read_lease(self._objects, right)
         found = _read_lease(self._objects, LEASE)
-        if found is not None and found.token == gone.token:
+        if owner is not None and found is not None and found.token == gone.token:
             self._objects.put(LEASE, mine.to_bytes())
             found = mine
-        self._objects.delete(right)
+        for right in rights:
+            self._objects.delete(right)
         return found
 
     def _give_lease_back(self) -> None:

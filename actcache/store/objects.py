@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -78,6 +78,19 @@ class Objects:
         with self.full_disk_explained(f"{key}: {n_bytes:,} bytes"), self._named("write", key):
             self.backend.put(key, *parts)
 
+    @contextmanager
+    def writing(self, key: str) -> Iterator[Callable[..., None]]:
+        """Write one object piece by piece: `with objects.writing(key) as add: add(part, part)`.
+
+        It appears whole when the block ends, and not at all when that raises. In a folder every piece goes to the file
+        while it is in the processor's cache; elsewhere the pieces are kept until the end.
+
+        Raises:
+            See `put`.
+        """
+        with self.full_disk_explained(key), self._named("write", key), self.backend.writing(key) as add:
+            yield add
+
     def create(self, key: str, data: bytes) -> None:
         """Put an object unless there is one by that name; reading it afterwards tells who was first.
 
@@ -135,6 +148,11 @@ class Objects:
             return self.backend.read_into(key, offset, outs)
         with self._named("read", key):
             return self.backend.read_into(key, offset, outs)
+
+    def pieces(self, key: str, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        """The bytes of each `(offset, length)` of one object, in turn; empty where there is no object any more."""
+        with self._named("read", key):
+            yield from self.backend.pieces(key, spans)
 
     def tail(self, key: str, n_bytes: int) -> memoryview | None:
         """The last `n_bytes` (at least 1) of an object, all of it where it is shorter, None when there is none."""

@@ -6,6 +6,7 @@ shard's commit record lists, so that whole but misplaced objects (swapped, stale
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import CorruptShardError, SiteError, StoreError, StoreIncompleteError, StoreNotFoundError
-from actcache.spec import MOST_OBJECT_BYTES, StoreSpec, TokenBlocks, expand_names
+from actcache.spec import StoreSpec, TokenBlocks, expand_names
 from actcache.store import codecs, layout, views
 from actcache.store.objects import Objects
 from actcache.store.stats import SiteStats, line_length, merge, stats_of
@@ -62,6 +63,7 @@ class Store:
         self._sites = {site.name: site for site in self.spec.sites}
         self._records: dict[tuple[str, int], layout.Record] = {}
         self._indexes: dict[tuple[str, str, int], NDArray[np.uint64]] = {}
+        self._token_checksums: dict[str, list[int]] = {}
 
     def __repr__(self) -> str:
         return f"Store({str(self.objects)!r}, {self.n_rows:,} of {self.spec.n_rows:,} rows, {len(self.sites)} sites)"
@@ -98,16 +100,34 @@ class Store:
 
     @cached_property
     def ledger(self) -> NDArray[np.uint8]:
-        """`(S, C, 48)` heads of all records, of a sealed store."""
-        return layout.read_ledger(self.objects, self.spec)
+        """`(S, C, 48)` heads of all records, of a sealed store.
+
+        Raises:
+            CorruptShardError: it is missing, or not the one that the store was sealed with.
+        """
+        ledger = layout.read_ledger(self.objects, self.spec)
+        self._check_sealed_with(layout.LEDGER_KEY, 0, ledger)
+        return ledger
+
+    def total(self, site: str) -> NDArray[np.float64]:
+        """The merged statistics line of a site of a sealed store; raises like `ledger`."""
+        total = layout.read_total(self.objects, self._sites[site])
+        self._check_sealed_with(layout.total_key(site), self._columns.index(site), total)
+        return total
+
+    def _check_sealed_with(self, key: str, place: int, values: NDArray[Any]) -> None:
+        if layout.sha256_of(values) != self.root.digests[place]:
+            raise CorruptShardError(
+                f"{key} of {self.path} is not the one that the store was sealed with; run 'actcache verify {self.path}'"
+            )
 
     @cached_property
     def committed(self) -> list[int]:
         """Shards whose every column is committed."""
         if self.sealed:
             return list(range(self.spec.n_shards))
-        shards = set(range(self.spec.n_shards))
-        return sorted(shards.intersection(*(layout.committed_shards(self.objects, name) for name in self._columns)))
+        shards = set.intersection(*(layout.committed_shards(self.objects, name) for name in self._columns))
+        return sorted(shard for shard in shards if shard < self.spec.n_shards)
 
     def record(self, column: str, shard: int) -> layout.Record:
         """The commit record of a shard's column.
@@ -194,18 +214,15 @@ class Store:
             CorruptShardError: a byte, or the length, is not as it was written.
         """
         index = self._index(site, array, shard)
-        scratch, chunks = codecs.Scratch(), np.flatnonzero(index[:, 1] != layout.ABSENT_CHUNK)
-        key, end = layout.sharded_key(site, array, shard), 0
-        for chunk in chunks.tolist():
-            offset, size = index[chunk].tolist()
-            stored = scratch.take(size)
-            problem = None if self.objects.read_into(key, offset, stored) == size else "is cut short"
-            if problem is None and not codecs.matches(stored[: -codecs.CRC_BYTES], codecs.checksum_of(stored)):
+        chunks = np.flatnonzero(index[:, 1] != layout.ABSENT_CHUNK)
+        key, spans = layout.sharded_key(site, array, shard), index[chunks].tolist()
+        for chunk, (_, size), stored in zip(chunks.tolist(), spans, self.objects.pieces(key, spans), strict=True):
+            problem = "is cut short" if len(stored) != size else None
+            if problem is None and not codecs.is_whole(stored):
                 problem = "does not match its checksum"
-            self._check_chunk(site, array, shard, chunk, stored, problem)
-            end = max(end, offset + size)
-        if self.objects.size(key) != end + layout.index_bytes(self.spec):
-            raise self.corrupt(site, shard, f"is damaged: {key} is longer than its chunks and its index")
+            self._check_chunk(site, array, shard, chunk, memoryview(stored), problem)
+        if self.objects.size(key) != sum(size for _, size in spans) + layout.index_bytes(self.spec):
+            raise self.corrupt(site, shard, f"is damaged: {key} is not as long as its chunks and its index")
 
     def _index(self, site: str, array: str, shard: int) -> NDArray[np.uint64]:
         key = (site, array, shard)
@@ -226,14 +243,25 @@ class Store:
         place = layout.checksum_place(self.spec, array, n_chunks)
         if problem is None and codecs.checksum_of(stored) != record.checksums[place]:
             problem = "is not the one that was committed"
-        # A hostile index must not make us read or allocate more than there is.
-        sizes = index[index[:, 1] != layout.ABSENT_CHUNK, 1]
-        most = self.objects.size(key) if self.objects.is_local else MOST_OBJECT_BYTES
-        if problem is None and (len(sizes) != -(-record.n_rows // self.spec.rows_per_chunk) or (sizes > most).any()):
-            problem = "lists other chunks than there can be"
+        problem = problem or self._implausible(index, record.n_rows, site, array, shard)
         if problem:
             raise self.corrupt(site, shard, f"is damaged: the index of {array} {problem}")
         return index
+
+    def _implausible(self, index: NDArray[np.uint64], n_rows: int, site: str, array: str, shard: int) -> str | None:
+        """What about an index cannot be: a hostile one must not make us read or allocate more than there is."""
+        by_ledger = self.sealed and self.use_ledger
+        if n_rows != (self.shard_n_rows[shard] if by_ledger else self.record(layout.ROWS, shard).n_rows):
+            return "is for another number of rows than the row table"
+        n_chunks = -(-n_rows // self.spec.rows_per_chunk)
+        there, absent = index[:n_chunks], index[n_chunks:]
+        end = self.objects.size(layout.sharded_key(site, array, shard)) if self.objects.is_local else 1 << 62
+        width = self._sites[site].width if array == "acts" else 1
+        decoded = self.spec.rows_per_chunk * width * layout.array_dtype(self.spec, self._sites[site], array).itemsize
+        # No codec that can be named makes a chunk four times as large.
+        least_most = ((0, end), (codecs.CRC_BYTES, min(end, 4 * decoded + (1 << 16))))
+        within = (((least <= there[:, i]) & (there[:, i] <= most)).all() for i, (least, most) in enumerate(least_most))
+        return None if all(within) and (absent == layout.ABSENT_CHUNK).all() else "lists other chunks than there can be"
 
     def read(self, site: str, rows: Rows, *, threads: int = 2) -> torch.Tensor:
         """Rows of a site as a `(n, D)` tensor in the logical dtype; `rows` is a slice, row ids, or a mask.
@@ -293,7 +321,7 @@ class Store:
         if isinstance(rows, slice):
             wanted = np.arange(*rows.indices(self.spec.n_rows))
             # A slice takes what there is of a finished store; ids of shards still to be written are asked for in error.
-            return wanted[self._there(wanted)] if self.sealed else wanted
+            return wanted[self._there(wanted)]
         wanted = np.asarray(rows)
         if wanted.dtype == bool and wanted.shape == (self.spec.n_rows,):
             wanted = np.flatnonzero(wanted)
@@ -307,14 +335,19 @@ class Store:
             raise IndexError(
                 f"rows {wanted.min()} to {wanted.max()} asked of {self.path}, which has 0 to {self.spec.n_rows - 1}"
             )
-        absent = wanted[~self._there(wanted)] if self.sealed else wanted[:0]
+        absent = wanted[~self._there(wanted)]
         if len(absent):
             raise IndexError(f"row {absent[0]} of {self.path} was left out when it was written; see Store.row_ids()")
         return wanted
 
     def _there(self, wanted: NDArray[np.int64]) -> NDArray[np.bool_]:
         shard, within = np.divmod(wanted, self.spec.rows_per_shard)
-        there: NDArray[np.bool_] = within < self.shard_n_rows[shard]
+        if self.sealed:
+            n_rows = self.shard_n_rows[shard]
+        else:
+            shards, places = np.unique(shard, return_inverse=True)
+            n_rows = np.array([self.record(layout.ROWS, s).n_rows for s in shards.tolist()], np.int64)[places]
+        there: NDArray[np.bool_] = within < n_rows
         return there
 
     def check_site(self, site: str) -> None:
@@ -336,6 +369,12 @@ class Store:
             if crc != expected:
                 raise self.corrupt(layout.ROWS, shard, f"is damaged: {name} is not the one that was committed")
             table[name] = values[: record.n_rows]
+        sequences, position = self.spec.shard_sequences(shard), table["position"]
+        if record.n_rows and (
+            not sequences.start <= table["sequence"].min() <= table["sequence"].max() < sequences.stop
+            or not self.spec.skip_first <= position.min() <= position.max() < self.spec.sequence_length
+        ):
+            raise self.corrupt(layout.ROWS, shard, "lists rows of sequences or positions that it cannot have")
         return table
 
     def kept_rows(self, shard: int) -> NDArray[np.bool_] | None:
@@ -355,12 +394,30 @@ class Store:
         return {name: np.concatenate([table[name] for table in tables]) for name in layout.ROW_ARRAYS}
 
     def tokens(self, array: str = "ids") -> NDArray[np.uint32]:
-        """The `(Q, T)` token `ids`, or the `document` of each token."""
+        """The `(Q, T)` token `ids`, or the `document` of each token.
+
+        Raises:
+            CorruptShardError: they are not the ones that the store was begun with.
+        """
+        values, checksums = self._read_tokens(array)
+        if self._token_checksums.get(array) != checksums:  # the digest is of both arrays
+            digest, seen = hashlib.sha256(), {}
+            for name in layout.TOKEN_ARRAYS:
+                part, seen[name] = (values, checksums) if name == array else self._read_tokens(name)
+                digest.update(part.data)
+            if digest.hexdigest() != self.spec.text.get("tokens", digest.hexdigest()):
+                raise CorruptShardError(
+                    f"the tokens of {self.path} do not match their digest; run 'actcache verify {self.path}'"
+                )
+            self._token_checksums = seen
+        return values
+
+    def _read_tokens(self, array: str) -> tuple[NDArray[np.uint32], list[int]]:
         per_chunk = layout.token_sequences_per_chunk(self.spec)
         shape = (per_chunk, self.spec.sequence_length)
         keys = (layout.token_key(array, chunk) for chunk in range(-(-self.spec.n_sequences // per_chunk)))
-        parts = [layout.get_table(self.objects, key, shape, layout.UINT32)[0] for key in keys]
-        return np.concatenate(parts)[: self.spec.n_sequences]
+        parts = [layout.get_table(self.objects, key, shape, layout.UINT32) for key in keys]
+        return np.concatenate([part for part, _ in parts])[: self.spec.n_sequences], [crc for _, crc in parts]
 
     def token_blocks(self) -> TokenBlocks:
         """The store's tokens as they were given to `extract`."""
@@ -384,10 +441,14 @@ class Store:
         """
         self.check_site(site)
         if self.sealed:
-            return stats_of(layout.read_total(self.objects, self._sites[site]))
-        if not self.committed:
+            line = self.total(site)
+        elif self.committed:
+            line = merge(self.shard_line(site, shard) for shard in self.committed)
+        else:
             raise StoreError(f"{self.path} has no committed shard yet, so there are no statistics of {site}")
-        return stats_of(merge(self.shard_line(site, shard) for shard in self.committed))
+        if not (np.isfinite(line).all() and (line[-6:] >= 0).all()):  # hostile: rows that are not finite do not count
+            raise CorruptShardError(f"the statistics of {site} in {self.path} are none; run 'actcache verify'")
+        return stats_of(line)
 
     def heads(self) -> NDArray[np.uint64]:
         """`(shards, C, 2)` rows and stored bytes of each committed shard's columns."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.spec import StoreSpec
-from actcache.store import layout
+from actcache.store import layout, metadata
 from actcache.store.objects import Objects
 from actcache.store.reader import Store
 from actcache.store.stats import merge
@@ -29,7 +29,8 @@ def seal(objects: Objects, before: layout.Root | None = None) -> None:
     """
     root = layout.read_root(objects)
     spec, reader = root.spec, Store(objects, replace(root, state="open"))
-    known = _known_heads(objects, before, spec)
+    earlier = _earlier(objects, before, spec)
+    known = {} if earlier is None else _known_heads(earlier, spec)
     ledger = np.empty((spec.n_shards, len(spec.sites) + 1, layout.HEAD_BYTES), np.uint8)
     for column, name in enumerate(layout.columns(spec)):
         if name in known:
@@ -41,23 +42,35 @@ def seal(objects: Objects, before: layout.Root | None = None) -> None:
             ledger[shard, column] = np.frombuffer(head, np.uint8)
     totals = []
     for site in spec.sites:
-        if site.name in known:
-            totals.append(layout.read_total(objects, site))
+        if earlier is not None and site.name in known:
+            totals.append(earlier.total(site.name))
             continue
         totals.append(merge(reader.shard_line(site.name, shard) for shard in range(spec.n_shards)))
         layout.put_table(objects, layout.total_key(site.name), totals[-1])
-    layout.put_ledger(objects, spec, ledger)
-    mark = fingerprint(spec, ledger, totals)
-    layout.write_root(objects, layout.Root(state="sealed", spec=spec, fingerprint=mark))
+    metadata.put_ledger(objects, spec, ledger)
+    layout.write_root(objects, sealed_root(spec, ledger, totals))
 
 
-def _known_heads(objects: Objects, before: layout.Root | None, spec: StoreSpec) -> dict[str, NDArray[np.uint8]]:
+def _earlier(objects: Objects, before: layout.Root | None, spec: StoreSpec) -> Store | None:
+    """The store as it was sealed before, if it had the same rows."""
+    same_rows = before is not None and before.state == "sealed" and before.spec.n_sequences == spec.n_sequences
+    return Store(objects, before) if before is not None and same_rows else None
+
+
+def _known_heads(earlier: Store, spec: StoreSpec) -> dict[str, NDArray[np.uint8]]:
     """`(S, 48)` ledger columns that are the same before and after."""
-    if before is None or before.state != "sealed" or before.spec.n_sequences != spec.n_sequences:
-        return {}
-    ledger = layout.read_ledger(objects, before.spec)
     stay = layout.columns(spec)
-    return {name: ledger[:, i] for i, name in enumerate(layout.columns(before.spec)) if name in stay}
+    return {name: earlier.ledger[:, i] for i, name in enumerate(layout.columns(earlier.spec)) if name in stay}
+
+
+def sealed_root(spec: StoreSpec, ledger: NDArray[np.uint8], totals: list[NDArray[np.float64]]) -> layout.Root:
+    """The root attributes of a finished store."""
+    return layout.Root(
+        state="sealed",
+        spec=spec,
+        fingerprint=fingerprint(spec, ledger, totals),
+        digests=(layout.sha256_of(ledger), *map(layout.sha256_of, totals)),
+    )
 
 
 def fingerprint(spec: StoreSpec, ledger: NDArray[np.uint8], totals: list[NDArray[np.float64]]) -> str:

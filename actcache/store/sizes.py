@@ -11,6 +11,10 @@ _SHARD_BYTES = 256 << 20
 """Default size of one shard of all sites, before compression; two of them are in memory."""
 _CHUNK_BYTES = 1 << 19
 """Default size of the unit of reading, before compression: what it costs to ask for one is then no matter."""
+_NARROW_CHUNK_BYTES, _WIDE_CHUNK_BYTES = 1 << 18, 1 << 20
+"""Of sites of different widths, at least so much of the narrowest, for `lossless` works on whole blocks of high bytes
+that zstd takes 128 KiB at a time; but no more than that of the widest."""
+_SEQUENCES_STEP = 16
 _SEQUENCES_PER_SHARD = 512
 """Each chunk is a sample of the shard's sequences; of 512, a window of many chunks shuffles like the whole store."""
 
@@ -27,7 +31,13 @@ def default_sizes(
     if sequences_per_shard is None:
         by_memory = _SHARD_BYTES // max(1, sum(row_bytes) * rows_per_sequence)
         sequences_per_shard = max(1, min(_SEQUENCES_PER_SHARD, by_memory, n_sequences))
-    at_most = max(1, _CHUNK_BYTES // max([1, *row_bytes]))
+        # An even number of sequences, so that there is a number of rows near the wanted one that divides the shard's.
+        step = _SEQUENCES_STEP if sequences_per_shard >= _SEQUENCES_STEP else 1
+        up = n_sequences == sequences_per_shard
+        sequences_per_shard = (sequences_per_shard + up * (step - 1)) // step * step
+    widest, narrowest = max([1, *row_bytes]), min([_CHUNK_BYTES, *row_bytes])
+    wanted = max(_CHUNK_BYTES // widest, -(-_NARROW_CHUNK_BYTES // narrowest))
+    at_most = max(1, min(wanted, _WIDE_CHUNK_BYTES // widest))
     return sequences_per_shard, largest_divisor(max(1, sequences_per_shard) * rows_per_sequence, at_most)
 
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from actcache.kernels import take_and_measure
 
-_BLOCK_VALUES = 1 << 16
-"""Values widened to float64 at a time: half a megabyte, which stays in a core's cache."""
+_BLOCK_VALUES = 1 << 18
+"""Values that numpy works on at a time: so many that its calls cost little beside them."""
 _SCALARS = ("count", "sum_norm", "max_norm", "n_zero", "n_nan", "n_inf")
 LINE_FIELDS = ("mean", "sum_sq_deviations", "abs_max", *_SCALARS)
 
@@ -95,7 +95,7 @@ class LineBuilder:
         self._largest = np.zeros(width, self._kind.unsigned)
         self._scalars = np.zeros(len(_SCALARS))
         self._kernel = take_and_measure() if logical == "bfloat16" else None
-        self._row = np.empty(width, np.uint32)
+        self._rows = np.empty((2, width), np.uint32)
 
     def take(self, rows: NDArray[Any], wanted: NDArray[np.int64], out: NDArray[Any]) -> None:
         """`out[i] = rows[wanted[i]]`, all of them taken in."""
@@ -103,7 +103,7 @@ class LineBuilder:
             self.add(np.take(rows, wanted, axis=0, out=out, mode="clip"))
             return
         sums, squares = self._sums[: self.width], self._sums[self.width :]
-        self._kernel(rows, wanted, out, self._row, sums, squares, self._largest, self._scalars)
+        self._kernel(rows, wanted, out, self._rows, sums, squares, self._largest, self._scalars)
 
     def add(self, rows: NDArray[Any]) -> None:
         """Take in `(n, D)` stored values."""

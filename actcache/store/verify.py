@@ -6,7 +6,7 @@ command that made the store makes it again.
 
 from __future__ import annotations
 
-import hashlib
+import errno
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,10 +17,13 @@ import numpy as np
 from actcache.errors import ConfigError, CorruptShardError
 from actcache.order import permutation
 from actcache.spec import Progress
-from actcache.store import layout
+from actcache.store import layout, metadata
 from actcache.store.objects import Objects
 from actcache.store.reader import Store, open_store
 from actcache.store.seal import fingerprint, seal
+
+_DISK_FAULTS = (errno.EIO, errno.EISDIR)
+"""What the system says of an object that is there and cannot be read: damage too, and not a reason to stop looking."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +31,7 @@ class Fault:
     """Something on disk that is not what was written."""
 
     column: str
-    """A site's name, `rows`, `tokens`, `ledger` (totals included) or `attributes` (the root's)."""
+    """A site's name, `rows`, `tokens`, `ledger` (totals included), `attributes` (the root's), `metadata` (the arrays')."""
     shard: int
     """The shard, or -1 for what belongs to the whole store."""
     reason: str
@@ -54,21 +57,32 @@ def verify(
     """
     if not 0 < sample <= 1:
         raise ConfigError(f"verify: sample must be more than 0 and at most 1, got {sample}")
-    store = open_store(path)
+    try:
+        store = open_store(path)
+    except CorruptShardError as error:
+        return [Fault(column="attributes", shard=-1, reason=_reason(error))]
     faults = _check(lambda: _check_ledger(store), "ledger", -1)
     # A damaged ledger says nothing of the shards: they are held against their own commit records then.
     store.use_ledger = not faults
     faults += [] if faults else _check(lambda: _check_fingerprint(store), "attributes", -1)
     faults += _check(lambda: _check_tokens(store), "tokens", -1)
+    wrong = metadata.wrong_metadata(store.objects, store.root)
+    faults += [Fault(column="metadata", shard=-1, reason=f"{key} {reason}") for key, reason in wrong]
     return faults + list(_check_shards(store, sample, threads, progress))
 
 
 def _check(check: Callable[[], None], column: str, shard: int) -> list[Fault]:
     try:
         check()
-    except CorruptShardError as error:
-        return [Fault(column=column, shard=shard, reason=str(error).split("; run")[0])]
+    except OSError as error:
+        if not isinstance(error, CorruptShardError) and error.errno not in _DISK_FAULTS:
+            raise
+        return [Fault(column=column, shard=shard, reason=_reason(error))]
     return []
+
+
+def _reason(error: Exception) -> str:
+    return str(error).split("; run")[0]
 
 
 def _check_shards(store: Store, sample: float, threads: int, progress: Progress | None) -> Iterator[Fault]:
@@ -90,23 +104,21 @@ def _check_shards(store: Store, sample: float, threads: int, progress: Progress 
 def _check_ledger(store: Store) -> None:
     if store.sealed:
         _ = store.ledger
-        for site in store.spec.sites:
-            layout.read_total(store.objects, site)
+        for site in store.sites:
+            store.total(site)
 
 
 def _check_fingerprint(store: Store) -> None:
     if store.sealed:
-        totals = [layout.read_total(store.objects, site) for site in store.spec.sites]
+        totals = [store.total(site) for site in store.sites]
         if fingerprint(store.spec, store.ledger, totals) != store.fingerprint:
             raise CorruptShardError(f"{store.path}: spec, ledger and totals do not match the fingerprint")
 
 
 def _check_tokens(store: Store) -> None:
-    digest = hashlib.sha256()
-    for name in layout.TOKEN_ARRAYS:
-        digest.update(store.tokens(name).data)
-    if digest.hexdigest() != store.spec.text.get("tokens"):
-        raise CorruptShardError(f"{store.path}: the tokens do not match their digest")
+    store.tokens()
+    if "tokens" not in store.spec.text:
+        raise CorruptShardError(f"{store.path}: its attributes give no digest of the tokens")
 
 
 def _check_column(store: Store, column: str, shard: int) -> None:
@@ -121,22 +133,26 @@ def _check_column(store: Store, column: str, shard: int) -> None:
 def repair(path: str | Path | Objects, faults: list[Fault]) -> list[int]:
     """Un-commit what the faults name and open the store for writing again; returns the shards to make again.
 
-    A damaged ledger is made again from the commit records at once, if no shard is at fault.
+    A damaged ledger is made again from the commit records at once, if no shard is at fault; so is the metadata of
+    arrays, which only other readers of Zarr go by.
 
     Raises:
         CorruptShardError: tokens or root attributes are damaged, which no re-extraction of shards can mend.
     """
-    store = open_store(path)
     beyond = [fault for fault in faults if fault.column in ("tokens", "attributes")]
     if beyond:
         raise CorruptShardError(f"{path} cannot be repaired: {beyond[0].reason}; extract it anew to another place")
     objects = path if isinstance(path, Objects) else Objects(path, read_only=False)
     bad = sorted({(fault.shard, fault.column) for fault in faults if fault.shard >= 0})
+    bad_ledger = any(fault.column == "ledger" for fault in faults)
     with objects.lock():
-        if faults and store.sealed:
-            layout.write_root(objects, layout.Root(state="open", spec=store.spec))
+        root = open_store(objects).root
+        if root.state == "sealed" and (bad or bad_ledger):
+            layout.write_root(objects, layout.Root(state="open", spec=root.spec))
         for shard, column in bad:
             objects.delete(layout.commit_key(column, shard))
-        if faults and not bad:
+        if bad_ledger and not bad:
             seal(objects)
+        if any(fault.column == "metadata" for fault in faults):
+            metadata.mend_metadata(objects, layout.read_root(objects))
     return sorted({shard for shard, _ in bad})

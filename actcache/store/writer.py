@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from actcache.errors import NotAStoreError, StorageFullError, StoreMismatchError
 from actcache.order import permutation
 from actcache.spec import Site, StoreSpec, TokenBlocks
-from actcache.store import codecs, grow, layout
+from actcache.store import codecs, grow, layout, metadata
 from actcache.store.encode import ShardEncoder
 from actcache.store.objects import Objects
 from actcache.store.reader import Store
@@ -82,11 +82,14 @@ class StoreWriter:
         self._lock = self.objects.lock()
         self._lock.__enter__()
         try:
-            self._before = self._create_or_continue(blocks, grow)
-            self._committed = {name: layout.committed_shards(self.objects, name) for name in layout.columns(spec)}
+            found = self._look(grow)
+            self._before = None if found is None or found.spec == spec else found
             self._outgrown = self._find_outgrown()
-            self.sites = [site for site in spec.sites if any(site.name in self.missing(s) for s in self.pending())]
-            self._check_room()
+            self._committed = self._list_committed()
+            self._check_room()  # before anything is written
+            self._prepare(blocks, found)
+            self._committed = self._list_committed() if self._before else self._committed
+            self.sites = self._lacking()
         except BaseException:
             self._lock.__exit__(None, None, None)
             raise
@@ -103,36 +106,43 @@ class StoreWriter:
         self._pool.shutdown(cancel_futures=exception[0] is not None)
         self._lock.__exit__(None, None, None)
 
-    def _create_or_continue(self, blocks: TokenBlocks, may_grow: bool) -> layout.Root | None:
-        """Make the place ready for shards; the root of the store that is there and differs, or None."""
-        if self.objects.get("zarr.json") is None:
+    def _look(self, may_grow: bool) -> layout.Root | None:
+        """The root of the store that is there, None where one has to be made; an error when it is another one."""
+        if self.objects.size("zarr.json") < 0:
             if self.objects.exists_any():
                 raise NotAStoreError(f"{self.objects} holds something else, no activation store; name another place")
-            self._create(blocks)
             return None
         root = layout.read_root(self.objects)
         if root.state == "creating":  # a crash before the first shard: nothing is lost by beginning again
-            self._create(blocks)
             return None
-        self.objects.remove_partial_writes()
-        if root.spec == self.spec:
-            return None
-        if not may_grow:
+        if root.spec != self.spec and not may_grow:
             grow.check_same_spec(self.objects, root.spec, self.spec)
-        grow.check(self.objects, root.spec, self.spec, blocks)
-        grow.clear_leftovers(self.objects, root.spec, self.spec, blocks)
-        self._put_arrays(blocks, root.spec.n_sequences)
         return root
 
-    def _create(self, blocks: TokenBlocks) -> None:
-        layout.write_root(self.objects, layout.Root(state="creating", spec=self.spec))
-        self._put_arrays(blocks, 0)
-        layout.write_root(self.objects, layout.Root(state="open", spec=self.spec))
+    def _prepare(self, blocks: TokenBlocks, found: layout.Root | None) -> None:
+        """Make the place ready for shards."""
+        self.objects.remove_partial_writes()
+        if found is None:
+            layout.write_root(self.objects, layout.Root(state="creating", spec=self.spec))
+            self._put_arrays(blocks, 0)
+            layout.write_root(self.objects, layout.Root(state="open", spec=self.spec))
+        elif self._before:
+            grow.check(self.objects, found.spec, self.spec, blocks)
+            grow.clear_leftovers(self.objects, found.spec, self.spec, blocks)
+            self._put_arrays(blocks, found.spec.n_sequences)
+
+    def _list_committed(self) -> dict[str, set[int]]:
+        return {name: layout.committed_shards(self.objects, name) for name in layout.columns(self.spec)}
+
+    def _lacking(self) -> list[Site]:
+        """Sites of which a shard has to be made."""
+        lacking = {name for shard in self.pending() for name in self.missing(shard)}
+        return [site for site in self.spec.sites if site.name in lacking]
 
     def _put_arrays(self, blocks: TokenBlocks, n_present: int) -> None:
         """Metadata of all arrays, and the tokens from sequence `n_present` on."""
         with self.objects.full_disk_explained("the arrays' metadata: a few kilobytes"):
-            layout.write_metadata(self.objects, self.spec)
+            metadata.write_metadata(self.objects, self.spec)
         if n_present == self.spec.n_sequences:
             return
         per_chunk = layout.token_sequences_per_chunk(self.spec)
@@ -161,9 +171,16 @@ class StoreWriter:
         return sorted(shards, key=lambda shard: (shard == self._outgrown, shard))
 
     def _check_room(self) -> None:
-        rows = sum(len(self.spec.shard_rows(shard)) for shard in self.pending())
-        expected = (site.width * codecs.expected_bytes_per_value(site.codec, self.spec.dtype) for site in self.sites)
-        needed, free = int(rows * (sum(expected) + 12)), self.objects.free_bytes()
+        row_bytes = {
+            site.name: site.width * codecs.expected_bytes_per_value(site.codec, self.spec.dtype)
+            for site in self.spec.sites
+        }
+        row_bytes[layout.ROWS] = 4.0
+        expected = (
+            len(self.spec.shard_rows(shard)) * sum(row_bytes[name] for name in self.missing(shard))
+            for shard in self.pending()
+        )
+        needed, free = int(sum(expected)), self.objects.free_bytes()
         if free is not None and needed > free:
             raise StorageFullError(
                 errno.ENOSPC,

@@ -1,0 +1,36 @@
+"""Compiled inner loops, for what several passes of numpy are too slow for: one pass over memory, without the GIL.
+
+Each function here gives a loop of `loops.py`, or None where numba is missing: then the caller's numpy code does the
+same. The loops are compiled when they are first used and kept on disk, which takes some seconds once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Kernel = Callable[..., Any]
+
+
+def take_and_measure() -> Kernel | None:
+    """Rows of bfloat16 bits gathered and measured."""
+    return _loop("take_and_measure")
+
+
+def take_widened() -> Kernel | None:
+    """Rows of bfloat16 bits gathered as float32."""
+    return _loop("take_widened")
+
+
+def take_dequantised() -> Kernel | None:
+    """Rows of int8 gathered and multiplied out as float32."""
+    return _loop("take_dequantised")
+
+
+def _loop(name: str) -> Kernel | None:
+    try:
+        from actcache.kernels import loops
+    except ImportError:
+        return None
+    found: Kernel = getattr(loops, name)
+    return found
