@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+S3 := .venv-s3/.ready
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test check format benchmarks clean
@@ -10,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 demo: $(READY)  ## the whole road on the embedded model; pass options as ARGS="--small"
 	$(BIN)/actcache demo $(ARGS)
 
-test: $(READY)  ## all tests; pass options as ARGS="-k store"
+test: $(READY) $(S3)  ## all tests; pass options as ARGS="-k store"
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(READY)  ## lint, format, types, import contract
@@ -27,9 +28,15 @@ benchmarks: $(READY)  ## measure this machine and rewrite docs/benchmarks.md
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-s3 .venv-zarr-latest runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# The S3 server of the tests has requirements that do not go together with ours. Without it those tests skip.
+$(S3): tests/s3-requirements.txt
+	$(PYTHON) -m venv .venv-s3
+	.venv-s3/bin/python -m pip install --quiet --requirement tests/s3-requirements.txt
 	touch $@

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from places import bucket, place, s3  # noqa: F401 (fixtures)
 
 from actcache.spec import Site, StoreSpec, TokenBlocks
 from actcache.store import Store, StoreWriter, open_store

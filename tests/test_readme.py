@@ -113,7 +113,7 @@ def test_links_lead_somewhere(document: Path) -> None:
     text = FENCE.sub("", document.read_text(encoding="utf-8"))
     missing = []
     for link in LINK.findall(text):
-        if re.match(r"[a-z]+:", link):
+        if re.match(r"[a-z-]+:", link):
             continue
         path, _, anchor = link.partition("#")
         target = document.parent / path if path else document
@@ -131,7 +131,7 @@ def anchors(document: Path) -> set[str]:
 def verbs_named(text: str) -> set[str]:
     """Verbs in code: at the beginning of a command, or after a backtick."""
     commands = "\n".join(code for language, code in FENCE.findall(text) if language in ("bash", "console"))
-    return {*re.findall(r"^actcache ([a-z]+)", commands, re.MULTILINE), *re.findall(r"`actcache ([a-z]+)", text)}
+    return {*re.findall(r"^actcache ([a-z-]+)", commands, re.MULTILINE), *re.findall(r"`actcache ([a-z-]+)", text)}
 
 
 def test_verbs_named_are_those_there_are() -> None:

@@ -10,7 +10,8 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,54 +55,84 @@ class Window:
                 self.weights[name] = np.exp2(powers, dtype=np.float32)
         self.order: NDArray[np.int64] = np.empty(0, np.int64)
         self.row_ids: NDArray[np.int64] = np.empty(0, np.int64)
-        self.pending: list[Future[None]] = []
+        self.pending: list[Future[Any]] = []
         self._local = threading.local()
 
-    def begin(self, epoch: Epoch, window: int, pool: ThreadPoolExecutor) -> None:
+    def begin(self, epoch: Epoch, window: int, pools: Pools) -> None:
         """Start decoding a window into these buffers."""
         self.epoch, self.number = epoch, window
         chunks = epoch.windows[window]
         sizes = epoch.plan.chunk_rows(chunks)
-        ends = np.cumsum(sizes)
+        work = self._decode if pools.fetch is None else partial(self._fetch, pools)
         self.pending = [
-            pool.submit(self._decode, site, int(chunk), int(n_rows), int(end))
-            for chunk, n_rows, end in zip(chunks, sizes, ends, strict=True)
+            (pools.fetch or pools.decode).submit(work, array, site, int(chunk), int(n_rows), int(end))
+            for chunk, n_rows, end in zip(chunks, sizes, np.cumsum(sizes), strict=True)
             for site in self.sites
+            for array in (("acts", "scale") if site in self.scales else ("acts",))
         ]
-        self.pending.append(pool.submit(self._shuffle, epoch, window))
+        self.pending.append(pools.decode.submit(self._shuffle, epoch, window))
 
     def wait(self) -> None:
         """Until everything is decoded; raises what went wrong."""
         pending, self.pending = self.pending, []
         for future in pending:
-            future.result()
+            # What was fetched from afar gives the future of its decoding.
+            if (decoding := future.result()) is not None:
+                decoding.result()
 
     def _shuffle(self, epoch: Epoch, window: int) -> None:
         self.order, self.row_ids = epoch.window_order(window), epoch.row_ids(window)
 
-    def _decode(self, site: str, chunk: int, n_rows: int, end: int) -> None:
-        """Decode a chunk so that its `n_rows` rows end before row `end` of the buffer."""
-        shard, within = divmod(chunk, chunks_per_shard(self.store.spec))
-        self._decode_array("acts", self.values[site], site, shard, within, n_rows, end)
-        if site in self.scales:
-            self._decode_array("scale", self.scales[site], site, shard, within, n_rows, end)
-
-    def _decode_array(
-        self, array: str, values: NDArray[Any], site: str, shard: int, chunk: int, n_rows: int, end: int
+    def _decode(
+        self, array: str, site: str, chunk: int, n_rows: int, end: int, stored: memoryview | None = None
     ) -> None:
-        if not hasattr(self._local, "scratch"):
-            self._local.scratch = Scratch()
-        scratch, target = self._local.scratch, values[end - n_rows : end]
-        if n_rows == self.store.spec.rows_per_chunk:
-            self.store.read_chunk(site, shard, chunk, target, scratch, array=array)
-        else:  # a shard's last chunk is padded on disk, so it does not fit its place here
-            whole = np.empty((self.store.spec.rows_per_chunk, *target.shape[1:]), target.dtype)
-            self.store.read_chunk(site, shard, chunk, whole, scratch, array=array)
+        """Decode a chunk so that its `n_rows` rows end before row `end` of the buffer; `stored` if it is fetched."""
+        spec = self.store.spec
+        shard, within = divmod(chunk, chunks_per_shard(spec))
+        values = self.values[site] if array == "acts" else self.scales[site]
+        target = values[end - n_rows : end]
+        whole = target
+        if n_rows < spec.rows_per_chunk:  # a shard's last chunk is padded on disk, so it does not fit its place here
+            whole = np.empty((spec.rows_per_chunk, *target.shape[1:]), target.dtype)
+        if stored is not None:
+            self.store.decode_chunk(site, shard, within, stored, whole, array=array)
+        else:
+            if not hasattr(self._local, "scratch"):
+                self._local.scratch = Scratch()
+            self.store.read_chunk(site, shard, within, whole, self._local.scratch, array=array)
+        if whole is not target:
             target[:] = whole[:n_rows]
+
+    def _fetch(self, pools: Pools, array: str, site: str, chunk: int, n_rows: int, end: int) -> Future[None]:
+        """Fetch a chunk's bytes and have them decoded; as many are on their way as there are threads to wait."""
+        stored = self.store.fetch_chunk(site, *divmod(chunk, chunks_per_shard(self.store.spec)), array=array)
+        decoding = pools.decode.submit(self._decode, array, site, chunk, n_rows, end, stored)
+        wait([decoding])  # so that no more is fetched than can be decoded
+        return decoding
+
+
+_REQUESTS = 64
+"""Requests at a time to a store that is not a folder: each waits most of its time."""
+
+
+class Pools:
+    """The threads of a loader: some that decode, and for stores that answer slowly many that wait for their bytes."""
+
+    def __init__(self, threads: int, *, is_local: bool) -> None:
+        self.decode = ThreadPoolExecutor(threads, thread_name_prefix="actcache-decode")
+        self.fetch = None if is_local else ThreadPoolExecutor(_REQUESTS, thread_name_prefix="actcache-fetch")
+
+    def __enter__(self) -> Pools:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.fetch is not None:
+            self.fetch.shutdown(cancel_futures=True)
+        self.decode.shutdown(cancel_futures=True)
 
 
 def windows(
-    plan: Plan, first: tuple[int, int], epochs: int | None, buffers: list[Window], pool: ThreadPoolExecutor
+    plan: Plan, first: tuple[int, int], epochs: int | None, buffers: list[Window], pools: Pools
 ) -> Generator[Window]:
     """The windows of a run, each decoded while the one before it is in use, across the ends of epochs too.
 
@@ -112,12 +143,12 @@ def windows(
     coming = next(numbers, None)
     try:
         if coming:
-            buffers[0].begin(*coming, pool)
+            buffers[0].begin(*coming, pools)
         while coming:
             buffers[0].wait()
             coming = next(numbers, None)
             if coming:
-                buffers[1].begin(*coming, pool)
+                buffers[1].begin(*coming, pools)
             yield buffers[0]
             buffers.reverse()
     finally:

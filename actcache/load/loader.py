@@ -10,7 +10,6 @@ import os
 import queue
 import threading
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actcache.errors import ConfigError, StateError, StoreIncompleteError
-from actcache.load.fetch import BatchMemory, Gather, Window, dequantise_on, windows
+from actcache.load.fetch import BatchMemory, Gather, Pools, Window, dequantise_on, windows
 from actcache.load.plan import Plan, chunk_table
 from actcache.spec import check_positive, expand_names
 from actcache.store.layout import array_dtype
@@ -238,8 +237,8 @@ class Loader:
             return
         first_window = self.plan.epoch(epoch_number).batch_windows(batch * self.world_size + self.rank).start
         with (
-            ThreadPoolExecutor(self._threads, thread_name_prefix="actcache-decode") as pool,
-            closing(windows(self.plan, (epoch_number, first_window), last_epoch, self._buffers, pool)) as stream,
+            Pools(self._threads, is_local=self.store.objects.is_local) as pools,
+            closing(windows(self.plan, (epoch_number, first_window), last_epoch, self._buffers, pools)) as stream,
         ):
             window: Window | None = next(stream)
             while window is not None:

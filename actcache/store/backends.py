@@ -18,7 +18,7 @@ import threading
 import uuid
 from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -30,7 +30,6 @@ from actcache.errors import ConfigError
 
 T = TypeVar("T")
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-_READ_ONLY = "store was opened in read-only mode and does not support writing"
 PARTIAL = ".partial"
 """How the names of zarr's unfinished local writes end."""
 _MOST_PARTS = 512
@@ -51,7 +50,6 @@ class Backend(Protocol):
     def tail(self, key: str, n_bytes: int) -> memoryview | None: ...
     def size(self, key: str) -> int: ...
     def put(self, key: str, *parts: memoryview | bytes) -> None: ...
-    def writing(self, key: str) -> AbstractContextManager[Callable[..., None]]: ...
     def create(self, key: str, data: bytes) -> None: ...
     def walk(self, prefix: str) -> Iterator[str]: ...
     def names(self, prefix: str) -> list[str]: ...
@@ -84,7 +82,7 @@ os.register_at_fork(after_in_child=_LOOP.forget)
 
 
 class _Whole:
-    """For backends that give and take objects best in one piece."""
+    """For backends that give an object best in one piece."""
 
     def get(self, key: str) -> memoryview | None:
         raise NotImplementedError
@@ -93,15 +91,6 @@ class _Whole:
         data = self.get(key) or memoryview(b"")
         for offset, n_bytes in spans:
             yield bytes(data[offset : offset + n_bytes])
-
-    def put(self, key: str, *parts: memoryview | bytes) -> None:
-        raise NotImplementedError
-
-    @contextmanager
-    def writing(self, key: str) -> Iterator[Callable[..., None]]:
-        parts: list[bytes] = []
-        yield lambda *more: parts.extend(map(bytes, more))
-        self.put(key, *parts)
 
 
 class ZarrBackend(_Whole):
@@ -162,8 +151,6 @@ class ZarrBackend(_Whole):
 
     async def _delete(self, keys: list[str]) -> None:
         """Delete exactly these. zarr's way into fsspec takes `[`, `*` and `?` in a key for a pattern."""
-        if self.store.read_only:
-            raise ValueError(_READ_ONLY)
         for key in keys:
             if isinstance(self.store, FsspecStore):
                 with suppress(*_ABSENT):
@@ -235,7 +222,6 @@ class FileBackend:
 
     @contextmanager
     def writing(self, key: str) -> Iterator[Callable[..., None]]:
-        self._check_writable()
         place = f"{self._root}/{key}"
         beside = f"{place}.{uuid.uuid4().hex}{PARTIAL}"
         os.makedirs(os.path.dirname(place), exist_ok=True)
@@ -269,18 +255,12 @@ class FileBackend:
             return []
 
     def delete(self, key: str) -> None:
-        self._check_writable()
         with suppress(*_ABSENT):
             (self.root / key).unlink()
 
     def delete_all(self, prefix: str) -> None:
-        self._check_writable()
         with suppress(*_ABSENT):
             shutil.rmtree(self.root / prefix)
-
-    def _check_writable(self) -> None:
-        if self.store.read_only:
-            raise ValueError(_READ_ONLY)
 
 
 class BucketBackend(_Whole):
@@ -354,13 +334,11 @@ class BucketBackend(_Whole):
     def put(self, key: str, *parts: memoryview | bytes) -> None:
         import obstore
 
-        self._check_writable()
         obstore.put(self._bucket, key, b"".join(parts))
 
     def create(self, key: str, data: bytes) -> None:
         import obstore
 
-        self._check_writable()
         with suppress(obstore.exceptions.AlreadyExistsError):
             obstore.put(self._bucket, key, data, mode="create")
 
@@ -379,21 +357,15 @@ class BucketBackend(_Whole):
     def delete(self, key: str) -> None:
         import obstore
 
-        self._check_writable()
         with suppress(FileNotFoundError):
             obstore.delete(self._bucket, key)
 
     def delete_all(self, prefix: str) -> None:
         import obstore
 
-        self._check_writable()
         keys = list(self.walk(prefix))
         if keys:
             obstore.delete(self._bucket, keys)
-
-    def _check_writable(self) -> None:
-        if self.store.read_only:
-            raise ValueError(_READ_ONLY)
 
 
 def _write_all(descriptor: int, parts: list[memoryview]) -> None:

@@ -71,8 +71,12 @@ def clear_leftovers(objects: Objects, found: StoreSpec, asked: StoreSpec, blocks
     """Un-commit what an earlier attempt to grow has left, where it is not of these tokens and settings."""
     for site in asked.sites[len(found.sites) :]:
         stored = objects.get(f"{layout.site_prefix(site.name)}/acts/zarr.json")
-        if stored is not None and json.loads(bytes(stored))["attributes"]["codec"] != site.codec:
-            objects.delete_all(layout.site_prefix(site.name))
+        if stored is None:
+            continue
+        about = {"feature_exponents": [], **json.loads(bytes(stored))["attributes"]}
+        wanted = {"codec": site.codec, "feature_exponents": list(site.feature_exponents), "shape": list(site.shape)}
+        if any(about.get(name) != value for name, value in wanted.items()):
+            _remove_site(objects, site.name)
     reader = Store(objects, layout.Root(state="open", spec=asked))
     for shard in sorted(layout.committed_shards(objects, layout.ROWS)):
         if found.n_shards <= shard < asked.n_shards and not _fits(reader, shard, blocks):
@@ -104,10 +108,11 @@ def delete_sites(path: str | Path | Objects, names: list[str]) -> None:
     objects = path if isinstance(path, Objects) else Objects(path, read_only=False)
     with objects.lock():
         root = layout.read_root(objects)
+        objects.remove_partial_writes()
         stay = tuple(site for site in root.spec.sites if site.name not in names)
         for name in names:
-            begun = objects.get(f"{layout.site_prefix(name)}/acts/zarr.json") is not None
-            if name not in layout.columns(root.spec) and not begun:
+            begun = next(objects.list(layout.site_prefix(name)), None) is not None
+            if name not in layout.columns(root.spec)[1:] and not begun:
                 raise SiteError(f"no site {name!r} in {objects}; there are {', '.join(layout.columns(root.spec)[1:])}")
         if stay != root.spec.sites:
             if root.state != "sealed":
@@ -117,4 +122,10 @@ def delete_sites(path: str | Path | Objects, names: list[str]) -> None:
         elif root.state == "open" and len(Store(objects, root).committed) == root.spec.n_shards:
             seal(objects)
         for name in names:
-            objects.delete_all(layout.site_prefix(name))
+            _remove_site(objects, name)
+
+
+def _remove_site(objects: Objects, name: str) -> None:
+    """Remove a site's objects, its records first: what is left when this is cut short counts for nothing."""
+    for prefix in (f"{layout.site_prefix(name)}/commit", layout.site_prefix(name)):
+        objects.delete_all(prefix)

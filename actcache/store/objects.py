@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,10 +20,11 @@ from zarr.storage import LocalStore
 
 from actcache.errors import ActcacheError, StorageFullError
 from actcache.store import lock as locks
-from actcache.store.backends import PARTIAL, backend_of
+from actcache.store.backends import PARTIAL, FileBackend, backend_of
 from actcache.store.lock import LEASE, WriterLock
 from actcache.store.urls import first_line, open_url
 
+_UNFINISHED = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(PARTIAL)}$")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _Names: TypeAlias = list[str]  # within the class, `list` is a method
 _DENIED = ("PermissionDeniedError", "UnauthenticatedError")
@@ -74,6 +76,7 @@ class Objects:
             StorageFullError: there is no room; what was there before is untouched.
             OSError: the store did not take it, after some retries; what was there before is untouched.
         """
+        self._check_writable()
         n_bytes = sum(map(len, parts))
         with self.full_disk_explained(f"{key}: {n_bytes:,} bytes"), self._named("write", key):
             self.backend.put(key, *parts)
@@ -88,7 +91,18 @@ class Objects:
         Raises:
             See `put`.
         """
-        with self.full_disk_explained(key), self._named("write", key), self.backend.writing(key) as add:
+        self._check_writable()
+        if not isinstance(self.backend, FileBackend):
+            kept: list[bytes] = []
+            yield lambda *parts: kept.extend(map(bytes, parts))
+            self.put(key, *kept)
+            return
+        with self.backend.writing(key) as write:
+
+            def add(*parts: memoryview | bytes) -> None:
+                with self.full_disk_explained(f"a part of {key}: {sum(map(len, parts)):,} bytes"):
+                    write(*parts)
+
             yield add
 
     def create(self, key: str, data: bytes) -> None:
@@ -96,6 +110,7 @@ class Objects:
 
         One step for folders and for what obstore reaches; through fsspec it is a look and then a put.
         """
+        self._check_writable()
         with self.full_disk_explained(f"{key}: {len(data):,} bytes"), self._named("write", key):
             self.backend.create(key, data)
 
@@ -122,7 +137,7 @@ class Objects:
         except ActcacheError:
             raise
         except Exception as error:
-            if self.is_local or self._read_only:
+            if self.is_local:
                 raise
             said = (
                 f"could not {doing} {what or 'the objects'} of {self}: {first_line(error)}; "
@@ -131,6 +146,10 @@ class Objects:
             if isinstance(error, OSError) and error.errno:
                 raise OSError(error.errno, said) from error
             raise (PermissionError if type(error).__name__ in _DENIED else OSError)(said) from error
+
+    def _check_writable(self) -> None:
+        if self._read_only or self.store.read_only:
+            raise ValueError(f"{self} was opened in read-only mode")
 
     def get(self, key: str) -> memoryview | None:
         """The whole object, or None when there is none."""
@@ -182,6 +201,7 @@ class Objects:
 
     def delete(self, key: str) -> None:
         """Remove an object; nothing happens when there is none."""
+        self._check_writable()
         with self._named("delete", key):
             self.backend.delete(key)
 
@@ -189,6 +209,7 @@ class Objects:
         """Remove everything below a folder, in no particular order; nothing happens when there is none."""
         if not prefix.strip("/"):
             raise ValueError("this would delete the store itself; name a folder in it")
+        self._check_writable()
         with self._named("delete", prefix):
             self.backend.delete_all(prefix.rstrip("/"))
 
@@ -201,7 +222,7 @@ class Objects:
             return
         for folder, _, names in os.walk(self.root):
             for name in names:
-                if name.endswith(PARTIAL):
+                if _UNFINISHED.search(name):
                     Path(folder, name).unlink(missing_ok=True)
 
     def free_bytes(self) -> int | None:

@@ -31,7 +31,7 @@ class Fault:
     """Something on disk that is not what was written."""
 
     column: str
-    """A site's name, `rows`, `tokens`, `ledger` (totals included), `attributes` (the root's), `metadata` (the arrays')."""
+    """A site's name, `rows`, `tokens`, `ledger` (and totals), `attributes` (the root's), `metadata` (of arrays)."""
     shard: int
     """The shard, or -1 for what belongs to the whole store."""
     reason: str
@@ -147,6 +147,7 @@ def repair(path: str | Path | Objects, faults: list[Fault]) -> list[int]:
     bad_ledger = any(fault.column == "ledger" for fault in faults)
     with objects.lock():
         root = open_store(objects).root
+        objects.remove_partial_writes()
         if root.state == "sealed" and (bad or bad_ledger):
             layout.write_root(objects, layout.Root(state="open", spec=root.spec))
         for shard, column in bad:

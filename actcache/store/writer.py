@@ -82,7 +82,7 @@ class StoreWriter:
         self._lock = self.objects.lock()
         self._lock.__enter__()
         try:
-            found = self._look(grow)
+            found = self._look(blocks, grow)
             self._before = None if found is None or found.spec == spec else found
             self._outgrown = self._find_outgrown()
             self._committed = self._list_committed()
@@ -106,7 +106,7 @@ class StoreWriter:
         self._pool.shutdown(cancel_futures=exception[0] is not None)
         self._lock.__exit__(None, None, None)
 
-    def _look(self, may_grow: bool) -> layout.Root | None:
+    def _look(self, blocks: TokenBlocks, may_grow: bool) -> layout.Root | None:
         """The root of the store that is there, None where one has to be made; an error when it is another one."""
         if self.objects.size("zarr.json") < 0:
             if self.objects.exists_any():
@@ -115,8 +115,10 @@ class StoreWriter:
         root = layout.read_root(self.objects)
         if root.state == "creating":  # a crash before the first shard: nothing is lost by beginning again
             return None
-        if root.spec != self.spec and not may_grow:
-            grow.check_same_spec(self.objects, root.spec, self.spec)
+        if root.spec != self.spec:
+            if not may_grow:
+                grow.check_same_spec(self.objects, root.spec, self.spec)
+            grow.check(self.objects, root.spec, self.spec, blocks)
         return root
 
     def _prepare(self, blocks: TokenBlocks, found: layout.Root | None) -> None:
@@ -124,10 +126,10 @@ class StoreWriter:
         self.objects.remove_partial_writes()
         if found is None:
             layout.write_root(self.objects, layout.Root(state="creating", spec=self.spec))
+            self.objects.delete_all("sites")  # what a killed process has begun for other sites and settings
             self._put_arrays(blocks, 0)
             layout.write_root(self.objects, layout.Root(state="open", spec=self.spec))
         elif self._before:
-            grow.check(self.objects, found.spec, self.spec, blocks)
             grow.clear_leftovers(self.objects, found.spec, self.spec, blocks)
             self._put_arrays(blocks, found.spec.n_sequences)
 

@@ -1,0 +1,238 @@
+"""One writer at a time: within a process, between processes, after a kill; on folders, in memory, on S3."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import pytest
+from places import between_processes, by_name, everywhere, writable
+
+from actcache.errors import NotAStoreError, StoreBusyError
+from actcache.store.lock import LEASE, WriterLock, unlock
+
+HOLDER = """
+import os, sys
+from actcache.store.objects import Objects
+with Objects(sys.argv[1], read_only=False).lock():
+    if "fork" not in sys.argv or not os.fork():
+        print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def hold() -> Iterator[Any]:
+    """Let another process take a store's lock."""
+    processes = []
+
+    def begin(place: Any, *options: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", HOLDER, str(place), *options]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        processes.append(process)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def lease_of(**changes: Any) -> bytes:
+    """A lease as a writer elsewhere would have put it."""
+    lease = {"host": "elsewhere", "pid": 7, "since": "2026-01-02T03:04:05+00:00", "token": "0" * 32, "processes": "x"}
+    return json.dumps({**lease, **changes}).encode()
+
+
+DAMAGED = [b"", b"{", b"[]", b"null", b"9" * 9999]
+DAMAGED += [lease_of(token="../../zarr.json"), lease_of(pid="7"), lease_of(pid=-1), lease_of(host=None)]
+
+
+def race(place: Any, n: int = 6) -> list[WriterLock]:
+    """Let `n` threads take a store's lock at the same moment; the locks that were got."""
+    begin, winners = threading.Barrier(n), []
+
+    def attempt(_: int) -> None:
+        lock = writable(place).lock()
+        begin.wait()
+        with suppress(StoreBusyError):
+            lock.acquire()
+            winners.append(lock)
+
+    with ThreadPoolExecutor(n) as pool:
+        list(pool.map(attempt, range(n)))
+    return winners
+
+
+class TestLock:
+    @everywhere
+    def test_one_writer_at_a_time_within_a_process(self, place):
+        first, second = writable(place), writable(place)
+        with first.lock():
+            assert not first.exists_any()
+            for other in (first, second):
+                with pytest.raises(StoreBusyError, match="being written"):
+                    other.lock().acquire()
+        with second.lock():
+            pass
+        assert not first.exists_any()
+        assert list(first.list("")) == []
+
+    @everywhere
+    def test_of_many_at_once_one_gets_it(self, place):
+        for _ in range(3):
+            (winner,) = race(place)
+            winner.release()
+            winner.release()  # a second time does nothing
+
+    def test_a_place_can_be_locked_beside_another(self, tmp_path, bucket):
+        with ExitStack() as held:
+            for place in (tmp_path / "a", tmp_path / "b", "memory://a", "memory://b", bucket, f"{bucket}2"):
+                held.enter_context(writable(place).lock())
+
+    @between_processes
+    def test_another_process_is_refused_until_the_writer_ends(self, place, hold):
+        holder = hold(place)
+        with pytest.raises(StoreBusyError) as caught:
+            writable(place).lock().acquire()
+        if str(place).startswith("s3://"):
+            assert f"process {holder.pid} on" in str(caught.value)
+            assert "--unlock" in str(caught.value)
+            with pytest.raises(StoreBusyError, match=f"process {holder.pid}"):
+                unlock(writable(place))
+        holder.communicate("", timeout=20)
+        with writable(place).lock():
+            pass
+
+    @between_processes
+    def test_a_killed_writer_stands_in_nobody_s_way(self, place, hold):
+        holder = hold(place)
+        holder.kill()
+        holder.wait()
+        with writable(place).lock(), pytest.raises(StoreBusyError):
+            writable(place).lock().acquire()
+        assert list(writable(place).list("")) == []
+
+    def test_a_child_that_outlives_its_killed_parent_does_not_hold_the_lock(self, tmp_path, hold):
+        parent = hold(tmp_path, "fork")
+        parent.kill()
+        parent.wait()
+        with writable(tmp_path).lock():
+            pass
+
+    @by_name
+    def test_a_forked_child_cannot_give_its_parent_s_lock_away(self, place):
+        lock = writable(place).lock()
+        with lock:
+            child = os.fork()
+            if not child:
+                lock.release()
+                os._exit(0)
+            os.waitpid(child, 0)
+            with pytest.raises(StoreBusyError):
+                writable(place).lock().acquire()
+
+    def test_of_many_who_see_a_dead_writer_s_lease_one_takes_over(self, bucket, hold):
+        for _ in range(3):
+            holder = hold(bucket)
+            holder.kill()
+            holder.wait()
+            (winner,) = race(bucket)
+            winner.release()
+            assert list(writable(bucket).list("")) == []
+
+    def test_who_died_while_taking_over_is_succeeded_too(self, bucket, hold):
+        first = hold(bucket)
+        first.kill()
+        first.wait()
+        objects = writable(bucket)
+        dead = json.loads(bytes(objects.get(LEASE)))
+        for token in ("1" * 32, "2" * 32):  # the first one's right fell to a second one, the second one's to a third
+            objects.put(f"{LEASE}.{dead['token']}", json.dumps({**dead, "token": token}).encode())
+            dead["token"] = token
+        (winner,) = race(bucket)
+        winner.release()
+        assert list(objects.list("")) == []
+
+    def test_leases_that_name_each_other_are_nobody_s(self, bucket, hold):
+        first = hold(bucket)
+        first.kill()
+        first.wait()
+        objects = writable(bucket)
+        lease = bytes(objects.get(LEASE))
+        objects.put(f"{LEASE}.{json.loads(lease)['token']}", lease)
+        with pytest.raises(StoreBusyError, match="--unlock"):
+            objects.lock().acquire()
+        assert unlock(objects) is not None
+        assert list(objects.list("")) == []
+
+    def test_a_lock_that_cannot_be_given_back_does_not_hide_why(self, s3, bucket):
+        objects = writable(bucket)
+
+        def write() -> None:
+            with objects.lock():
+                s3.moods(refuse_after=0)
+                objects.put("rows/c.0", b"1")
+
+        with pytest.warns(UserWarning, match="the lock stays"), pytest.raises(PermissionError, match=r"rows/c\.0"):
+            write()
+        s3.calm()
+        with objects.lock():  # this process has it no more, so it may be taken over
+            pass
+
+    def test_a_writer_elsewhere_is_named_and_unlock_removes_its_lease(self, bucket):
+        objects = writable(bucket)
+        assert unlock(objects) is None
+        objects.put(LEASE, lease_of())
+        with pytest.raises(StoreBusyError, match=r"process 7 on elsewhere since 2026-01-02.*repair s3://.* --unlock"):
+            objects.lock().acquire()
+        assert objects.get(LEASE) == lease_of()
+        assert unlock(objects) == "process 7 on elsewhere since 2026-01-02T03:04:05+00:00"
+        with objects.lock():
+            pass
+
+    @pytest.mark.parametrize("stored", DAMAGED)
+    def test_a_damaged_lease_keeps_writers_out_until_it_is_removed(self, stored):
+        objects = writable("memory://damaged-lease")
+        objects.backend.shared = True  # as if other processes could see it, which is when there are leases
+        objects.put(LEASE, stored)
+        with pytest.raises(StoreBusyError, match="left no name"):
+            objects.lock().acquire()
+        assert unlock(objects) == "a writer that left no name"
+        with objects.lock():
+            assert objects.get(LEASE) is not None
+        assert objects.get(LEASE) is None
+
+    def test_a_lease_that_somebody_removed_and_took_is_not_given_back(self, bucket):
+        objects = writable(bucket)
+        with objects.lock():
+            objects.put(LEASE, lease_of())
+        assert objects.get(LEASE) == lease_of()
+
+    def test_where_folders_cannot_be_locked_a_lease_is_put(self, tmp_path, monkeypatch, hold):
+        def refuse(*_: Any) -> None:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+
+        monkeypatch.setattr(fcntl, "flock", refuse)  # what NFS says of a folder
+        objects = writable(tmp_path / "acts.zarr")
+        with objects.lock():
+            assert json.loads(bytes(objects.get(LEASE)))["pid"] == os.getpid()
+            assert not objects.exists_any()
+            with pytest.raises(StoreBusyError, match=f"process {os.getpid()} on"):
+                writable(tmp_path / "acts.zarr").lock().acquire()
+        assert objects.get(LEASE) is None
+
+    def test_a_file_cannot_be_locked(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(NotAStoreError, match="no folder"):
+            writable(tmp_path / "file").lock().acquire()
