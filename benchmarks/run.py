@@ -12,6 +12,7 @@ import datetime
 from pathlib import Path
 
 import extraction
+import latency
 import loader
 import training
 from measure import HEADER, machine
@@ -20,6 +21,7 @@ TARGET = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 TITLES = {
     "Extraction / bare forward of the same batches": extraction,
     "Loader / random gather in memory": loader,
+    "Loader, requests 20 ms late / loader in a folder": latency,
     "Training / bare torch loop of the same step": training,
 }
 

@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 
-@pytest.mark.parametrize("name", ["extraction", "loader", "training"])
+@pytest.mark.parametrize("name", ["extraction", "latency", "loader", "training"])
 def test_benchmark_gives_a_row(name):
     module = __import__(name)
     sizes = {"n_sequences": 24, "pairs": 1} | ({"n_steps": 3} if name == "training" else {})

@@ -46,6 +46,7 @@ class Backend(Protocol):
 
     def get(self, key: str) -> memoryview | None: ...
     def read_into(self, key: str, offset: int, outs: tuple[memoryview, ...]) -> int: ...
+    def span(self, key: str, offset: int, n_bytes: int) -> memoryview | None: ...
     def pieces(self, key: str, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]: ...
     def tail(self, key: str, n_bytes: int) -> memoryview | None: ...
     def size(self, key: str) -> int: ...
@@ -87,6 +88,13 @@ class _Whole:
     def get(self, key: str) -> memoryview | None:
         raise NotImplementedError
 
+    def span(self, key: str, offset: int, n_bytes: int) -> memoryview | None:
+        raise NotImplementedError
+
+    def read_into(self, key: str, offset: int, outs: tuple[memoryview, ...]) -> int:
+        data = self.span(key, offset, sum(map(len, outs)))
+        return -1 if data is None else _spread(data, outs)
+
     def pieces(self, key: str, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         data = self.get(key) or memoryview(b"")
         for offset, n_bytes in spans:
@@ -108,9 +116,8 @@ class ZarrBackend(_Whole):
     def get(self, key: str) -> memoryview | None:
         return self._request(key, None)
 
-    def read_into(self, key: str, offset: int, outs: tuple[memoryview, ...]) -> int:
-        data = self._request(key, RangeByteRequest(offset, offset + sum(map(len, outs))))
-        return -1 if data is None else _spread(data, outs)
+    def span(self, key: str, offset: int, n_bytes: int) -> memoryview | None:
+        return self._request(key, RangeByteRequest(offset, offset + n_bytes))
 
     def tail(self, key: str, n_bytes: int) -> memoryview | None:
         data = self._request(key, SuffixByteRequest(n_bytes))
@@ -185,6 +192,16 @@ class FileBackend:
             return -1
         try:
             return os.preadv(descriptor, outs, offset)
+        finally:
+            os.close(descriptor)
+
+    def span(self, key: str, offset: int, n_bytes: int) -> memoryview | None:
+        try:
+            descriptor = os.open(f"{self._root}/{key}", os.O_RDONLY)
+        except _ABSENT:
+            return None
+        try:
+            return memoryview(os.pread(descriptor, n_bytes, offset))
         finally:
             os.close(descriptor)
 
@@ -295,18 +312,17 @@ class BucketBackend(_Whole):
         except FileNotFoundError:
             return None
 
-    def read_into(self, key: str, offset: int, outs: tuple[memoryview, ...]) -> int:
+    def span(self, key: str, offset: int, n_bytes: int) -> memoryview | None:
         import obstore
 
-        end = offset + sum(map(len, outs))
         try:
-            return _spread(memoryview(obstore.get_range(self._bucket, key, start=offset, end=end)), outs)
+            return memoryview(obstore.get_range(self._bucket, key, start=offset, end=offset + n_bytes))
         except FileNotFoundError:
-            return -1
+            return None
         except (obstore.exceptions.BaseError, ValueError):
             size = self.size(key)
-            if size <= offset or end == offset:  # nothing lies there: servers and obstore call that an error
-                return min(size, 0)
+            if size <= offset or not n_bytes:  # nothing lies there: servers and obstore call that an error
+                return None if size < 0 else memoryview(b"")
             raise
 
     def tail(self, key: str, n_bytes: int) -> memoryview | None:

@@ -20,7 +20,7 @@ from actcache.spec import Site, StoreSpec
 from actcache.store import codecs, layout, stats
 from actcache.store.objects import Objects
 
-_MOST_BYTES = 1 << 23
+_MOST_BYTES = 1 << 20
 _GROWING = "tokens/ids/zarr.json"
 """The file that is put first when a store is extended."""
 
@@ -56,41 +56,46 @@ def wrong_metadata(objects: Objects, root: layout.Root) -> Iterator[tuple[str, s
         wanted |= _ledger(root.spec)
     grown = _grown(objects, root.spec)
     for key, data in wanted.items():
-        found = _parsed(objects, key)
+        found = _stored(objects, key)
         reason = _difference(found, data)
         if reason and not (key in grown and _difference(found, grown[key]) is None):
             yield key, reason
 
 
 def _mend(objects: Objects, key: str, wanted: bytes) -> None:
-    found = _parsed(objects, key)
-    if _difference(found, wanted) is None:
+    stored = _stored(objects, key)
+    if _difference(stored, wanted) is None:
         return
-    parsed = json.loads(wanted)
+    found, parsed = _parsed(stored), json.loads(wanted)
     if isinstance(found, dict):  # what somebody else has added stays
         given, ours = found.get("attributes"), parsed.get("attributes", {})
         parsed = {**found, **parsed, "attributes": {**(given if isinstance(given, dict) else {}), **ours}}
     objects.put(key, json.dumps(parsed, indent=2).encode())
 
 
-def _parsed(objects: Objects, key: str) -> Any:
-    """What a file says; None when there is none, an empty text when it is no JSON."""
-    if objects.size(key) > _MOST_BYTES:
-        return ""
-    data = objects.get(key)
+def _stored(objects: Objects, key: str) -> bytes | None:
+    """A file, None when there is none; nothing when it is far too long."""
+    data = objects.tail(key, _MOST_BYTES)
+    return None if data is None else bytes(data) if len(data) < _MOST_BYTES else b""
+
+
+def _parsed(stored: bytes | None) -> Any:
+    """What a file says; None when it is no JSON."""
     try:
-        return None if data is None else json.loads(bytes(data))
+        return json.loads(stored or b"")
     except (ValueError, RecursionError):
-        return ""
+        return None
 
 
-def _difference(found: Any, wanted: bytes) -> str | None:
+def _difference(stored: bytes | None, wanted: bytes) -> str | None:
     """What is wrong with a file; None when it says, in the words of any version of zarr, what is wanted."""
-    if found is None:
+    if stored == wanted:
+        return None
+    if stored is None:
         return "is missing"
+    found, parsed = _parsed(stored), json.loads(wanted)
     if not isinstance(found, dict):
         return "is damaged"
-    parsed = json.loads(wanted)
     for name, value in parsed.pop("attributes", {}).items():
         attributes = found.get("attributes")
         if not isinstance(attributes, dict) or attributes.get(name) != value:
@@ -111,7 +116,7 @@ def _plain(value: Any) -> Any:
 
 def _grown(objects: Objects, spec: StoreSpec) -> Mapping[str, bytes]:
     """The metadata of the larger store that this one is becoming; empty when it is not."""
-    found = _parsed(objects, _GROWING)
+    found = _parsed(_stored(objects, _GROWING))
     shape = found.get("shape") if isinstance(found, dict) else None
     if not isinstance(shape, list) or not shape or type(shape[0]) is not int or shape[0] <= spec.n_sequences:
         return {}
@@ -122,15 +127,18 @@ def _grown(objects: Objects, spec: StoreSpec) -> Mapping[str, bytes]:
 
 
 def _wanted(spec: StoreSpec) -> Mapping[str, bytes]:
-    return _of_spec(json.dumps(spec.to_dict()))
-
-
-@lru_cache(maxsize=4)
-def _of_spec(text: str) -> Mapping[str, bytes]:
-    return _metadata(_arrays(StoreSpec.from_dict(json.loads(text))))
+    return _of_spec(json.dumps(spec.to_dict()), False)
 
 
 def _ledger(spec: StoreSpec) -> Mapping[str, bytes]:
+    return _of_spec(json.dumps(spec.to_dict()), True)
+
+
+@lru_cache(maxsize=8)
+def _of_spec(text: str, ledger: bool) -> Mapping[str, bytes]:
+    spec = StoreSpec.from_dict(json.loads(text))
+    if not ledger:
+        return _metadata(_arrays(spec))
     shape = (spec.n_shards, len(spec.sites) + 1, layout.HEAD_BYTES)
     settings = _table(shape, shape, layout.UINT8, attributes={"columns": layout.columns(spec)})
     return _metadata([("ledger", settings)])

@@ -168,6 +168,11 @@ class Objects:
         with self._named("read", key):
             return self.backend.read_into(key, offset, outs)
 
+    def span(self, key: str, offset: int, n_bytes: int) -> memoryview | None:
+        """Bytes of an object from `offset` on, fewer where it ends before; None when there is no object."""
+        with self._named("read", key):
+            return self.backend.span(key, offset, n_bytes)
+
     def pieces(self, key: str, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         """The bytes of each `(offset, length)` of one object, in turn; empty where there is no object any more."""
         with self._named("read", key):

@@ -7,6 +7,7 @@ shard's commit record lists, so that whole but misplaced objects (swapped, stale
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -63,10 +64,19 @@ class Store:
         self._sites = {site.name: site for site in self.spec.sites}
         self._records: dict[tuple[str, int], layout.Record] = {}
         self._indexes: dict[tuple[str, str, int], NDArray[np.uint64]] = {}
+        self._guards: dict[tuple[str, str, int], threading.Lock] = {}
         self._token_checksums: dict[str, list[int]] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What was read so far is read again where the store is unpickled.
+        return Store, (self.objects, self.root)
+
     def __repr__(self) -> str:
-        return f"Store({str(self.objects)!r}, {self.n_rows:,} of {self.spec.n_rows:,} rows, {len(self.sites)} sites)"
+        try:
+            n_rows = f"{self.n_rows:,} of {self.spec.n_rows:,} rows"
+        except OSError:  # a store in trouble can still be named
+            n_rows = "an unknown number of rows"
+        return f"Store({str(self.objects)!r}, {n_rows}, {len(self.sites)} sites)"
 
     @property
     def path(self) -> str:
@@ -186,8 +196,8 @@ class Store:
     def fetch_chunk(self, site: str, shard: int, chunk: int, *, array: str = "acts") -> memoryview:
         """The stored bytes of one inner chunk, not yet checked: the part of `read_chunk` that waits for the storage."""
         offset, size = self._index(site, array, shard)[chunk].tolist()
-        stored = np.empty(size, np.uint8).data
-        if self.objects.read_into(layout.sharded_key(site, array, shard), offset, stored) != size:
+        stored = self.objects.span(layout.sharded_key(site, array, shard), offset, size)
+        if stored is None or len(stored) != size:
             raise self.corrupt(site, shard, f"is missing or too short to hold chunk {chunk} of {array}")
         return stored
 
@@ -227,7 +237,10 @@ class Store:
     def _index(self, site: str, array: str, shard: int) -> NDArray[np.uint64]:
         key = (site, array, shard)
         if key not in self._indexes:
-            self._indexes[key] = self._read_index(site, array, shard)
+            # Of many threads that need it at once, one asks for it: that is what takes long where a store is far away.
+            with self._guards.setdefault(key, threading.Lock()):
+                if key not in self._indexes:
+                    self._indexes[key] = self._read_index(site, array, shard)
         return self._indexes[key]
 
     def _read_index(self, site: str, array: str, shard: int) -> NDArray[np.uint64]:
@@ -391,7 +404,8 @@ class Store:
     def row_table(self) -> dict[str, NDArray[np.uint32]]:
         """`sequence`, `position` and `token` of every committed row, in row order; 12 bytes a row."""
         tables = [self.shard_row_table(shard) for shard in self.committed]
-        return {name: np.concatenate([table[name] for table in tables]) for name in layout.ROW_ARRAYS}
+        none = np.empty(0, layout.UINT32)
+        return {name: np.concatenate([none, *(table[name] for table in tables)]) for name in layout.ROW_ARRAYS}
 
     def tokens(self, array: str = "ids") -> NDArray[np.uint32]:
         """The `(Q, T)` token `ids`, or the `document` of each token.
@@ -433,28 +447,32 @@ class Store:
         line: NDArray[np.float64] = values[0]
         return line
 
-    def stats(self, site: str) -> SiteStats:
-        """Statistics over all committed rows of a site.
+    def stats(self, site: str, *, shards: Sequence[int] | None = None) -> SiteStats:
+        """Statistics over all committed rows of a site, or those of some shards.
 
         Raises:
             SiteError: no such site. StoreError: nothing is committed yet.
         """
         self.check_site(site)
-        if self.sealed:
+        if self.sealed and shards is None:
             line = self.total(site)
         elif self.committed:
-            line = merge(self.shard_line(site, shard) for shard in self.committed)
+            line = merge(self.shard_line(site, shard) for shard in (self.committed if shards is None else shards))
         else:
             raise StoreError(f"{self.path} has no committed shard yet, so there are no statistics of {site}")
         if not (np.isfinite(line).all() and (line[-6:] >= 0).all()):  # hostile: rows that are not finite do not count
             raise CorruptShardError(f"the statistics of {site} in {self.path} are none; run 'actcache verify'")
         return stats_of(line)
 
-    def heads(self) -> NDArray[np.uint64]:
-        """`(shards, C, 2)` rows and stored bytes of each committed shard's columns."""
+    def heads(self, shards: Sequence[int] | None = None) -> NDArray[np.uint64]:
+        """`(shards, C, 2)` rows and stored bytes of the columns of some shards, or of all that are committed."""
         if self.sealed:
-            return self.ledger[:, :, 32:].copy().view("<u8")
-        records = [[self.record(name, shard) for name in self._columns] for shard in self.committed]
+            heads = self.ledger[:, :, 32:].copy().view("<u8")
+            return heads if shards is None else heads[np.asarray(shards, np.int64)]
+        records = [
+            [self.record(name, shard) for name in self._columns]
+            for shard in (self.committed if shards is None else shards)
+        ]
         sizes = [[(record.n_rows, record.n_bytes) for record in row] for row in records]
         return np.array(sizes, "<u8").reshape(-1, len(self._columns), 2)
 

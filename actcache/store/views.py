@@ -21,13 +21,22 @@ if TYPE_CHECKING:
 
     from actcache.store.reader import Store
 
+_MOST_SHARDS = 64
+"""Shards of an unfinished store that `info` looks at."""
 _Read = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[Any]]
 
 
 def info(store: Store) -> dict[str, Any]:
-    """What the store is, how far it is, how large, and its statistics: JSON-able."""
+    """What the store is, how far it is, how large, and its statistics: JSON-able.
+
+    A finished store has all of this in a few objects. Of an unfinished one with many shards, sizes and statistics are
+    those of some, evenly spread over the committed ones; `n_shards_measured` says of how many.
+    """
     spec, names = store.spec, layout.columns(store.spec)
-    bytes_per_column = store.heads()[:, :, 1].sum(axis=0)
+    measured = _evenly(store.committed, len(store.committed) if store.sealed else _MOST_SHARDS)
+    share = int(store.shard_n_rows[measured].sum()) / max(1, store.n_rows)
+    bytes_per_column = store.heads(measured)[:, :, 1].sum(axis=0) / (share or 1)
+    shards = None if len(measured) == len(store.committed) else measured
     raw_bytes = {site.name: store.n_rows * site.width * store.stored_dtype.itemsize for site in spec.sites}
     stored = dict(zip(names, map(int, bytes_per_column), strict=True))
     sites = {
@@ -38,7 +47,7 @@ def info(store: Store) -> dict[str, Any]:
             "bytes": stored[site.name],
             "bytes_per_activation": stored[site.name] / max(1, store.n_rows * site.width),
             "ratio": stored[site.name] / max(1, raw_bytes[site.name]),
-            **(store.stats(site.name).summary() if store.committed else {}),
+            **(store.stats(site.name, shards=shards).summary() if store.committed else {}),
         }
         for site in spec.sites
     }
@@ -50,6 +59,7 @@ def info(store: Store) -> dict[str, Any]:
         "n_rows_expected": spec.n_rows,
         "n_shards": len(store.committed),
         "n_shards_expected": spec.n_shards,
+        "n_shards_measured": len(measured),
         "bytes": sum(stored.values()),
         "raw_bytes": sum(raw_bytes.values()),
         "codec": ", ".join(dict.fromkeys(site.codec for site in spec.sites)),
@@ -57,6 +67,10 @@ def info(store: Store) -> dict[str, Any]:
         "spec": spec.to_dict(),
         "sites": sites,
     }
+
+
+def _evenly(shards: list[int], most: int) -> list[int]:
+    return [shards[i] for i in np.linspace(0, len(shards) - 1, min(most, len(shards))).round().astype(int)]
 
 
 def as_dask(store: Store, site: str) -> dask.array.Array:
