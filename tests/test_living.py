@@ -1,4 +1,4 @@
-"""Living stores: extend, add and delete sites, export. Each equals what one extraction would have made, crash or not."""
+"""Living stores: extend, add and delete sites, export. Each equals what one extraction makes, killed or not."""
 
 from __future__ import annotations
 
@@ -240,7 +240,8 @@ def test_an_export_of_some_rows_keeps_those_and_no_others(plan, tmp_path):
     theirs = rows_by_place(part, SITE)
     assert {(sequence - 2, position) for sequence, position in wanted} == theirs.keys()
     assert all(np.array_equal(ours[sequence + 2, position], row) for (sequence, position), row in theirs.items())
-    assert (part.row_table()["token"] == part.tokens()[part.row_table()["sequence"], part.row_table()["position"]]).all()
+    places = part.row_table()["sequence"], part.row_table()["position"]
+    assert (part.row_table()["token"] == part.tokens()[places]).all()
     assert verify(part.objects) == []
     # A store with rows left out is read, loaded and exported like any other.
     loaded = [row for batch in Loader(part, [SITE], batch_rows=5, drop_last=False) for row in batch.rows.tolist()]

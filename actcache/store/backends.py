@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import stat
 import threading
 import uuid
 from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
@@ -29,7 +30,7 @@ from zarr.storage import FsspecStore, LocalStore, ObjectStore
 from actcache.errors import ConfigError
 
 T = TypeVar("T")
-_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_ABSENT = (FileNotFoundError, NotADirectoryError)
 PARTIAL = ".partial"
 """How the names of zarr's unfinished local writes end."""
 _MOST_PARTS = 512
@@ -180,15 +181,26 @@ class FileBackend:
         self.identity: Hashable = self._root
 
     def get(self, key: str) -> memoryview | None:
+        descriptor = self._open(key)
+        if descriptor is None:
+            return None
+        with os.fdopen(descriptor, "rb") as file:
+            return memoryview(file.read())
+
+    def _open(self, key: str) -> int | None:
+        """The descriptor of a file; None when there is none. A folder is none, nor a pipe, which would make us wait."""
         try:
-            return memoryview((self.root / key).read_bytes())
+            descriptor = os.open(f"{self._root}/{key}", os.O_RDONLY | os.O_NONBLOCK)
         except _ABSENT:
             return None
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+        return None
 
     def read_into(self, key: str, offset: int, outs: tuple[memoryview, ...]) -> int:
-        try:
-            descriptor = os.open(f"{self._root}/{key}", os.O_RDONLY)
-        except _ABSENT:
+        descriptor = self._open(key)
+        if descriptor is None:
             return -1
         try:
             return os.preadv(descriptor, outs, offset)
@@ -196,9 +208,8 @@ class FileBackend:
             os.close(descriptor)
 
     def span(self, key: str, offset: int, n_bytes: int) -> memoryview | None:
-        try:
-            descriptor = os.open(f"{self._root}/{key}", os.O_RDONLY)
-        except _ABSENT:
+        descriptor = self._open(key)
+        if descriptor is None:
             return None
         try:
             return memoryview(os.pread(descriptor, n_bytes, offset))
@@ -206,9 +217,8 @@ class FileBackend:
             os.close(descriptor)
 
     def pieces(self, key: str, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-        try:
-            descriptor = os.open(f"{self._root}/{key}", os.O_RDONLY)
-        except _ABSENT:
+        descriptor = self._open(key)
+        if descriptor is None:
             yield from (b"" for _ in spans)
             return
         try:
@@ -218,9 +228,8 @@ class FileBackend:
             os.close(descriptor)
 
     def tail(self, key: str, n_bytes: int) -> memoryview | None:
-        try:
-            descriptor = os.open(f"{self._root}/{key}", os.O_RDONLY)
-        except _ABSENT:
+        descriptor = self._open(key)
+        if descriptor is None:
             return None
         try:
             return memoryview(os.pread(descriptor, n_bytes, max(0, os.fstat(descriptor).st_size - n_bytes)))
@@ -229,9 +238,10 @@ class FileBackend:
 
     def size(self, key: str) -> int:
         try:
-            return os.stat(f"{self._root}/{key}").st_size
+            found = os.stat(f"{self._root}/{key}")
         except _ABSENT:
             return -1
+        return found.st_size if stat.S_ISREG(found.st_mode) else -1
 
     def put(self, key: str, *parts: memoryview | bytes) -> None:
         with self.writing(key) as add:

@@ -41,7 +41,7 @@ HEAD_BYTES = 48
 """A record's head: sha256 (32), rows (8), stored bytes (8)."""
 LEDGER_KEY = "ledger/c.0.0.0"
 _INDEX_ENTRY_BYTES = 16
-_MOST_ROOT_BYTES = 1 << 23
+_MOST_ROOT_BYTES = 1 << 22
 ABSENT_CHUNK = np.iinfo(np.uint64).max
 """Offset and size of a chunk that a shard does not have, as the sharding codec defines it."""
 ABSENT_ROW = np.iinfo(np.uint32).max
@@ -123,6 +123,8 @@ def write_root(objects: Objects, root: Root) -> None:
     """Put the root attributes: one atomic put, which is what makes a store open or sealed."""
     metadata = {"zarr_format": 3, "node_type": "group", "attributes": {"actcache": root.attributes()}}
     data = json.dumps(metadata, indent=2).encode()
+    if len(data) > _MOST_ROOT_BYTES // 4:  # long lists of exponents, a line each
+        data = json.dumps(metadata, separators=(",", ":")).encode()
     if len(data) > _MOST_ROOT_BYTES:
         raise ConfigError(
             f"what {objects} holds takes {len(data):,} bytes to describe, at most {_MOST_ROOT_BYTES:,} are possible; "

@@ -326,14 +326,27 @@ class Store:
 
     def row_ids(self) -> NDArray[np.int64]:
         """Ids of all rows that can be read now, in order: `range(n_rows)`, unless shards are not full or not there."""
-        firsts = np.arange(self.spec.n_shards) * self.spec.rows_per_shard
-        return np.concatenate([f + np.arange(n) for f, n in zip(firsts, self.shard_n_rows, strict=True)])
+        return self._row_ids(0, self.spec.n_rows)
+
+    def _row_ids(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Ids of the rows from `start` up to `stop` that can be read now; takes memory for those alone."""
+        size, n_rows = self.spec.rows_per_shard, self.shard_n_rows
+        shards = np.flatnonzero(n_rows)
+        shards = shards[(shards >= start // size) & (shards * size < stop)].tolist()
+        ranges = ((max(start, s * size), min(stop, s * size + int(n_rows[s]))) for s in shards)
+        return np.concatenate([np.empty(0, np.int64), *(np.arange(first, last) for first, last in ranges)])
 
     def checked_rows(self, rows: Rows) -> NDArray[np.int64]:
         """The row ids that a slice, ids or a mask mean; IndexError when there is one that is no row."""
         if isinstance(rows, slice):
-            wanted = np.arange(*rows.indices(self.spec.n_rows))
-            # A slice takes what there is of a finished store; ids of shards still to be written are asked for in error.
+            start, stop, step = rows.indices(self.spec.n_rows)
+            if not self.sealed:  # shards still to be written are asked for in error
+                low, high = sorted((start, stop))
+                for shard in range(low // self.spec.rows_per_shard, -(-high // self.spec.rows_per_shard)):
+                    self.record(layout.ROWS, shard)
+            if step == 1:
+                return self._row_ids(start, stop)
+            wanted = np.arange(start, stop, step)
             return wanted[self._there(wanted)]
         wanted = np.asarray(rows)
         if wanted.dtype == bool and wanted.shape == (self.spec.n_rows,):

@@ -10,6 +10,7 @@ import errno
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from actcache.store.objects import Objects
 from actcache.store.reader import Store, open_store
 from actcache.store.seal import fingerprint, seal
 
+_MOST_MISSING = 1000
 _DISK_FAULTS = (errno.EIO, errno.EISDIR)
 """What the system says of an object that is there and cannot be read: damage too, and not a reason to stop looking."""
 
@@ -86,7 +88,9 @@ def _reason(error: Exception) -> str:
 
 
 def _check_shards(store: Store, sample: float, threads: int, progress: Progress | None) -> Iterator[Fault]:
-    shards = np.array(store.committed)
+    listed, missing = _shards_to_check(store)
+    yield from missing
+    shards = np.array(listed)
     chosen = np.sort(shards[permutation(len(shards), 0)[: int(np.ceil(sample * len(shards)))]]).tolist()
     pairs = [(shard, name) for shard in chosen for name in layout.columns(store.spec)]
 
@@ -99,6 +103,23 @@ def _check_shards(store: Store, sample: float, threads: int, progress: Progress 
             yield from found
             if progress:
                 progress(done, len(pairs))
+
+
+def _shards_to_check(store: Store) -> tuple[list[int], list[Fault]]:
+    """The shards that are committed; of a store whose ledger is damaged those that have a record, and what has none."""
+    if store.use_ledger or not store.sealed:
+        return store.committed, []
+    known = set().union(*(layout.committed_shards(store.objects, name) for name in layout.columns(store.spec)))
+    shards = sorted(shard for shard in known if shard < store.spec.n_shards)
+    absent = (shard for shard in range(store.spec.n_shards) if shard not in known)
+    faults = [
+        Fault(column=layout.ROWS, shard=shard, reason="the shard is missing: it has no commit record")
+        for shard in islice(absent, _MOST_MISSING)
+    ]
+    left = store.spec.n_shards - len(shards) - len(faults)
+    if left:  # a ledger and a root may claim millions of them
+        faults.append(Fault(column="ledger", shard=-1, reason=f"{left:,} shards more are missing"))
+    return shards, faults
 
 
 def _check_ledger(store: Store) -> None:
