@@ -260,7 +260,7 @@ class Pcodec:
 
     def backward(self, payload: bytes, out: NDArray[Any]) -> None:
         """Decode into the flat `out`; ValueError unless the payload fills it exactly."""
-        from pcodec import standalone  # type: ignore[import-untyped]  # an optional package without stubs
+        from pcodec import standalone
 
         progress = standalone.simple_decompress_into(payload, out)
         if progress.n_processed != out.size or not progress.finished:
