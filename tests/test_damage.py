@@ -187,10 +187,16 @@ def reads_of(store: Store) -> dict[str, Callable[[], bytes]]:
     reads: dict[str, Callable[[], bytes]] = {"row table": table}
     for site in store.sites:
         reads[site] = lambda site=site: store.read(site, slice(None), threads=1).view(torch.uint8).numpy().tobytes()
-        reads[f"{site}, statistics"] = lambda site=site: repr(store.stats(site)).encode()
+        reads[f"{site}, statistics"] = lambda site=site: statistics_of(store, site)
     for array in ("ids", "document"):
         reads[array] = lambda array=array: store.tokens(array).tobytes()
     return reads
+
+
+def statistics_of(store: Store, site: str) -> bytes:
+    found = store.stats(site)
+    arrays = (found.mean, found.variance, found.dimension_abs_max, np.array(list(found.summary().values())))
+    return b"".join(values.tobytes() for values in arrays)
 
 
 def read_everything(path: Path) -> dict[str, bytes | None]:
@@ -372,7 +378,7 @@ def test_damage_to_the_metadata_of_arrays_does_not_touch_our_reads_and_is_named_
     files = sorted(set(path.rglob("zarr.json")) - {path / "zarr.json"})
     assert len(files) == 2 + 3 + 1 + 4 * 4 + 1 + 1 + 3 + 4  # arrays, the ledger, and groups
     damage, unseen = Damage(path, other, files, seed=3), 0
-    for i in range(150):
+    for i in range(100):
         where = f"damage {i}: {damage.inflict()}"
         assert read_everything(path) == sound, where
         faults = verify(path)

@@ -27,7 +27,7 @@ from zarr.abc.store import RangeByteRequest, Store, SuffixByteRequest
 from zarr.buffer import cpu, default_buffer_prototype
 from zarr.storage import FsspecStore, LocalStore, ObjectStore
 
-from actcache.errors import ConfigError
+from actcache.errors import ConfigError, StoreError
 
 T = TypeVar("T")
 _ABSENT = (FileNotFoundError, NotADirectoryError)
@@ -249,7 +249,7 @@ class FileBackend:
 
     @contextmanager
     def writing(self, key: str) -> Iterator[Callable[..., None]]:
-        place = f"{self._root}/{key}"
+        place = self._own(key)
         beside = f"{place}.{uuid.uuid4().hex}{PARTIAL}"
         os.makedirs(os.path.dirname(place), exist_ok=True)
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -265,7 +265,17 @@ class FileBackend:
             raise
 
     def create(self, key: str, data: bytes) -> None:
+        self._own(key)
         _LOOP.run(self.store.set_if_not_exists(key, cpu.Buffer.from_bytes(data)))
+
+    def _own(self, key: str) -> str:
+        """The path of an object that may be changed; StoreError when a linked folder leads out of the store to it."""
+        place, root = f"{self._root}/{key}", os.path.realpath(self._root)
+        if not f"{os.path.realpath(os.path.dirname(place))}/".startswith(f"{root.rstrip('/')}/"):
+            raise StoreError(
+                f"{key} of {self._root} lies elsewhere, behind a link, so it is not changed; copy it there"
+            )
+        return place
 
     def walk(self, prefix: str) -> Iterator[str]:
         for folder, _, names in os.walk(self.root / prefix):
@@ -283,11 +293,15 @@ class FileBackend:
 
     def delete(self, key: str) -> None:
         with suppress(*_ABSENT):
-            (self.root / key).unlink()
+            os.unlink(self._own(key))
 
     def delete_all(self, prefix: str) -> None:
+        place = self._own(prefix)
         with suppress(*_ABSENT):
-            shutil.rmtree(self.root / prefix)
+            if os.path.islink(place):
+                os.unlink(place)
+            else:
+                shutil.rmtree(place)
 
 
 class BucketBackend(_Whole):
