@@ -24,8 +24,10 @@ format: $(READY)  ## rewrite sources in house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmarks: $(READY)  ## measure this machine and rewrite docs/benchmarks.md
+benchmarks: $(READY)  ## measure this machine and rewrite docs/{benchmarks,store-speed,codecs}.md
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/store.py --out docs/store-speed.md
+	$(BIN)/python benchmarks/chunk_codecs.py --out docs/codecs.md
 
 clean:
 	rm -rf $(VENV) .venv-s3 .venv-zarr-latest runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

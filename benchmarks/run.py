@@ -2,7 +2,7 @@
 
     make benchmarks
 
-Takes about five minutes on two cores. Each row compares two ways of doing the same work, run in turn on the same
+Takes about seven minutes on two cores. Each row compares two ways of doing the same work, run in turn on the same
 data; only ratios are meant to be carried to other machines.
 """
 

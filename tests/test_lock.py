@@ -54,7 +54,7 @@ def lease_of(**changes: Any) -> bytes:
     return json.dumps({**lease, **changes}).encode()
 
 
-DAMAGED = [b"", b"{", b"[]", b"null", b"9" * 9999]
+DAMAGED = [b"", b"{", b"[]", b"null", b"9" * 9999, b"[" * 4000]
 DAMAGED += [lease_of(token="../../zarr.json"), lease_of(pid="7"), lease_of(pid=-1), lease_of(host=None)]
 
 

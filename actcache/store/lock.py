@@ -221,7 +221,7 @@ class _Lease:
         """The lease that `to_bytes` wrote; an unknown one when it is damaged."""
         try:
             lease = cls(**json.loads(bytes(data)))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             return _UNKNOWN
         texts = (lease.host, lease.since, lease.token, lease.processes)
         sound = type(lease.pid) is int and lease.pid > 0 and all(isinstance(text, str) for text in texts)
