@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +21,7 @@ from actcache.errors import ConfigError, StoreError, StoreMismatchError
 from actcache.memory import keep_freed_memory
 from actcache.spec import Dtype, Progress, Site, StoreSpec, TokenBlocks, check_positive
 from actcache.store import ShardBuffers, Store, StoreWriter, open_store
-from actcache.store.codecs import parse_codec
-from actcache.store.fit import fitted, is_result_of, needs_trial
+from actcache.store.fit import codec_of, fitted, given, is_result_of, needs_trial
 from actcache.store.sizes import default_sizes
 
 if TYPE_CHECKING:
@@ -248,11 +246,7 @@ def _with_codecs(
     spec: StoreSpec,
 ) -> tuple[Site, ...]:
     """The sites with their codecs. What was found out for the store that is there is not found out again."""
-    by_pattern = {"*": codec} if isinstance(codec, str) else codec
-    asked = {
-        site.site.name: next((c for p, c in by_pattern.items() if fnmatchcase(site.site.name, p)), "lossless")
-        for site in resolved
-    }
+    asked = {site.site.name: codec_of(site.site.name, codec) or "lossless" for site in resolved}
     known: dict[str, Site] = {}
     if any(map(needs_trial, asked.values())):
         with suppress(StoreError):
@@ -261,9 +255,7 @@ def _with_codecs(
     to_try = [site for site in resolved if needs_trial(asked[site.site.name]) and site.site.name not in known]
     if to_try:
         known |= _tried(lm, blocks, to_try, asked, spec)
-    return tuple(
-        known.get(site.site.name) or replace(site.site, codec=parse_codec(asked[site.site.name])) for site in resolved
-    )
+    return tuple(known.get(site.site.name) or given(site.site, asked[site.site.name]) for site in resolved)
 
 
 def _tried(

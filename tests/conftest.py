@@ -70,9 +70,11 @@ def write_shards(
     blocks: TokenBlocks,
     bits: dict[str, NDArray[Any]],
     shards: Iterable[int] | None = None,
+    *,
+    grow: bool = False,
 ) -> Store:
     """Write the pending shards (or those of them that are named) through the real writer."""
-    with StoreWriter(location, spec, blocks) as writer:
+    with StoreWriter(location, spec, blocks, grow=grow) as writer:
         for shard in writer.pending():
             if shards is not None and shard not in shards:
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,16 +21,7 @@ SITE, OTHER = "blocks.0.hook_mlp_out", "blocks.1.attn.hook_z"
 NEW = Site(name="blocks.1.hook_resid_post", shape=(7,), codec="int8")
 
 
-def grow(location, spec, blocks, bits):
-    with StoreWriter(location, spec, blocks, grow=True) as writer:
-        for shard in writer.pending():
-            buffers = writer.acquire(shard)
-            sequences = spec.shard_sequences(shard)
-            for site in writer.sites:
-                rows = bits[site.name][sequences.start : sequences.stop].reshape(-1, site.width)
-                buffers.rows[site.name][: len(rows)] = rows
-            writer.submit(buffers, blocks.ids[sequences.start : sequences.stop])
-        return writer.finish()
+grow = partial(write_shards, grow=True)
 
 
 def reopen(location):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from numpy.typing import NDArray
 from actcache.errors import ConfigError
 from actcache.spec import DTYPES, Dtype, Progress, Site, StoreSpec, TokenBlocks
 from actcache.store import ShardBuffers, Store, StoreWriter
-from actcache.store.codecs import STORED_DTYPE, parse_codec
-from actcache.store.fit import fitted, needs_trial
+from actcache.store.codecs import STORED_DTYPE
+from actcache.store.fit import codec_of, fitted, given, needs_trial
 from actcache.store.sizes import default_sizes
 
 TORCH_DTYPES = {name: getattr(torch, name) for name in (*DTYPES, "float64")}
@@ -181,10 +180,9 @@ def _sample_digest(origin: Origin) -> str:
 
 
 def _with_codec(origin: Origin, spec: StoreSpec, site: Site, codec: str | Mapping[str, str]) -> Site:
-    by_pattern = {"*": codec} if isinstance(codec, str) else codec
-    asked = next((text for pattern, text in by_pattern.items() if fnmatchcase(site.name, pattern)), "lossless")
+    asked = codec_of(site.name, codec) or "lossless"
     if not needs_trial(asked):
-        return replace(site, codec=parse_codec(asked))
+        return given(site, asked)
     n_rows = max(_ROWS_TO_TRY, spec.rows_per_chunk)
     first = range(min(spec.n_sequences, -(-n_rows // spec.rows_per_sequence)))
     rows = origin.read(site.name, first.start, first.stop)[:, spec.skip_first :].flatten(0, 1)

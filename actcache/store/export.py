@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from actcache.errors import ConfigError, StoreIncompleteError
 from actcache.spec import Progress, Site, StoreSpec, expand_names
-from actcache.store.fit import fitted
+from actcache.store.fit import codec_of, fitted, given, needs_trial
 from actcache.store.reader import Store
 from actcache.store.sizes import default_sizes
 from actcache.store.writer import StoreWriter
@@ -60,8 +59,8 @@ def export(
     if chosen.step != 1 or not 0 <= chosen.start < chosen.stop <= store.spec.n_sequences:
         raise ConfigError(f"export: sequences {chosen} asked of {store.path}, which has 0 to {store.spec.n_sequences}")
     wanted = _wanted(store, rows)
-    spec = _spec(store, chosen, expand_names(sites, store.sites), codec, wanted, sequences_per_shard, rows_per_chunk)
-    blocks = store.token_blocks().take(chosen)
+    blocks, names = store.token_blocks().take(chosen), expand_names(sites, store.sites)
+    spec = _spec(store, chosen, blocks.digest(), names, codec, wanted, sequences_per_shard, rows_per_chunk)
     with StoreWriter(path, spec, blocks, threads=threads) as writer:
         pending = writer.pending()
         for done, shard in enumerate(pending, spec.n_shards - len(pending) + 1):
@@ -112,6 +111,7 @@ def _rows_of(
 def _spec(
     store: Store,
     sequences: range,
+    tokens: str,
     names: list[str],
     codec: str | Mapping[str, str] | None,
     wanted: NDArray[np.bool_] | None,
@@ -125,7 +125,6 @@ def _spec(
         fits = per_shard * old.rows_per_sequence % old.rows_per_chunk == 0
         default = default_sizes(widths, old.dtype, len(sequences), old.rows_per_sequence, per_shard)[1]
         rows_per_chunk = old.rows_per_chunk if fits else default
-    taken = store.token_blocks().take(sequences)
     origin = {
         "fingerprint": store.fingerprint,
         "codecs": {name: old.site(name).codec for name in names},
@@ -138,14 +137,15 @@ def _spec(
         n_sequences=len(sequences),
         sequences_per_shard=per_shard,
         rows_per_chunk=rows_per_chunk,
-        text={**old.text, "tokens": taken.digest(), "exported_from": origin},
+        text={**old.text, "tokens": tokens, "exported_from": origin},
     )
 
 
 def _with_codec(store: Store, site: Site, codec: str | Mapping[str, str] | None, rows_per_chunk: int) -> Site:
-    by_pattern = {"*": codec} if isinstance(codec, str) else codec or {}
-    asked = next((c for pattern, c in by_pattern.items() if fnmatchcase(site.name, pattern)), None)
+    asked = codec_of(site.name, codec or {})
     if asked is None:
         return site
+    if not needs_trial(asked):
+        return given(site, asked)
     rows = store.read_stored(site.name, store.row_ids()[: max(4096, rows_per_chunk)])
     return fitted(site, asked, rows, store.spec.dtype, rows_per_chunk)

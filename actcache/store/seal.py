@@ -53,8 +53,9 @@ def seal(objects: Objects, before: layout.Root | None = None) -> None:
 
 def _earlier(objects: Objects, before: layout.Root | None, spec: StoreSpec) -> Store | None:
     """The store as it was sealed before, if it had the same rows."""
-    same_rows = before is not None and before.state == "sealed" and before.spec.n_sequences == spec.n_sequences
-    return Store(objects, before) if before is not None and same_rows else None
+    if before is None or before.state != "sealed" or before.spec.n_sequences != spec.n_sequences:
+        return None
+    return Store(objects, before)
 
 
 def _known_heads(earlier: Store, spec: StoreSpec) -> dict[str, NDArray[np.uint8]]:
