@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import subprocess
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,21 @@ def write_shards(
                 buffers.rows[site.name][: len(rows)] = rows
             writer.submit(buffers, blocks.ids[sequences.start : sequences.stop])
         return writer.finish()
+
+
+@contextmanager
+def small_disk_in(folder: Path, size: str) -> Iterator[Path]:
+    """A real file system of its own, too small for what is to be written; `grow_disk` makes room."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def grow_disk(folder: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=8m", str(folder)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import random_bits, random_blocks, spec_of, write_shards
+from conftest import grow_disk, random_bits, random_blocks, small_disk_in, spec_of, write_shards
 from zarr.storage import MemoryStore
 
 from actcache.errors import ActcacheError, CorruptShardError, StorageFullError, StoreIncompleteError, StoreNotFoundError
@@ -95,18 +94,8 @@ def test_a_full_disk_is_a_clear_error_and_the_same_call_finishes(plan, unbroken)
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A real file system of its own, that can be made larger."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def grow_disk(folder: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,size=8m", str(folder)], check=True)
+    with small_disk_in(tmp_path / "disk", "200k") as folder:
+        yield folder
 
 
 def plan_of(n_sequences: int, codec: str) -> tuple[TokenBlocks, StoreSpec, dict[str, Any]]:

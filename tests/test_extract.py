@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_blocks
+from conftest import grow_disk, random_blocks, small_disk_in
 
 import actcache as ac
 from actcache.errors import ConfigError, SiteError, StorageFullError, StoreMismatchError
@@ -127,20 +126,14 @@ def test_nan_activations_are_counted_and_reported(tmp_path, blocks):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A real file system of its own, too small for the store."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_disk_in(tmp_path / "disk", "256k") as folder:
+        yield folder
 
 
 def test_a_full_disk_says_what_is_missing_and_the_same_call_finishes(small_disk, blocks, unbroken):
     with pytest.raises(StorageFullError, match=r"bytes needed, [\d,]+ free; make room and give the same command again"):
         ac.extract(tiny_lm(), blocks, SITES, small_disk / "s.zarr", **SIZES)
-    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    grow_disk(small_disk)
     finished = ac.extract(tiny_lm(), blocks, SITES, small_disk / "s.zarr", **SIZES)
     assert finished.fingerprint == unbroken.fingerprint
     assert ac.verify(small_disk / "s.zarr") == []
