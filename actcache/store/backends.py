@@ -17,6 +17,7 @@ import shutil
 import stat
 import threading
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -83,14 +84,14 @@ _LOOP = _Loop()
 os.register_at_fork(after_in_child=_LOOP.forget)
 
 
-class _Whole:
+class _Whole(ABC):
     """For backends that give an object best in one piece."""
 
-    def get(self, key: str) -> memoryview | None:
-        raise NotImplementedError
+    @abstractmethod
+    def get(self, key: str) -> memoryview | None: ...
 
-    def span(self, key: str, offset: int, n_bytes: int) -> memoryview | None:
-        raise NotImplementedError
+    @abstractmethod
+    def span(self, key: str, offset: int, n_bytes: int) -> memoryview | None: ...
 
     def read_into(self, key: str, offset: int, outs: tuple[memoryview, ...]) -> int:
         data = self.span(key, offset, sum(map(len, outs)))
