@@ -2,9 +2,11 @@
 
 Exit codes: 0 fine, 1 something that the user can mend (said in one line), 2 unsound data, 130 interrupted.
 
+    options.py  which model, which text: options of several verbs
     screen.py   bars, tables, JSON: all that is printed
     stores.py   the verbs that make a store and look after it
     exchange.py the verb `import`
+    sites.py    the verb `sites`
     verbs.py    the others
     train.py    the verb `train`, whose options need torch
 """
@@ -18,7 +20,7 @@ from collections.abc import Callable, Sequence
 from cyclopts import App, CycloptsError, Parameter
 
 from actcache import __version__
-from actcache.cli import exchange, stores, verbs
+from actcache.cli import exchange, sites, stores, verbs
 from actcache.cli.screen import error_line
 from actcache.errors import ActcacheError, CorruptShardError
 
@@ -58,7 +60,7 @@ def build_app() -> App:
     summary = (
         "Train a sparse MLP that predicts one site of a store from another. Run again, it goes on where it stopped."
     )
-    making: list[Callable[..., int]] = [verbs.demo, verbs.sites, stores.extract, stores.info]
+    making: list[Callable[..., int]] = [verbs.demo, sites.sites, stores.extract, stores.info]
     keeping: list[Callable[..., int]] = [stores.verify, stores.repair, stores.extend, stores.add_sites]
     keeping += [stores.delete_sites, stores.export]
     for place, verb in enumerate([*making, *keeping]):

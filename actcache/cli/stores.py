@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from rich.console import Console
 
+from actcache.cli.options import Flag, Flat, ModelOptions, Strings, TextOptions
 from actcache.cli.screen import Screen, sites_table, store_lines
-from actcache.cli.verbs import Flag, Flat, ModelOptions, Strings, TextOptions
 from actcache.errors import ConfigError
 from actcache.spec import Dtype
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from actcache.cli.options import Flag, Flat
 from actcache.cli.screen import Screen, paths_lines, results_table
-from actcache.cli.verbs import Flag, Flat, typed
+from actcache.cli.verbs import typed
 from actcache.runs import Pair, train_run
 from actcache.store import open_store
 from actcache.train import TrainConfig

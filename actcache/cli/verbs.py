@@ -8,73 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import Parameter
 from rich.console import Console
 
+from actcache.cli.options import Flag, Flat, ModelOptions, TextOptions
 from actcache.cli.screen import Screen, paths_lines, results_table, stages_table
 from actcache.demo import DemoConfig, run_demo
-from actcache.spec import Dtype
-
-Flat = Parameter(name="*")
-"""A dataclass's fields are options of their own."""
-
-Flag = Annotated[bool, Parameter(show_default=False)]
-Strings = Annotated[list[str], Parameter(consume_multiple=True)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """Which base model, and how it runs."""
-
-    model: str = "stories-4l"
-    """Base model: `stories-4l` (embedded), a Hugging Face name or folder."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hugging Face name."""
-    model_dtype: Dtype | None = None
-    """Element type in which the model computes; by default that of its weights."""
-    device: str = "cpu"
-    """Where the model runs: `cpu`, `cuda`, `mps`."""
-
-    def load(self) -> Any:
-        """The model."""
-        from actcache.lm import load_lm
-
-        return load_lm(self.model, dtype=self.model_dtype, device=self.device, revision=self.revision)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextOptions:
-    """Which text, and how it is cut into sequences."""
-
-    text: str = "stories-corpus"
-    """Text: `stories-corpus` (embedded), a text, jsonl or parquet file, a folder of those, or a `datasets` name."""
-    length: int = 256
-    """Tokens of a sequence."""
-    count: int | None = None
-    """Sequences at most; by default all that the text gives."""
-    split: str = "train"
-    """Split of a `datasets` name."""
-    column: str | None = None
-    """Column of the text; by default the first of text, story, content."""
-    skip_documents: int = 0
-    """Documents left out at the beginning, for instance those that a store was already made from."""
-    text_seed: int = 0
-    """Seed of the order of sequences."""
-
-    def blocks(self, tokenizer: Any, screen: Screen) -> Any:
-        """The tokens."""
-        from actcache.source import read_texts, token_blocks
-
-        texts = islice(read_texts(self.text, split=self.split, column=self.column), self.skip_documents, None)
-        progress = screen.stage("Tokenize text", "sequences")
-        return token_blocks(
-            texts, tokenizer, length=self.length, count=self.count, seed=self.text_seed, progress=progress
-        )
 
 
 def demo(
@@ -146,39 +87,6 @@ def report(run: Path, /, *, json: Flag = False) -> int:
         page = write_report(run)
         screen.result({"report": str(page)}, lambda out: out.print(str(page), highlight=False))
     return 0
-
-
-def sites(
-    patterns: list[str] | None = None,
-    /,
-    *,
-    model: Annotated[ModelOptions | None, Flat] = None,
-    length: int = 256,
-    json: Flag = False,
-) -> int:
-    """List what can be cached of a model; given names or patterns, say which sites they mean, with their widths.
-
-    Parameters
-    ----------
-    patterns
-        Hook names or patterns, such as 'blocks.0.*'; without any, every name is listed.
-    length
-        Tokens of a sequence, which decide the width of attention patterns.
-    json
-        Print one JSON object on stdout.
-    """
-    with Screen(json=json) as screen:
-        lm = (model or ModelOptions()).load()
-        resolved = lm.resolve(patterns, length=length) if patterns else []
-        named = [{"name": place.site.name, "shape": list(place.site.shape)} for place in resolved]
-        found = named if patterns else [{"name": name} for name in lm.site_names]
-        lines = "\n".join(_site_line(site) for site in found)
-        screen.result({"model": lm.name, "sites": found}, lambda out: out.print(lines, markup=False, highlight=False))
-    return 0
-
-
-def _site_line(site: Mapping[str, Any]) -> str:
-    return f"{site['name']}  {' x '.join(map(str, site['shape']))}" if "shape" in site else str(site["name"])
 
 
 def _show_run(out: Console, run: Path, metrics: Mapping[str, Any]) -> None:
