@@ -26,12 +26,76 @@ DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 MOST_OBJECT_BYTES = 1 << 28
 """Largest piece of a store that is decoded whole: what a hostile store can make a reader allocate at a time."""
+NO_DOCUMENT = (1 << 32) - 1
+"""Document number of the positions behind the end of a sequence that is shorter than the others."""
 _MOST_NAME_CHARACTERS = 240
 """Of a site's name, escaped as in a URL: file systems take names of 255 bytes."""
 _NO_SITE_NAMES = ("rows", "tokens", "ledger", "attributes", "metadata")
 
 Progress = Callable[[int, int], None]
 """`progress(done, total)`: called by long functions; the library itself prints nothing."""
+Watch = Callable[["Status"], None]
+"""`watch(status)`: called by an extraction after each forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SiteStatus:
+    """Statistics of a site over the rows that an extraction has stored so far."""
+
+    mean_norm: float
+    """Mean Euclidean norm of a row."""
+    abs_max: float
+    """Largest absolute value."""
+    zero_fraction: float
+    """Share of the values that are zero."""
+    n_nan: int
+    """Values that are not a number."""
+    n_inf: int
+    """Infinite values."""
+    dead: bool
+    """Whether all rows are equal: there is nothing to learn from such a site."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Status:
+    """How far an extraction is, and how fast; what `watch` is called with after each forward pass."""
+
+    n_sequences_done: int
+    """Sequences whose forward pass is done, those of earlier calls included."""
+    n_sequences: int
+    """Sequences in all."""
+    n_tokens: int
+    """Tokens that this call has run the model over."""
+    seconds: float
+    """Since this call began to extract."""
+    n_bytes: int
+    """Bytes that this call has stored, compressed."""
+    queue: int
+    """Shards that wait to be encoded or are being encoded."""
+    queue_size: int
+    """Shards that fit in memory: when `queue` stays there, encoding or the disk is what limits."""
+    sites: Mapping[str, SiteStatus]
+    """Statistics of what this call has stored; empty before its first shard."""
+    n_sequences_here: int
+    """Sequences of `n_sequences_done` that this call has done."""
+    n_sequences_share: int
+    """Sequences that this call is going to do, of `n_sequences`."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens a second, since this call began."""
+        return self.n_tokens / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Bytes stored a second."""
+        return self.n_bytes / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def eta_s(self) -> float:
+        """Seconds left at this speed; infinite before the first sequence."""
+        left = self.n_sequences_share - self.n_sequences_here
+        return self.seconds * left / self.n_sequences_here if self.n_sequences_here else math.inf
 
 
 def check_positive(where: str, **values: int) -> None:
@@ -216,12 +280,16 @@ class StoreSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenBlocks:
-    """Token sequences of equal length, in the order in which they are extracted, with where each token came from."""
+    """Token sequences in the order in which they are extracted, with where each token came from.
+
+    Packed ones are all T tokens long. One that is shorter ends where its `document` becomes `NO_DOCUMENT`, and stays so:
+    positions behind are no tokens, and get no rows.
+    """
 
     ids: NDArray[np.uint32]
     """`(Q, T)` token ids; may be memory-mapped."""
     document: NDArray[np.uint32]
-    """`(Q, T)` number of the text that each token belongs to."""
+    """`(Q, T)` number of the text that each token belongs to, `NO_DOCUMENT` behind the end of a shorter sequence."""
     description: Mapping[str, Any]
     """How the blocks were made (length, seed, documents read, tokenizer digest, token digest): JSON-able."""
 
@@ -241,6 +309,11 @@ class TokenBlocks:
     def sequence_length(self) -> int:
         """T."""
         return int(self.ids.shape[1])
+
+    def lengths(self, sequences: range) -> NDArray[np.int64]:
+        """`(q,)` tokens of each of some sequences."""
+        there = np.asarray(self.document[sequences.start : sequences.stop]) != NO_DOCUMENT
+        return np.count_nonzero(there, axis=1)
 
     def digest(self) -> str:
         """sha256 (hex) of ids and documents: what a store and its verification go by."""

@@ -1,6 +1,6 @@
 """Format 1 on disk: which arrays there are, under which keys, with which codecs; and the commit record.
 
-    NAME.zarr/                      attributes.actcache = {format_version, state, spec, fingerprint}
+    NAME.zarr/                      attributes.actcache = {format_version, state, spec, fingerprint, digests, provenance}
     ├── tokens/{ids, document}      (Q, T) uint32     a store is born with its tokens, in extraction order
     ├── rows/{sequence, position, token}  (N,) uint32 where each row came from; one chunk a shard
     ├── rows/commit                 (S, L) uint8      one record a shard
@@ -21,7 +21,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
@@ -61,6 +62,8 @@ class Root:
     """sha256 over spec, ledger and totals; only a sealed store has one."""
     digests: tuple[str, ...] = ()
     """sha256 (hex) of the ledger, then of each site's total: by them each is known by itself. Of a sealed store."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """How the store came to be (versions, device, batch): for people, and no part of what the fingerprint says."""
 
     def attributes(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -70,6 +73,7 @@ class Root:
             "spec": self.spec.to_dict(),
             "fingerprint": self.fingerprint,
             "digests": list(self.digests),
+            **({"provenance": dict(self.provenance)} if self.provenance else {}),
         }
 
 
@@ -109,7 +113,10 @@ def _root(attributes: dict[str, Any]) -> Root:
         spec=StoreSpec.from_dict(attributes["spec"]),
         fingerprint=attributes["fingerprint"],
         digests=tuple(attributes["digests"]),
+        provenance=attributes.get("provenance", {}),
     )
+    if not isinstance(root.provenance, dict):
+        raise ValueError("its provenance is no mapping")
     if root.state not in ("creating", "open", "sealed"):
         raise ValueError(f"there is no state {root.state!r}")
     if root.state == "sealed" and len(root.digests) != len(columns(root.spec)):

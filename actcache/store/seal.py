@@ -48,7 +48,7 @@ def seal(objects: Objects, before: layout.Root | None = None) -> None:
         totals.append(merge(reader.shard_line(site.name, shard) for shard in range(spec.n_shards)))
         layout.put_table(objects, layout.total_key(site.name), totals[-1])
     metadata.put_ledger(objects, spec, ledger)
-    layout.write_root(objects, sealed_root(spec, ledger, totals))
+    layout.write_root(objects, replace(sealed_root(spec, ledger, totals), provenance=root.provenance))
 
 
 def _earlier(objects: Objects, before: layout.Root | None, spec: StoreSpec) -> Store | None:

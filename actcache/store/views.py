@@ -65,6 +65,7 @@ def info(store: Store) -> dict[str, Any]:
         "codec": ", ".join(dict.fromkeys(site.codec for site in spec.sites)),
         "compression_ratio": sum(stored[name] for name in store.sites) / max(1, sum(raw_bytes.values())),
         "spec": spec.to_dict(),
+        "provenance": dict(store.root.provenance),
         "sites": sites,
     }
 
