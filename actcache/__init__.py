@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from actcache.lm import load_lm as load_lm
     from actcache.load import Loader as Loader
     from actcache.report import write_report as write_report
+    from actcache.source import read_chats as read_chats
+    from actcache.source import read_documents as read_documents
     from actcache.source import read_texts as read_texts
+    from actcache.source import read_tokens as read_tokens
     from actcache.source import token_blocks as token_blocks
     from actcache.sparse import SparseMLP as SparseMLP
     from actcache.store import Store as Store
@@ -56,7 +59,10 @@ _ROOMS = {
     "import_safetensors": "exchange",
     "load_lm": "lm",
     "open_store": "store",
+    "read_chats": "source",
+    "read_documents": "source",
     "read_texts": "source",
+    "read_tokens": "source",
     "reconstruction": "evaluate",
     "repair": "store",
     "spliced_loss": "evaluate",
@@ -83,7 +89,10 @@ __all__ = [
     "import_safetensors",
     "load_lm",
     "open_store",
+    "read_chats",
+    "read_documents",
     "read_texts",
+    "read_tokens",
     "reconstruction",
     "repair",
     "spliced_loss",

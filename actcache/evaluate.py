@@ -148,7 +148,7 @@ def spliced_loss(
     batch_sequences: int = 32,
     progress: Progress | None = None,
 ) -> SplicedLoss:
-    """Loss over all next-token predictions of the blocks, with the value at `site_out` replaced.
+    """Loss over all next-token predictions of the blocks, with the value at `site_out` replaced; padding is no token.
 
     `mean` is the `(D_out,)` mean of the site (`store.stats(site_out).mean`). The first `skip_first` positions of every
     sequence keep the model's own value: pass the store's `skip_first`, since the MLP never saw those positions. The
@@ -161,18 +161,20 @@ def spliced_loss(
     treatments = _treatments(mlp, mean)
     totals, done = dict.fromkeys(["clean", *treatments], 0.0), 0
     kept = lm.resolve([site_out]) if skip_first else []
+    n_tokens = 0
     for ids in blocks.batches(batch_sequences):
         ids_QT = torch.from_numpy(ids.astype(np.int64)).to(lm.device)
-        totals["clean"] += next_token_loss(lm.logits(ids_QT), ids_QT)
+        lengths_Q = blocks.lengths(range(done, done + len(ids)))
+        n_tokens += int(np.maximum(lengths_Q - 1, 0).sum())
+        totals["clean"] += next_token_loss(lm.logits(ids_QT), ids_QT, lengths_Q)
         own_QKD = lm.capture(ids_QT, kept)[site_out][:, :skip_first] if kept else None
         for name, treatment in treatments.items():
             with lm.splice(site_in, site_out, _keeping(own_QKD, treatment)):
-                totals[name] += next_token_loss(lm.logits(ids_QT), ids_QT)
+                totals[name] += next_token_loss(lm.logits(ids_QT), ids_QT, lengths_Q)
         done += len(ids)
         if progress is not None:
             progress(done, blocks.n_sequences)
-    n_tokens = done * (blocks.sequence_length - 1)
-    losses = {name: total / n_tokens for name, total in totals.items()}
+    losses = {name: total / max(1, n_tokens) for name, total in totals.items()}
     return SplicedLoss(
         clean=losses["clean"],
         zero_ablated=losses["zero_ablated"],
@@ -182,11 +184,14 @@ def spliced_loss(
     )
 
 
-def next_token_loss(logits_QTV: Tensor, ids_QT: Tensor) -> float:
-    """Summed cross-entropy of each position's prediction of the next token."""
+def next_token_loss(logits_QTV: Tensor, ids_QT: Tensor, lengths_Q: NDArray[np.int64] | None = None) -> float:
+    """Summed cross-entropy of each position's prediction of the next token, within the sequences' lengths if given."""
+    ends = [ids_QT.shape[1]] * len(ids_QT) if lengths_Q is None else np.maximum(lengths_Q, 1).tolist()
     # Sequence by sequence: the softmax needs a second copy of its logits, and one sequence's is small.
-    pairs = zip(logits_QTV[:, :-1], ids_QT[:, 1:], strict=True)
-    losses = [F.cross_entropy(logits_TV.float(), next_T, reduction="sum") for logits_TV, next_T in pairs]
+    pairs = zip(logits_QTV, ids_QT, ends, strict=True)
+    losses = [
+        F.cross_entropy(logits_TV[: end - 1].float(), ids_T[1:end], reduction="sum") for logits_TV, ids_T, end in pairs
+    ]
     return float(torch.stack(losses).double().sum())
 
 

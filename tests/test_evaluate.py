@@ -9,7 +9,7 @@ from actcache.errors import ConfigError
 from actcache.evaluate import SplicedLoss, next_token_loss, reconstruction, spliced_loss
 from actcache.lm import load_lm
 from actcache.sparse import SparseMLP
-from actcache.spec import TokenBlocks
+from actcache.spec import NO_DOCUMENT, TokenBlocks
 from actcache.stories import StoriesConfig, StoriesLM
 
 IN, OUT = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
@@ -189,3 +189,17 @@ def test_options_are_checked(lm, zero, blocks, bad):
 
 def test_uniform_logits_cost_log_v():
     assert next_token_loss(torch.zeros(2, 5, 8), torch.zeros(2, 5, dtype=torch.int64)) == pytest.approx(8 * np.log(8))
+
+
+def test_padding_is_neither_scored_nor_counted(lm, zero, blocks):
+    lengths = np.array([12, 5, 1, 0, 7, 12, 3])
+    document = np.where(np.arange(12) < lengths[:, None], 0, NO_DOCUMENT).astype(np.uint32)
+    ragged = TokenBlocks(ids=blocks.ids, document=document, description={})
+    found = loss_of(lm, zero, ragged, batch_sequences=3)
+    assert found.n_tokens == (lengths - 1).clip(0).sum()
+    alone = 0.0
+    for row, length in zip(blocks.ids.astype(np.int64), lengths.tolist(), strict=True):
+        if length > 1:
+            ids = torch.from_numpy(row[None, :length])
+            alone += torch.nn.functional.cross_entropy(lm.logits(ids)[0, :-1], ids[0, 1:], reduction="sum").item()
+    assert found.clean == pytest.approx(alone / found.n_tokens, rel=1e-5)

@@ -1,3 +1,4 @@
+import bz2
 import gzip
 import json
 import lzma
@@ -16,10 +17,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from actcache import source
 from actcache.errors import ConfigError, TextError
 from actcache.order import permutation
-from actcache.source import read_texts, token_blocks
+from actcache.source import pack, read_texts, token_blocks, tokenise
 
 STORY = "Once upon a time there was a little bird. She could not fly, and so she learned to sing."
 BOS = 0
@@ -79,8 +79,8 @@ def test_blocks_are_the_concatenated_stream_in_permuted_order(texts, length, cou
 @pytest.fixture
 def tiny_batches(monkeypatch):
     """Every boundary inside: calls of two texts, copies of three sequences."""
-    monkeypatch.setattr(source, "_TEXTS_PER_CALL", 2)
-    monkeypatch.setattr(source, "_BYTES_PER_COPY", 3 * 4 * 8)
+    monkeypatch.setattr(tokenise, "DOCUMENTS_PER_CALL", 2)
+    monkeypatch.setattr(pack, "_BYTES_PER_COPY", 3 * 4 * 8)
 
 
 def test_the_same_blocks_from_small_and_large_batches(tiny_batches, monkeypatch):
@@ -185,9 +185,10 @@ def test_texts_that_cannot_be_packed(texts, message):
         token_blocks(texts, TOKENIZER, length=64)
 
 
-def test_a_missing_tokenizer_is_named_before_texts_are_read():
+def test_a_missing_tokenizer_is_named_when_the_first_text_is_seen(tiny_batches):
+    texts = (STORY if i < 2 else pytest.fail("read on") for i in range(3))
     with pytest.raises(ConfigError, match=r"needs a tokenizer, got None; .* module brings none: pass"):
-        token_blocks((pytest.fail("read") for _ in range(1)), None, length=8)
+        token_blocks(texts, None, length=8)
 
 
 @pytest.mark.parametrize("options", [{"length": 0}, {"length": 8, "count": 0}, {"length": 8.0}])
@@ -208,7 +209,7 @@ def write(path, kind):
     elif kind == "jsonl.xz":
         path.write_bytes(lzma.compress(lines.encode()))
     elif kind == "jsonl.bz2":
-        path.write_bytes(source.bz2.compress(lines.encode()))
+        path.write_bytes(bz2.compress(lines.encode()))
     elif kind == "parquet":
         pa.parquet.write_table(pa.table({"id": [0, 1, 2], "text": RECORDS}), path)
     else:
@@ -238,7 +239,7 @@ def test_texts_that_are_left_unread_end_without_a_word(tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", UNFINISHED],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(source.__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(pack.__file__).parents[2])},
         capture_output=True,
         text=True,
         timeout=60,

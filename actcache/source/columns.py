@@ -1,0 +1,115 @@
+"""Which column of a record holds the document, and whether it holds what it should.
+
+In: records of files and datasets. Out: texts, chats, or arrays of token ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actcache.errors import TextError
+from actcache.source.kinds import NAMES, Document, Ids, Kind, id_array, kind_of
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_COLUMNS: dict[Kind, tuple[str, ...]] = {
+    "text": ("text", "story", "content"),
+    "chat": ("messages", "conversations"),
+    "tokens": ("tokens", "input_ids"),
+}
+_READERS: dict[Kind, str] = {"text": "read_texts", "chat": "read_chats", "tokens": "read_tokens"}
+_MASKS = {"input_ids": "attention_mask"}
+"""Columns whose zeros say which ids of another are padding, as transformers calls the two."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is asked of every record."""
+
+    kinds: tuple[Kind, ...]
+    """What documents may be; columns are looked for in this order."""
+    column: str | None
+    """Its column; None for the first that has one of the usual names."""
+
+    def column_of(self, names: Collection[str], where: str) -> str:
+        """The column to read, among those that are there."""
+        usual = [name for kind in self.kinds for name in _COLUMNS[kind]]
+        wanted = [self.column] if self.column else usual
+        for name in wanted:
+            if name in names:
+                return name
+        others = (kind for kind, usual in _COLUMNS.items() if kind not in self.kinds and set(usual) & set(names))
+        hint = "".join(f"; {_READERS[kind]} reads its {NAMES[kind]} column" for kind in others)
+        kinds = ", ".join(NAMES[kind] for kind in self.kinds)
+        raise TextError(
+            f"{where}: no {kinds} column {' or '.join(map(repr, wanted))} among {list(names)}; "
+            f"name one with --column{'' if self.column else hint}"
+        )
+
+    def of_record(self, record: Any, where: str) -> Document:
+        """The document of a record; where lines of JSON are bare strings or lists, these are the documents."""
+        if isinstance(record, Mapping):
+            name = self.column_of(record, where)
+            return self.of_value(record[name], record.get(_MASKS.get(name, "")), name, where)
+        if kind_of(record) in self.kinds:
+            return self.of_value(record, None, "", where)
+        kinds = " or ".join(NAMES[kind] for kind in self.kinds)
+        raise TextError(f"{where}: expected an object with a {kinds} column, found {type(record).__name__}")
+
+    def of_value(self, value: Any, mask: Any, name: str, where: str) -> Document:
+        """A column's value, checked; ids at which `mask` is zero are left out."""
+        empty = isinstance(value, list | tuple) and not value and self.kinds != ("text",)
+        kind = kind_of(value)
+        if kind not in self.kinds and not empty:
+            expected = " or ".join({"text": "text", "chat": "a chat", "tokens": "token ids"}[k] for k in self.kinds)
+            raise TextError(f"{where}: column {name!r} holds {type(value).__name__}, not {expected}")
+        if kind != "tokens" or kind not in self.kinds:
+            return value  # type: ignore[no-any-return]  # a str or a list of mappings
+        ids = id_array(value, f"{where}: column {name!r}" if name else where)
+        return ids if mask is None else _without_padding(ids, np.asarray(mask), where)
+
+    def of_table(self, table: pyarrow.Table, where: str) -> Iterator[Document]:
+        """The documents of a table that has the columns `columns_of` named."""
+        name = self.column_of(table.column_names, where)
+        mask = _MASKS.get(name, "")
+        values = _values(table.column(name))
+        masks = _values(table.column(mask)) if mask in table.column_names else None
+        for value in values:
+            yield self.of_value(value, None if masks is None else next(masks), name, where)
+
+    def columns_of(self, names: Collection[str], where: str) -> list[str]:
+        """The columns that a table must be read with: that of the documents, and what marks its padding."""
+        name = self.column_of(names, where)
+        return [name, *(mask for mask in [_MASKS.get(name, "")] if mask in names)]
+
+
+def _without_padding(ids: Ids, mask: Any, where: str) -> Ids:
+    if mask.shape != ids.shape:
+        raise TextError(f"{where}: {ids.size} ids, but an attention mask of {mask.size}")
+    return ids if mask.all() else ids[mask.astype(bool)]
+
+
+def _values(column: pyarrow.ChunkedArray) -> Iterator[Any]:
+    """The values of a column; lists of integers as arrays, without a Python object for each."""
+    import pyarrow
+
+    types = pyarrow.types
+    kind = column.type
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    for chunk in column.chunks:
+        flat = chunk.flatten() if is_list and types.is_integer(kind.value_type) and not chunk.null_count else None
+        if flat is None or flat.null_count:
+            yield from chunk.to_pylist()
+        else:
+            yield from np.split(flat.to_numpy(zero_copy_only=False), np.cumsum(_lengths(chunk))[:-1])
+
+
+def _lengths(chunk: pyarrow.Array) -> Any:
+    import pyarrow.compute
+
+    return pyarrow.compute.list_value_length(chunk).to_numpy(zero_copy_only=False)
