@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from actcache.source import read_tokens as read_tokens
     from actcache.source import token_blocks as token_blocks
     from actcache.sparse import SparseMLP as SparseMLP
+    from actcache.store import Context as Context
+    from actcache.store import RowFilter as RowFilter
     from actcache.store import Store as Store
     from actcache.store import delete_sites as delete_sites
     from actcache.store import export as export
@@ -43,7 +45,9 @@ __version__ = "0.1.0"
 
 _ROOMS = {
     "ActcacheError": "errors",
+    "Context": "store",
     "Loader": "load",
+    "RowFilter": "store",
     "SparseMLP": "sparse",
     "Store": "store",
     "TrainConfig": "train",
@@ -73,7 +77,9 @@ _ROOMS = {
 
 __all__ = [
     "ActcacheError",
+    "Context",
     "Loader",
+    "RowFilter",
     "SparseMLP",
     "Store",
     "TrainConfig",

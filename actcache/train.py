@@ -184,7 +184,7 @@ class Trainer:
         if self.config.start == "given":
             fold_scaling(self.mlp, scaled, self.scaling.inverse())
             return scaled
-        stats_in, stats_out = self.loader.store.stats(self.site_in), self.loader.store.stats(self.site_out)
+        stats_in, stats_out = self.loader.site_stats(self.site_in), self.loader.site_stats(self.site_out)
         mean_in_D = torch.as_tensor(stats_in.mean * self.scaling.scale_in, dtype=torch.float32)
         mean_out_D = torch.as_tensor(stats_out.mean * self.scaling.scale_out, dtype=torch.float32)
         initialise(scaled, mean_in_D, mean_out_D, decoder_norm=self.config.decoder_norm, seed=self.config.seed)
@@ -254,7 +254,7 @@ class Trainer:
 
     def _check_finite(self) -> None:
         if not bool(self._loss_and_error.isfinite().all()):
-            counts = [(site, self.loader.store.stats(site)) for site in (self.site_in, self.site_out)]
+            counts = [(site, self.loader.site_stats(site)) for site in (self.site_in, self.site_out)]
             unsound = ", ".join(f"{site}: {stats.n_nan} NaN and {stats.n_inf} Inf" for site, stats in counts)
             raise TrainingError(
                 f"the training loss is not finite at step {self.step} (activations of {unsound}); "
@@ -319,7 +319,7 @@ def choose_sites(loader: Loader, mlp: SparseMLP, site_in: str | None, site_out: 
     for name, site, width in zip(("site_in", "site_out"), chosen, (mlp.d_in, mlp.d_out), strict=True):
         if site not in sites:
             raise SiteError(f"{name} {site!r} is not among the loader's sites: {', '.join(sites)}")
-        found = len(loader.store.stats(site).mean)
+        found = len(loader.site_stats(site).mean)
         if found != width:
             raise ConfigError(
                 f"{name} {site} is {found} wide, but the sparse MLP takes {mlp.d_in} and gives {mlp.d_out}"
@@ -328,7 +328,7 @@ def choose_sites(loader: Loader, mlp: SparseMLP, site_in: str | None, site_out: 
 
 
 def _scale_of(loader: Loader, site: str) -> float:
-    stats = loader.store.stats(site)
+    stats = loader.site_stats(site)
     deviation = math.sqrt(float(stats.variance.mean())) if stats.count else math.nan
     if not (math.isfinite(deviation) and deviation > 0):
         found = f"the standard deviation of its activations is {deviation}" if stats.count else "no row of it is finite"

@@ -32,7 +32,7 @@ from numcodecs import blosc, zstd
 from actcache.errors import ActcacheError
 from actcache.load import Loader
 from actcache.spec import Site
-from actcache.store import StoreWriter, delete_sites, export, layout, open_store, repair, verify
+from actcache.store import RowFilter, StoreWriter, delete_sites, export, layout, open_store, repair, verify
 from actcache.store.objects import Objects
 
 MOST_MEGABYTES = 100
@@ -52,6 +52,8 @@ def verbs(path: Path, *, reading: bool = False) -> Iterator[tuple[str, Callable[
     yield "row ids", store.row_ids
     yield "row table", store.row_table
     yield "tokens", store.token_blocks
+    yield "tokens of a shard", lambda: store.shard_tokens(0)
+    yield "context of one row", lambda: store.context(0)
     for site in store.sites[:3]:
         yield "statistics", lambda site=site: store.stats(site)
         yield "one row", lambda site=site: store.read_stored(site, [0])
@@ -59,6 +61,8 @@ def verbs(path: Path, *, reading: bool = False) -> Iterator[tuple[str, Callable[
     yield "rows of a shard", lambda: store.kept_rows(0)
     yield "verify", lambda: verify(path)
     yield "loader", lambda: next(iter(Loader(store, ["*"], batch_rows=4)))
+    late = RowFilter(positions=range(2, 99), documents=range(1 << 31))
+    yield "loader of some rows", lambda: next(iter(Loader(store, ["*"], batch_rows=1, rows=late)))
     if reading:
         return
     yield "export", lambda: export(store, path / "export.zarr", codec="raw")

@@ -48,6 +48,9 @@ class MemoryLoader:
     def __len__(self):
         return self.n_rows // self.batch_rows
 
+    def site_stats(self, site):
+        return self.store.stats(site)
+
     def __iter__(self):
         while self.epochs is None or self.delivered < self.epochs * len(self):
             epoch, batch = divmod(self.delivered, len(self))

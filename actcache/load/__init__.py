@@ -1,4 +1,4 @@
-"""Sealed store to shuffled batches: `plan` decides which rows, `fetch` reads them, `loader` hands them out."""
+"""Sealed store to shuffled batches: `chosen` and `plan` say which rows, `fetch` reads them, `loader` hands them out."""
 
 from actcache.load.loader import Batch, Loader
 from actcache.load.plan import Plan

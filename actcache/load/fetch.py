@@ -6,6 +6,7 @@ windows for the whole run, and batch buffers as soon as nobody holds a tensor on
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections import deque
@@ -63,11 +64,11 @@ class Window:
         """Start decoding a window into these buffers."""
         self.epoch, self.number = epoch, window
         chunks = epoch.windows[window]
-        sizes = epoch.plan.chunk_rows(chunks)
+        ends = np.cumsum(epoch.plan.chunk_rows(chunks)).tolist()
         work = self._decode if pools.fetch is None else partial(self._fetch, pools)
         self.pending = [
-            (pools.fetch or pools.decode).submit(work, array, site, int(chunk), int(n_rows), int(end))
-            for chunk, n_rows, end in zip(chunks, sizes, np.cumsum(sizes), strict=True)
+            (pools.fetch or pools.decode).submit(work, array, site, chunk, slice(start, end))
+            for chunk, start, end in zip(chunks.tolist(), [0, *ends], ends, strict=False)
             for site in self.sites
             for array in (("acts", "scale") if site in self.scales else ("acts",))
         ]
@@ -84,30 +85,36 @@ class Window:
     def _shuffle(self, epoch: Epoch, window: int) -> None:
         self.order, self.row_ids = epoch.window_order(window), epoch.row_ids(window)
 
-    def _decode(
-        self, array: str, site: str, chunk: int, n_rows: int, end: int, stored: memoryview | None = None
-    ) -> None:
-        """Decode a chunk so that its `n_rows` rows end before row `end` of the buffer; `stored` if it is fetched."""
+    def _decode(self, array: str, site: str, chunk: int, span: slice, stored: memoryview | None = None) -> None:
+        """Decode a chunk's rows into their span of the buffer; `stored` if the chunk is fetched."""
         spec = self.store.spec
         shard, within = divmod(chunk, chunks_per_shard(spec))
-        values = self.values[site] if array == "acts" else self.scales[site]
-        target = values[end - n_rows : end]
-        whole = target
-        if n_rows < spec.rows_per_chunk:  # a shard's last chunk is padded on disk, so it does not fit its place here
-            whole = np.empty((spec.rows_per_chunk, *target.shape[1:]), target.dtype)
+        target = (self.values[site] if array == "acts" else self.scales[site])[span]
+        # Of a chunk that is not full, or not all wanted, the rows do not lie as they do on disk.
+        whole = target if len(target) == spec.rows_per_chunk else self._whole_chunk(target)
         if stored is not None:
             self.store.decode_chunk(site, shard, within, stored, whole, array=array)
         else:
-            if not hasattr(self._local, "scratch"):
-                self._local.scratch = Scratch()
-            self.store.read_chunk(site, shard, within, whole, self._local.scratch, array=array)
+            self.store.read_chunk(site, shard, within, whole, self._scratch("stored"), array=array)
         if whole is not target:
-            target[:] = whole[:n_rows]
+            places = self.epoch.plan.row_ids(np.array([chunk])) - chunk * spec.rows_per_chunk
+            np.take(whole, places, axis=0, out=target, mode="clip")
 
-    def _fetch(self, pools: Pools, array: str, site: str, chunk: int, n_rows: int, end: int) -> Future[None]:
+    def _whole_chunk(self, target: NDArray[Any]) -> NDArray[Any]:
+        """Room for all rows of a chunk, this thread's own, valid until it decodes the next one."""
+        shape = self.store.spec.rows_per_chunk, *target.shape[1:]
+        n_bytes = math.prod(shape) * target.itemsize
+        return np.frombuffer(self._scratch("whole").take(n_bytes), target.dtype).reshape(shape)
+
+    def _scratch(self, use: str) -> Scratch:
+        """This thread's scratch for one use."""
+        kept: dict[str, Scratch] = self._local.__dict__
+        return kept.setdefault(use, Scratch())
+
+    def _fetch(self, pools: Pools, array: str, site: str, chunk: int, span: slice) -> Future[None]:
         """Fetch a chunk's bytes and have them decoded; as many are on their way as there are threads to wait."""
         stored = self.store.fetch_chunk(site, *divmod(chunk, chunks_per_shard(self.store.spec)), array=array)
-        decoding = pools.decode.submit(self._decode, array, site, chunk, n_rows, end, stored)
+        decoding = pools.decode.submit(self._decode, array, site, chunk, span, stored)
         wait([decoding])  # so that no more is fetched than can be decoded
         return decoding
 

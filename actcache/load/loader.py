@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actcache.errors import ConfigError, StateError, StoreIncompleteError
+from actcache.load.chosen import Chosen, chosen_rows
 from actcache.load.fetch import BatchMemory, Gather, Pools, Window, dequantise_on, windows
 from actcache.load.plan import Plan, chunk_table
 from actcache.spec import check_positive, expand_names
@@ -25,7 +26,8 @@ from actcache.store.layout import array_dtype
 if TYPE_CHECKING:
     import torch
 
-    from actcache.store import Store
+    from actcache.store import SiteStats, Store
+    from actcache.store.rows import Rows
 
 STATE_VERSION = 1
 _WINDOWS_PER_EPOCH = 4
@@ -76,11 +78,14 @@ class Loader:
         read_ahead: batches made in advance.
         threads: decoding threads; by default one per core.
         drop_last: leave out the smaller batch at an epoch's end.
+        rows: which rows an epoch has: a `RowFilter`, row ids (each once, in any order), a mask over all ids, or a
+            slice; None for all. Chunks without such a row are not read.
         rank, world_size: this consumer gets batches `rank`, `rank + world_size`, ... of the one global order; every
             rank gets the same number.
 
     Raises:
-        SiteError: a pattern matches no site. ConfigError: batch_rows is larger than the store, or rank is no rank.
+        SiteError: a pattern matches no site. ConfigError: batch_rows is larger than the store, or rank is no rank,
+        or no row is wanted. IndexError: a wanted row is none.
         StoreIncompleteError: the store is not sealed.
     """
 
@@ -98,6 +103,7 @@ class Loader:
         read_ahead: int = 2,
         threads: int | None = None,
         drop_last: bool = True,
+        rows: Rows | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -116,15 +122,9 @@ class Loader:
         self.store, self.sites, self.batch_rows = store, expand_names(sites, store.sites), batch_rows
         self.epochs, self.dtype, self.device = epochs, dtype or torch.float32, torch.device(device)
         self.rank, self.world_size, self.read_ahead = rank, world_size, read_ahead
-        self.plan = Plan(
-            rows_per_chunk=store.spec.rows_per_chunk,
-            n_rows=store.n_rows,
-            chunk_table=chunk_table(store.shard_n_rows, store.spec.rows_per_shard, store.spec.rows_per_chunk),
-            chunks_per_window=self._chunks_per_window(memory_bytes),
-            batch_rows=batch_rows,
-            seed=seed,
-            drop_last=drop_last,
-        )
+        self._chosen = None if rows is None else chosen_rows(store, rows)
+        self._rows, self._stats = rows, dict[str, "SiteStats"]()
+        self.plan = self._plan(self._chosen, memory_bytes, seed, drop_last)
         if self.plan.n_batches < world_size:
             raise ConfigError(
                 f"{self.plan.n_batches} batches of {batch_rows} rows cannot be shared by {world_size} ranks"
@@ -135,18 +135,45 @@ class Loader:
         self._first_epoch, self._epoch, self._batch = 0, 0, 0
         self._running: _ReadAhead | None = None
 
-    def _chunks_per_window(self, memory_bytes: int) -> int:
+    def _plan(self, chosen: Chosen | None, memory_bytes: int, seed: int, drop_last: bool) -> Plan:
+        store, spec = self.store, self.store.spec
+        all_chunks = chunk_table(store.shard_n_rows, spec.rows_per_shard, spec.rows_per_chunk)
+        return Plan(
+            rows_per_chunk=spec.rows_per_chunk,
+            n_rows=chosen.n_rows if chosen else store.n_rows,
+            chunk_table=chosen.chunk_table if chosen else all_chunks,
+            wanted=chosen.bits if chosen else None,
+            chunks_per_window=self._chunks_per_window(chosen, memory_bytes),
+            batch_rows=self.batch_rows,
+            seed=seed,
+            drop_last=drop_last,
+        )
+
+    def _chunks_per_window(self, chosen: Chosen | None, memory_bytes: int) -> int:
         spec = self.store.spec
         row_bytes = sum(site.width * array_dtype(spec, site, "acts").itemsize for site in map(spec.site, self.sites))
         by_memory = memory_bytes // 2 // (spec.rows_per_chunk * row_bytes)
+        n_chunks, that_shuffle = -(-self.store.n_rows // spec.rows_per_chunk), _CHUNKS_THAT_SHUFFLE
+        if chosen:  # a window holds wanted rows alone, so more chunks fit and more are needed
+            fullest_first = np.cumsum(np.sort(chosen.chunk_table[:, 1])[::-1])
+            by_memory = int(np.searchsorted(fullest_first, memory_bytes // 2 // row_bytes, side="right"))
+            n_chunks = len(chosen.chunk_table)
+            that_shuffle = -(-_CHUNKS_THAT_SHUFFLE * spec.rows_per_chunk * n_chunks // chosen.n_rows)
         # Several windows an epoch, so that one is read while another is in use; no fewer chunks than shuffle well.
-        n_chunks = -(-self.store.n_rows // spec.rows_per_chunk)
-        by_overlap = max(_CHUNKS_THAT_SHUFFLE, -(-n_chunks // _WINDOWS_PER_EPOCH))
+        by_overlap = max(that_shuffle, -(-n_chunks // _WINDOWS_PER_EPOCH))
         return max(1, min(by_memory, by_overlap))
 
     def __len__(self) -> int:
         """Batches of an epoch, for this rank."""
         return self.plan.n_batches // self.world_size
+
+    def site_stats(self, site: str) -> SiteStats:
+        """Statistics of a site over the rows delivered: the store's own, or measured once where rows are chosen."""
+        if self._chosen is None:
+            return self.store.stats(site)
+        if site not in self._stats:
+            self._stats[site] = self.store.stats(site, rows=self._rows)
+        return self._stats[site]
 
     def __enter__(self) -> Loader:
         return self
@@ -202,6 +229,11 @@ class Loader:
                 f"this loader has {self.world_size}; use as many ranks as before"
             )
         mine, theirs = self._settings(), state["settings"]
+        if mine.get("rows") != theirs.get("rows"):
+            raise StateError(
+                f"the loader state was saved with {_choice(theirs)}, this loader has {_choice(mine)}; "
+                "give the rows= that it was saved with"
+            )
         differences = [
             f"{k}: saved {theirs.get(k)!r}, now {mine.get(k)!r}"
             for k in sorted({*mine, *theirs})
@@ -221,6 +253,7 @@ class Loader:
             "chunks_per_window": plan.chunks_per_window,
             "drop_last": plan.drop_last,
             "epochs": self.epochs,
+            **({"rows": self._chosen.digest} if self._chosen else {}),
         }
 
     def _produce(self, epoch_number: int, batch: int) -> Generator[tuple[int, int, Batch]]:
@@ -229,9 +262,8 @@ class Loader:
 
         logical = getattr(torch, self.store.spec.dtype)
         gather = Gather(logical, self.dtype)
-        most = min(self.plan.chunks_per_window, self.plan.n_chunks) * self.plan.rows_per_chunk
         while len(self._buffers) < 2:
-            self._buffers.append(Window(self.store, self.sites, most))
+            self._buffers.append(Window(self.store, self.sites, self.plan.most_window_rows))
         last_epoch = None if self.epochs is None else self._first_epoch + self.epochs
         if last_epoch is not None and epoch_number >= last_epoch:
             return
@@ -292,6 +324,11 @@ class Loader:
             for site, width in widths.items()
         }
         return acts, {site: torch.empty(n_rows, dtype=torch.bfloat16) for site in quantised}
+
+
+def _choice(settings: Mapping[str, Any]) -> str:
+    """Which rows a state's settings are for, in words."""
+    return f"a choice of rows (digest {settings['rows']})" if "rows" in settings else "all rows"
 
 
 class _ReadAhead:

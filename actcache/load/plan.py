@@ -26,7 +26,7 @@ class Plan:
     rows_per_chunk: int
     """Rows of a full chunk; row id `r` lies in chunk `r // rows_per_chunk`."""
     n_rows: int
-    """Rows of the store."""
+    """Rows of an epoch: all of the store, or those that are wanted."""
     chunks_per_window: int
     """Chunks that are held, and shuffled together, at a time."""
     batch_rows: int
@@ -37,12 +37,17 @@ class Plan:
     """Leave out the last, smaller batch of an epoch."""
     chunk_table: NDArray[np.int64] | None = None
     """`(n_chunks, 2)` number and rows of each chunk that has any, in order; None where only the last is not full."""
+    wanted: NDArray[np.uint8] | None = None
+    """`(n_chunks, bytes)` a bit for each row of the chunks in `chunk_table`, which counts them; None for all rows."""
 
     def __post_init__(self) -> None:
         names = ("rows_per_chunk", "n_rows", "chunks_per_window", "batch_rows")
         check_positive("loader", **{name: getattr(self, name) for name in names})
+        if self.wanted is not None and (self.chunk_table is None or len(self.chunk_table) != len(self.wanted)):
+            raise ConfigError("loader: wanted rows need a chunk_table with a line for each line of theirs")
         if self.batch_rows > self.n_rows:
-            raise ConfigError(f"batches of {self.batch_rows:,} rows asked of a store that has {self.n_rows:,} rows")
+            has = "a store that has" if self.wanted is None else "the rows that are wanted:"
+            raise ConfigError(f"batches of {self.batch_rows:,} rows asked of {has} {self.n_rows:,} rows")
 
     @property
     def n_chunks(self) -> int:
@@ -60,6 +65,14 @@ class Plan:
         whole, rest = divmod(self.n_rows, self.batch_rows)
         return whole + (rest > 0 and not self.drop_last)
 
+    @property
+    def most_window_rows(self) -> int:
+        """Rows of the largest window that there can be."""
+        n_chunks = -(-self.n_chunks // self.n_windows)
+        if self.chunk_table is None:
+            return n_chunks * self.rows_per_chunk
+        return int(np.sort(self.chunk_table[:, 1])[-n_chunks:].sum())
+
     def chunk_rows(self, chunks: NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows of each of these chunks."""
         if self.chunk_table is not None:
@@ -67,6 +80,18 @@ class Plan:
             return table
         rows: NDArray[np.int64] = np.minimum(self.rows_per_chunk, self.n_rows - chunks * self.rows_per_chunk)
         return rows
+
+    def row_ids(self, chunks: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Row ids of these chunks' rows, chunk by chunk."""
+        if self.chunk_table is None or self.wanted is None:
+            sizes = self.chunk_rows(chunks)
+            offsets = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+            rows: NDArray[np.int64] = np.repeat(chunks * self.rows_per_chunk, sizes) + offsets
+            return rows
+        bits = self.wanted[np.searchsorted(self.chunk_table[:, 0], chunks)]
+        line, byte = np.nonzero(bits)  # few, where few rows of many chunks are wanted
+        place, bit = np.nonzero(np.unpackbits(bits[line, byte][:, None], axis=1))
+        return chunks[line[place]] * self.rows_per_chunk + 8 * byte[place] + bit
 
     def epoch(self, epoch: int) -> Epoch:
         """The order of one epoch."""
@@ -106,12 +131,7 @@ class Epoch:
 
     def row_ids(self, window: int) -> NDArray[np.int64]:
         """Row id of each place of a window."""
-        chunks = self.windows[window]
-        sizes = self.plan.chunk_rows(chunks)
-        first = chunks * self.plan.rows_per_chunk
-        offsets = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        rows: NDArray[np.int64] = np.repeat(first, sizes) + offsets
-        return rows
+        return self.plan.row_ids(self.windows[window])
 
     def batch_span(self, batch: int) -> tuple[int, int]:
         """The stretch of the epoch's row sequence that batch `batch` is."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +17,7 @@ from actcache.errors import ConfigError, StoreIncompleteError
 from actcache.spec import Progress, Site, StoreSpec, expand_names
 from actcache.store.fit import codec_of, fitted, given, needs_trial
 from actcache.store.reader import Store
+from actcache.store.rows import Rows
 from actcache.store.sizes import default_sizes
 from actcache.store.writer import StoreWriter
 
@@ -29,7 +29,7 @@ def export(
     sites: Sequence[str] = ("*",),
     codec: str | Mapping[str, str] | None = None,
     sequences: range | None = None,
-    rows: slice | NDArray[Any] | None = None,
+    rows: Rows | None = None,
     sequences_per_shard: int | None = None,
     rows_per_chunk: int | None = None,
     threads: int = 2,
@@ -43,7 +43,7 @@ def export(
         sites: names or patterns of the sites to take.
         codec: as for `extract`; by default every site keeps its own.
         sequences: consecutive sequences to take; by default all.
-        rows: slice, ids or mask of the row ids to take; the others are left out, and shards are the smaller for it.
+        rows: slice, ids, mask or filter of the rows to take; the others are left out, and shards are smaller for it.
         sequences_per_shard: sequences of a shard; by default the store's.
         rows_per_chunk: rows of the unit of reading; by default the store's, where it fits.
         threads: encoding threads.
@@ -76,7 +76,7 @@ def export(
         return writer.finish()
 
 
-def _wanted(store: Store, rows: slice | NDArray[Any] | None) -> NDArray[np.bool_] | None:
+def _wanted(store: Store, rows: Rows | None) -> NDArray[np.bool_] | None:
     """Mask over row ids; None for all."""
     if rows is None:
         return None

@@ -6,8 +6,6 @@ shard's commit record lists, so that whole but misplaced objects (swapped, stale
 
 from __future__ import annotations
 
-import hashlib
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -17,19 +15,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.errors import CorruptShardError, SiteError, StoreError, StoreIncompleteError, StoreNotFoundError
+from actcache.errors import CorruptShardError, SiteError, StoreIncompleteError, StoreNotFoundError
 from actcache.spec import StoreSpec, TokenBlocks, expand_names
-from actcache.store import codecs, layout, views
+from actcache.store import codecs, layout, tables, views
+from actcache.store.context import Context, context
+from actcache.store.covariance import covariance
+from actcache.store.indexes import Indexes
 from actcache.store.objects import Objects
-from actcache.store.stats import SiteStats, line_length, merge, stats_of
+from actcache.store.rows import Rows, checked_rows, row_ids
+from actcache.store.stats import SiteStats
+from actcache.store.tokens import TokenArrays
 
 if TYPE_CHECKING:
     import dask.array
     import torch
     import xarray
-
-Rows = slice | Sequence[int] | NDArray[Any]
-"""How rows are asked for: a slice of row ids, row ids, or a mask over all of them."""
 
 
 def open_store(path: str | Path | Objects) -> Store:
@@ -63,9 +63,8 @@ class Store:
         self._columns = layout.columns(self.spec)
         self._sites = {site.name: site for site in self.spec.sites}
         self._records: dict[tuple[str, int], layout.Record] = {}
-        self._indexes: dict[tuple[str, str, int], NDArray[np.uint64]] = {}
-        self._guards: dict[tuple[str, str, int], threading.Lock] = {}
-        self._token_checksums: dict[str, list[int]] = {}
+        self._indexes = Indexes()
+        self._tokens = TokenArrays(objects, root.spec)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What was read so far is read again where the store is unpickled.
@@ -177,7 +176,7 @@ class Store:
         Raises:
             CorruptShardError: anything about the chunk is not as it was written.
         """
-        offset, size = self._index(site, array, shard)[chunk].tolist()
+        offset, size = self._indexes.of(self, site, array, shard)[chunk].tolist()
         key, chain = layout.sharded_key(site, array, shard), layout.array_chain(self._sites[site], array)
         if chain.is_raw and size == out.nbytes + codecs.CRC_BYTES:
             # Nothing to decode: the values are read where they belong, their checksum beside them.
@@ -195,7 +194,7 @@ class Store:
 
     def fetch_chunk(self, site: str, shard: int, chunk: int, *, array: str = "acts") -> memoryview:
         """The stored bytes of one inner chunk, not yet checked: the part of `read_chunk` that waits for the storage."""
-        offset, size = self._index(site, array, shard)[chunk].tolist()
+        offset, size = self._indexes.of(self, site, array, shard)[chunk].tolist()
         stored = self.objects.span(layout.sharded_key(site, array, shard), offset, size)
         if stored is None or len(stored) != size:
             raise self.corrupt(site, shard, f"is missing or too short to hold chunk {chunk} of {array}")
@@ -223,7 +222,7 @@ class Store:
         Raises:
             CorruptShardError: a byte, or the length, is not as it was written.
         """
-        index = self._index(site, array, shard)
+        index = self._indexes.of(self, site, array, shard)
         chunks = np.flatnonzero(index[:, 1] != layout.ABSENT_CHUNK)
         key, spans = layout.sharded_key(site, array, shard), index[chunks].tolist()
         for chunk, (_, size), stored in zip(chunks.tolist(), spans, self.objects.pieces(key, spans), strict=True):
@@ -234,50 +233,8 @@ class Store:
         if self.objects.size(key) != sum(size for _, size in spans) + layout.index_bytes(self.spec):
             raise self.corrupt(site, shard, f"is damaged: {key} is not as long as its chunks and its index")
 
-    def _index(self, site: str, array: str, shard: int) -> NDArray[np.uint64]:
-        key = (site, array, shard)
-        if key not in self._indexes:
-            # Of many threads that need it at once, one asks for it: that is what takes long where a store is far away.
-            with self._guards.setdefault(key, threading.Lock()):
-                if key not in self._indexes:
-                    self._indexes[key] = self._read_index(site, array, shard)
-        return self._indexes[key]
-
-    def _read_index(self, site: str, array: str, shard: int) -> NDArray[np.uint64]:
-        record, n_chunks = self.record(site, shard), layout.chunks_per_shard(self.spec)
-        key, n_bytes = layout.sharded_key(site, array, shard), layout.index_bytes(self.spec)
-        stored = self.objects.tail(key, n_bytes)
-        if stored is None:
-            raise self.corrupt(site, shard, f"is missing: there is no {key}")
-        if len(stored) != n_bytes:
-            raise self.corrupt(site, shard, f"is truncated: {key} has {len(stored):,} bytes")
-        index = np.empty((n_chunks, 2), "<u8")
-        problem = codecs.chain_of("raw").decode_into(stored, index)
-        place = layout.checksum_place(self.spec, array, n_chunks)
-        if problem is None and codecs.checksum_of(stored) != record.checksums[place]:
-            problem = "is not the one that was committed"
-        problem = problem or self._implausible(index, record.n_rows, site, array, shard)
-        if problem:
-            raise self.corrupt(site, shard, f"is damaged: the index of {array} {problem}")
-        return index
-
-    def _implausible(self, index: NDArray[np.uint64], n_rows: int, site: str, array: str, shard: int) -> str | None:
-        """What about an index cannot be: a hostile one must not make us read or allocate more than there is."""
-        by_ledger = self.sealed and self.use_ledger
-        if n_rows != (self.shard_n_rows[shard] if by_ledger else self.record(layout.ROWS, shard).n_rows):
-            return "is for another number of rows than the row table"
-        n_chunks = -(-n_rows // self.spec.rows_per_chunk)
-        there, absent = index[:n_chunks], index[n_chunks:]
-        end = self.objects.size(layout.sharded_key(site, array, shard)) if self.objects.is_local else 1 << 62
-        width = self._sites[site].width if array == "acts" else 1
-        decoded = self.spec.rows_per_chunk * width * layout.array_dtype(self.spec, self._sites[site], array).itemsize
-        # No codec that can be named makes a chunk four times as large.
-        least_most = ((0, end), (codecs.CRC_BYTES, min(end, 4 * decoded + (1 << 16))))
-        within = (((least <= there[:, i]) & (there[:, i] <= most)).all() for i, (least, most) in enumerate(least_most))
-        return None if all(within) and (absent == layout.ABSENT_CHUNK).all() else "lists other chunks than there can be"
-
     def read(self, site: str, rows: Rows, *, threads: int = 2) -> torch.Tensor:
-        """Rows of a site as a `(n, D)` tensor in the logical dtype; `rows` is a slice, row ids, or a mask.
+        """Rows of a site as a `(n, D)` tensor in the logical dtype; `rows` is a slice, row ids, a mask, or a filter.
 
         Raises:
             SiteError: no such site. IndexError: a row is out of range. CorruptShardError: a shard is damaged.
@@ -326,55 +283,11 @@ class Store:
 
     def row_ids(self) -> NDArray[np.int64]:
         """Ids of all rows that can be read now, in order: `range(n_rows)`, unless shards are not full or not there."""
-        return self._row_ids(0, self.spec.n_rows)
-
-    def _row_ids(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Ids of the rows from `start` up to `stop` that can be read now; takes memory for those alone."""
-        size, n_rows = self.spec.rows_per_shard, self.shard_n_rows
-        shards = np.flatnonzero(n_rows)
-        shards = shards[(shards >= start // size) & (shards * size < stop)].tolist()
-        ranges = ((max(start, s * size), min(stop, s * size + int(n_rows[s]))) for s in shards)
-        return np.concatenate([np.empty(0, np.int64), *(np.arange(first, last) for first, last in ranges)])
+        return row_ids(self, 0, self.spec.n_rows)
 
     def checked_rows(self, rows: Rows) -> NDArray[np.int64]:
-        """The row ids that a slice, ids or a mask mean; IndexError when there is one that is no row."""
-        if isinstance(rows, slice):
-            start, stop, step = rows.indices(self.spec.n_rows)
-            if not self.sealed:  # shards still to be written are asked for in error
-                low, high = sorted((start, stop))
-                for shard in range(low // self.spec.rows_per_shard, -(-high // self.spec.rows_per_shard)):
-                    self.record(layout.ROWS, shard)
-            if step == 1:
-                return self._row_ids(start, stop)
-            wanted = np.arange(start, stop, step)
-            return wanted[self._there(wanted)]
-        wanted = np.asarray(rows)
-        if wanted.dtype == bool and wanted.shape == (self.spec.n_rows,):
-            wanted = np.flatnonzero(wanted)
-        if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
-            raise IndexError(
-                f"rows of {self.path} are asked for by a slice, a list of row ids, or a mask of {self.spec.n_rows} "
-                f"booleans, not by {wanted.dtype} of shape {wanted.shape}"
-            )
-        wanted = wanted.astype(np.int64)
-        if wanted.size and (wanted.min() < 0 or wanted.max() >= self.spec.n_rows):
-            raise IndexError(
-                f"rows {wanted.min()} to {wanted.max()} asked of {self.path}, which has 0 to {self.spec.n_rows - 1}"
-            )
-        absent = wanted[~self._there(wanted)]
-        if len(absent):
-            raise IndexError(f"row {absent[0]} of {self.path} was left out when it was written; see Store.row_ids()")
-        return wanted
-
-    def _there(self, wanted: NDArray[np.int64]) -> NDArray[np.bool_]:
-        shard, within = np.divmod(wanted, self.spec.rows_per_shard)
-        if self.sealed:
-            n_rows = self.shard_n_rows[shard]
-        else:
-            shards, places = np.unique(shard, return_inverse=True)
-            n_rows = np.array([self.record(layout.ROWS, s).n_rows for s in shards.tolist()], np.int64)[places]
-        there: NDArray[np.bool_] = within < n_rows
-        return there
+        """The row ids that a slice, ids, a mask or a filter mean; IndexError when there is one that is no row."""
+        return checked_rows(self, rows)
 
     def check_site(self, site: str) -> None:
         """Raise `SiteError`, naming the nearest sites, unless the store has this one."""
@@ -388,37 +301,15 @@ class Store:
 
     def shard_row_table(self, shard: int) -> dict[str, NDArray[np.uint32]]:
         """`sequence`, `position` and `token` of each row of a shard, in row order."""
-        record = self.record(layout.ROWS, shard)
-        shape, table = (self.spec.rows_per_shard,), {}
-        for name, expected in zip(layout.ROW_ARRAYS, record.checksums, strict=False):
-            values, crc = layout.get_table(self.objects, layout.row_key(name, shard), shape, layout.UINT32)
-            if crc != expected:
-                raise self.corrupt(layout.ROWS, shard, f"is damaged: {name} is not the one that was committed")
-            table[name] = values[: record.n_rows]
-        sequences, position = self.spec.shard_sequences(shard), table["position"]
-        if record.n_rows and (
-            not sequences.start <= table["sequence"].min() <= table["sequence"].max() < sequences.stop
-            or not self.spec.skip_first <= position.min() <= position.max() < self.spec.sequence_length
-        ):
-            raise self.corrupt(layout.ROWS, shard, "lists rows of sequences or positions that it cannot have")
-        return table
+        return tables.shard_row_table(self, shard)
 
     def kept_rows(self, shard: int) -> NDArray[np.bool_] | None:
         """`(q * rows_per_sequence,)` which rows of the shard's sequences there are, in reading order; None for all."""
-        capacity = len(self.spec.shard_rows(shard))
-        if self.shard_n_rows[shard] == capacity:
-            return None
-        table, kept = self.shard_row_table(shard), np.zeros(capacity, bool)
-        first = self.spec.shard_sequences(shard).start
-        place = (table["sequence"].astype(np.int64) - first) * self.spec.rows_per_sequence
-        kept[place + table["position"] - self.spec.skip_first] = True
-        return kept
+        return tables.kept_rows(self, shard)
 
     def row_table(self) -> dict[str, NDArray[np.uint32]]:
         """`sequence`, `position` and `token` of every committed row, in row order; 12 bytes a row."""
-        tables = [self.shard_row_table(shard) for shard in self.committed]
-        none = np.empty(0, layout.UINT32)
-        return {name: np.concatenate([none, *(table[name] for table in tables)]) for name in layout.ROW_ARRAYS}
+        return tables.row_table(self)
 
     def tokens(self, array: str = "ids") -> NDArray[np.uint32]:
         """The `(Q, T)` token `ids`, or the `document` of each token.
@@ -426,68 +317,72 @@ class Store:
         Raises:
             CorruptShardError: they are not the ones that the store was begun with.
         """
-        values, checksums = self._read_tokens(array)
-        if self._token_checksums.get(array) != checksums:  # the digest is of both arrays
-            digest, seen = hashlib.sha256(), {}
-            for name in layout.TOKEN_ARRAYS:
-                part, seen[name] = (values, checksums) if name == array else self._read_tokens(name)
-                digest.update(part.data)
-            if digest.hexdigest() != self.spec.text.get("tokens", digest.hexdigest()):
-                raise CorruptShardError(
-                    f"the tokens of {self.path} do not match their digest; run 'actcache verify {self.path}'"
-                )
-            self._token_checksums = seen
-        return values
+        return self._tokens.whole(array)
 
-    def _read_tokens(self, array: str) -> tuple[NDArray[np.uint32], list[int]]:
-        per_chunk = layout.token_sequences_per_chunk(self.spec)
-        shape = (per_chunk, self.spec.sequence_length)
-        keys = (layout.token_key(array, chunk) for chunk in range(-(-self.spec.n_sequences // per_chunk)))
-        parts = [layout.get_table(self.objects, key, shape, layout.UINT32) for key in keys]
-        return np.concatenate([part for part, _ in parts])[: self.spec.n_sequences], [crc for _, crc in parts]
+    def shard_tokens(self, shard: int) -> NDArray[np.uint32]:
+        """`(q, T)` token ids of a shard's sequences, of which only that part of the tokens is read.
+
+        The shard need not be committed. Whoever goes from shard to shard reads every chunk of the tokens once.
+
+        Raises:
+            IndexError: no such shard. CorruptShardError: the tokens are missing or damaged.
+        """
+        return self._tokens.of_shard("ids", shard)
+
+    def shard_documents(self, shard: int) -> NDArray[np.uint32]:
+        """`(q, T)` number of the text that each token of `shard_tokens` is from; raises like that."""
+        return self._tokens.of_shard("document", shard)
 
     def token_blocks(self) -> TokenBlocks:
         """The store's tokens as they were given to `extract`."""
         ids, document = (self.tokens(name) for name in layout.TOKEN_ARRAYS)
         return TokenBlocks(ids=ids, document=document, description=self.spec.text)
 
-    def shard_line(self, site: str, shard: int) -> NDArray[np.float64]:
-        """The statistics line of a shard."""
-        shape = (1, line_length(self._sites[site].width))
-        values, crc = layout.get_table(self.objects, layout.stats_key(site, shard), shape, layout.FLOAT64)
-        if crc != self.record(site, shard).checksums[layout.stats_place(self.spec)]:
-            raise self.corrupt(site, shard, "is damaged: its statistics are not the ones that were committed")
-        line: NDArray[np.float64] = values[0]
-        return line
+    def context(self, row: int, before: int = 16, after: int = 16, *, across_documents: bool = False) -> Context:
+        """The tokens around the one that a row belongs to, and where they are from.
 
-    def stats(self, site: str, *, shards: Sequence[int] | None = None) -> SiteStats:
-        """Statistics over all committed rows of a site, or those of some shards.
+        Sequences are in shuffled order, so a context never reaches beyond its own. Packed ones have pieces of several
+        texts; by default only that of the row is given.
+
+        Args:
+            row: a row id.
+            before: tokens before it, at most.
+            after: tokens after it, at most.
+            across_documents: give what stands in the sequence, of whatever text.
 
         Raises:
-            SiteError: no such site. StoreError: nothing is committed yet.
+            IndexError: there is no such row. StoreIncompleteError: its shard is not written yet. CorruptShardError:
+            what has to be read is damaged.
         """
-        self.check_site(site)
-        if self.sealed and shards is None:
-            line = self.total(site)
-        elif self.committed:
-            line = merge(self.shard_line(site, shard) for shard in (self.committed if shards is None else shards))
-        else:
-            raise StoreError(f"{self.path} has no committed shard yet, so there are no statistics of {site}")
-        if not (np.isfinite(line).all() and (line[-6:] >= 0).all()):  # hostile: rows that are not finite do not count
-            raise CorruptShardError(f"the statistics of {site} in {self.path} are none; run 'actcache verify'")
-        return stats_of(line)
+        return context(self, row, before, after, across_documents)
+
+    def shard_line(self, site: str, shard: int) -> NDArray[np.float64]:
+        """The statistics line of a shard."""
+        return tables.shard_line(self, site, shard)
+
+    def stats(self, site: str, *, shards: Sequence[int] | None = None, rows: Rows | None = None) -> SiteStats:
+        """Statistics over all committed rows of a site or those of some shards, or over some rows, which are then read.
+
+        Raises:
+            SiteError: no such site. StoreError: there is no such row. IndexError: a row is none.
+        """
+        return tables.stats(self, site, shards, rows)
+
+    def covariance(self, site: str, rows: Rows | None = None, *, threads: int = 2) -> NDArray[np.float64]:
+        """`(D, D)` population covariance of a site's dimensions, over all committed rows or some of them.
+
+        Calculated in float64 from one pass over the values as they are read; rows with NaN or an infinity are left out,
+        as in `stats`. Takes memory for about three such matrices.
+
+        Raises:
+            SiteError: no such site. StoreError: there is no row to calculate it from. IndexError: a row is none.
+            ConfigError: the matrix would take more than 8 GiB.
+        """
+        return covariance(self, site, rows, threads)
 
     def heads(self, shards: Sequence[int] | None = None) -> NDArray[np.uint64]:
         """`(shards, C, 2)` rows and stored bytes of the columns of some shards, or of all that are committed."""
-        if self.sealed:
-            heads = self.ledger[:, :, 32:].copy().view("<u8")
-            return heads if shards is None else heads[np.asarray(shards, np.int64)]
-        records = [
-            [self.record(name, shard) for name in self._columns]
-            for shard in (self.committed if shards is None else shards)
-        ]
-        sizes = [[(record.n_rows, record.n_bytes) for record in row] for row in records]
-        return np.array(sizes, "<u8").reshape(-1, len(self._columns), 2)
+        return tables.heads(self, shards)
 
     # --- views -------------------------------------------------------------------------------------------------
 

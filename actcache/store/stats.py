@@ -156,16 +156,13 @@ class LineBuilder:
         values, squares, ones = self._widen(stored), self._squares[:n], np.ones(n)
         if self._shift is None:
             self._shift = values.mean(axis=0)
-        shifted = bool(self._shift.any())
-        if shifted:
+        # Norms come before the shift: those of shifted values are others, and lose digits on the way back.
+        norms = np.sqrt(np.einsum("ij,ij->i", values, values))
+        if self._shift.any():
             values -= self._shift
         np.multiply(values, values, out=squares)
         self._sums[:width] += ones @ values
         self._sums[width:] += ones @ squares
-        square_norms = squares @ np.ones(width)
-        if shifted:  # |v + s|^2 = |v|^2 + 2 v.s + |s|^2
-            square_norms += 2 * (values @ self._shift) + self._shift @ self._shift
-        norms = np.sqrt(np.maximum(square_norms, 0.0))
         self._scalars[:4] += n, norms.sum(), 0.0, n_zero
         self._scalars[2] = max(self._scalars[2], norms.max())
 
