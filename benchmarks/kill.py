@@ -34,8 +34,8 @@ from actcache.errors import SiteError, StoreNotFoundError
 from actcache.spec import Site, StoreSpec, TokenBlocks
 from actcache.store import Store, StoreWriter, delete_sites, export, open_store, verify
 
-KINDS = ("write", "extend", "add site", "delete site", "export")
-"""What is killed. All but `write` and `export` change a store that is finished."""
+KINDS = ("write", "parts", "extend", "add site", "delete site", "export")
+"""What is killed. All but `write`, `parts` (as one of several writers) and `export` change a store that is finished."""
 MOST_KILLS = 60
 """After so many an attempt is left to finish."""
 WIDTHS = {"blocks.0.hook_mlp_out": 12, "blocks.1.hook_resid_post": 10}
@@ -77,6 +77,15 @@ def write(path: Path, spec: StoreSpec, text: TokenBlocks) -> Store:
         return writer.finish()
 
 
+def write_parts(path: Path, spec: StoreSpec, text: TokenBlocks) -> Store:
+    """Make a store, or continue it, with a writer that lets others write too."""
+    with StoreWriter(path, spec, text, shared=True) as writer:
+        for shard in writer.pending():
+            if writer.claim(shard):
+                fill(writer, shard, text)
+        return writer.finish()
+
+
 def fill(writer: StoreWriter, shard: int, text: TokenBlocks) -> None:
     """Give a writer one shard."""
     buffers, sequences = writer.acquire(shard), writer.spec.shard_sequences(shard)
@@ -91,6 +100,8 @@ def attempt(kind: str, path: Path, source: Path) -> None:
     text = blocks()
     if kind in ("write", "extend"):
         write(path, spec_of(text), text)
+    elif kind == "parts":
+        write_parts(path, spec_of(text), text)
     elif kind == "add site":
         write(path, spec_of(text, ADDED), text)
     elif kind == "delete site":

@@ -1,4 +1,4 @@
-"""One writer at a time: within a process, between processes, after a kill; on folders, in memory, on S3."""
+"""A writer alone, or several that share: within a process, between processes, after a kill; wherever a store may be."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -17,8 +18,9 @@ from typing import Any
 import pytest
 from places import between_processes, by_name, everywhere, writable
 
-from actcache.errors import NotAStoreError, StoreBusyError
-from actcache.store.lock import LEASE, WriterLock, unlock
+from actcache.errors import ConfigError, NotAStoreError, StoreBusyError
+from actcache.store.leases import CLAIM, LEASE, SHARED
+from actcache.store.lock import WriterLock, unlock
 
 HOLDER = """
 import os, sys
@@ -52,6 +54,37 @@ def lease_of(**changes: Any) -> bytes:
     """A lease as a writer elsewhere would have put it."""
     lease = {"host": "elsewhere", "pid": 7, "since": "2026-01-02T03:04:05+00:00", "token": "0" * 32, "processes": "x"}
     return json.dumps({**lease, **changes}).encode()
+
+
+CONTENDER = """
+import os, sys, random, time
+from actcache.errors import StoreBusyError
+from actcache.store.objects import Objects
+place, folder, n_turns = sys.argv[1], sys.argv[2], int(sys.argv[3])
+mine, inside = os.path.join(folder, str(os.getpid())), os.path.join(folder, "alone")
+for turn in range(n_turns):
+    shared = random.random() < 0.5
+    lock = Objects(place, read_only=False).lock(shared=shared)
+    lock.acquire(patience_s=60)
+    if shared:
+        assert not os.path.exists(inside)
+        open(mine, "x").close()
+        taken = [shard for shard in range(3) if lock.claim(shard)]
+        for shard in taken:
+            open(os.path.join(folder, f"shard-{shard}"), "x").close()
+        time.sleep(0.001 * random.random())
+        for shard in taken:
+            os.unlink(os.path.join(folder, f"shard-{shard}"))
+            if random.random() < 0.5:
+                lock.unclaim(shard)
+        assert not os.path.exists(inside)
+        os.unlink(mine)
+    else:
+        open(inside, "x").close()
+        assert os.listdir(folder) == ["alone"]
+        os.unlink(inside)
+    lock.release()
+"""
 
 
 DAMAGED = [b"", b"{", b"[]", b"null", b"9" * 9999, b"[" * 4000]
@@ -236,3 +269,58 @@ class TestLock:
         (tmp_path / "file").write_text("")
         with pytest.raises(NotAStoreError, match="no folder"):
             writable(tmp_path / "file").lock().acquire()
+
+    @pytest.mark.parametrize(("place", "n_turns"), [("folder", 150), ("s3", 5)], indirect=["place"])
+    def test_processes_that_contend_never_hold_what_another_one_holds(self, place, n_turns, tmp_path):
+        """Some of them alone, some sharing, with claims on the same few shards; locks come and go all the time."""
+        (tmp_path / "held").mkdir()
+        command = [sys.executable, "-c", CONTENDER, str(place), str(tmp_path / "held"), str(n_turns)]
+        contenders = [subprocess.Popen(command) for _ in range(4)]
+        assert [contender.wait(120) for contender in contenders] == [0] * 4
+        assert list(writable(place).list("")) == []
+        assert list((tmp_path / "held").iterdir()) == []
+
+    def test_a_killed_writer_s_file_is_removed_with_its_lock(self, tmp_path, hold):
+        holder = hold(tmp_path)
+        with pytest.raises(StoreBusyError, match="another process"):
+            unlock(writable(tmp_path))
+        holder.kill()
+        holder.wait()
+        assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()] == [LEASE]
+        assert unlock(writable(tmp_path)) is None  # the lock is gone already: the kernel has it back
+        assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+    def test_a_lease_in_a_folder_keeps_out_those_that_lock_files(self, tmp_path):
+        """Put by a machine on which this file system has no such locks."""
+        objects = writable(tmp_path)
+        objects.put(LEASE, lease_of())
+        for shared in (False, True):
+            with pytest.raises(StoreBusyError, match="process 7 on elsewhere"):
+                objects.lock(shared=shared).acquire()
+        objects.delete(LEASE)
+        objects.put(f"{SHARED}{'0' * 32}", lease_of())
+        with pytest.raises(StoreBusyError, match="process 7 on elsewhere"):
+            objects.lock().acquire()
+        objects.put(f"{CLAIM}4", lease_of())
+        with objects.lock(shared=True) as lock:
+            assert not lock.claim(4)
+            assert lock.claim(5)
+        assert unlock(objects) == "process 7 on elsewhere since 2026-01-02T03:04:05+00:00"
+        assert list(objects.list("")) == []
+
+    def test_a_place_without_put_if_absent_cannot_be_shared(self):
+        objects = writable("memory://not-shared")
+        objects.backend.shared = True  # as any other store behind fsspec is
+        with pytest.raises(ConfigError, match="cannot be written by several at once"):
+            objects.lock(shared=True).acquire()
+        assert list(objects.list("")) == []
+
+    def test_a_process_that_is_dead_but_not_waited_for_is_gone(self, bucket):
+        command = [sys.executable, "-c", HOLDER, bucket]
+        holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert holder.stdout.readline() == "held\n"
+        os.kill(holder.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
+        with writable(bucket).lock():
+            pass
+        holder.communicate()

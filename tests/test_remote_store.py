@@ -28,7 +28,7 @@ from actcache.errors import CorruptShardError, NotAStoreError, StoreBusyError, S
 from actcache.load import Loader
 from actcache.spec import Site
 from actcache.store import Store, StoreWriter, delete_sites, export, open_store, repair, urls, verify
-from actcache.store.lock import LEASE
+from actcache.store.leases import LEASE
 from actcache.store.objects import Objects
 from actcache.stories import StoriesConfig, StoriesLM
 

@@ -45,6 +45,8 @@ class Backend(Protocol):
     """Equal for two backends of this process that reach the same store."""
     shared: bool
     """Whether other processes can reach the store too."""
+    creates_once: bool
+    """Whether of several who `create` an object at the same moment one does, and not each of them."""
 
     def get(self, key: str) -> memoryview | None: ...
     def read_into(self, key: str, offset: int, outs: tuple[memoryview, ...]) -> int: ...
@@ -106,6 +108,7 @@ class _Whole(ABC):
 class ZarrBackend(_Whole):
     """Any store that zarr opens, through its asynchronous interface."""
 
+    creates_once = False
     identity: Hashable
 
     def __init__(self, store: Store) -> None:
@@ -174,7 +177,7 @@ class FileBackend:
     They are done here so that the parts of an object go to the file as they are, without being joined in memory first.
     """
 
-    shared = True
+    shared = creates_once = True
 
     def __init__(self, store: LocalStore) -> None:
         self.store, self.root = store, store.root
@@ -250,7 +253,7 @@ class FileBackend:
 
     @contextmanager
     def writing(self, key: str) -> Iterator[Callable[..., None]]:
-        place = self._own(key)
+        place = self.own(key)
         beside = f"{place}.{uuid.uuid4().hex}{PARTIAL}"
         os.makedirs(os.path.dirname(place), exist_ok=True)
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -266,10 +269,10 @@ class FileBackend:
             raise
 
     def create(self, key: str, data: bytes) -> None:
-        self._own(key)
+        self.own(key)
         _LOOP.run(self.store.set_if_not_exists(key, cpu.Buffer.from_bytes(data)))
 
-    def _own(self, key: str) -> str:
+    def own(self, key: str) -> str:
         """The path of an object that may be changed; StoreError when a linked folder leads out of the store to it."""
         place, root = f"{self._root}/{key}", os.path.realpath(self._root)
         if not f"{os.path.realpath(os.path.dirname(place))}/".startswith(f"{root.rstrip('/')}/"):
@@ -294,10 +297,10 @@ class FileBackend:
 
     def delete(self, key: str) -> None:
         with suppress(*_ABSENT):
-            os.unlink(self._own(key))
+            os.unlink(self.own(key))
 
     def delete_all(self, prefix: str) -> None:
-        place = self._own(prefix)
+        place = self.own(prefix)
         with suppress(*_ABSENT):
             if os.path.islink(place):
                 os.unlink(place)
@@ -308,6 +311,7 @@ class FileBackend:
 class BucketBackend(_Whole):
     """An object store behind obstore. Objects above 5 MB go up in parts and appear whole when the last one is there."""
 
+    creates_once = True
     _used_by: int | None = None  # the process whose threads obstore's requests run in
 
     def __init__(self, store: ObjectStore[Any]) -> None:

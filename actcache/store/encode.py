@@ -26,8 +26,10 @@ class ShardEncoder:
         self.objects, self.spec = objects, spec
         self._chunks: dict[tuple[int, str], NDArray[Any]] = {}
 
-    def write(self, site: Site, shard: int, rows: NDArray[Any], order: NDArray[np.int64]) -> layout.Record:
-        """Put row `order[i]` of `rows (n, D)` as row `i`, and the statistics line; returns the record to commit."""
+    def write(
+        self, site: Site, shard: int, rows: NDArray[Any], order: NDArray[np.int64]
+    ) -> tuple[layout.Record, NDArray[np.float64]]:
+        """Put row `order[i]` of `rows (n, D)` as row `i`; returns the record to commit, and the statistics line."""
         spec, builder = self.spec, LineBuilder(site.width, self.spec.dtype)
         shuffled = self._chunk(site.width, rows.dtype)
         with ExitStack() as stack:
@@ -42,12 +44,13 @@ class ShardEncoder:
                 self._add(site, shuffled, objects)
             for sharded in objects.values():
                 sharded.end()
-        crc, n_bytes = layout.put_table(self.objects, layout.stats_key(site.name, shard), builder.line[None])
+        line = builder.line
+        crc, n_bytes = layout.put_table(self.objects, layout.stats_key(site.name, shard), line[None])
         checksums = [*objects["acts"].checksums, crc]
         if "scale" in objects:
             checksums += objects["scale"].checksums
         n_bytes += sum(sharded.n_bytes for sharded in objects.values())
-        return layout.Record(n_rows=len(order), n_bytes=n_bytes, checksums=tuple(checksums))
+        return layout.Record(n_rows=len(order), n_bytes=n_bytes, checksums=tuple(checksums)), line
 
     def _add(self, site: Site, chunk: NDArray[Any], objects: dict[str, _ShardedObject]) -> None:
         if "scale" not in objects:

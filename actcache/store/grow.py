@@ -117,7 +117,8 @@ def delete_sites(path: str | Path | Objects, names: list[str]) -> None:
         if stay != root.spec.sites:
             if root.state != "sealed":
                 raise StoreIncompleteError(f"{objects} is not finished; finish 'actcache extract' first")
-            layout.write_root(objects, layout.Root(state="open", spec=replace(root.spec, sites=stay)))
+            spec = replace(root.spec, sites=stay)
+            layout.write_root(objects, layout.Root(state="open", spec=spec, provenance=root.provenance))
             seal(objects, root)
         elif root.state == "open" and len(Store(objects, root).committed) == root.spec.n_shards:
             seal(objects)

@@ -1,6 +1,6 @@
 """Format 1 on disk: which arrays there are, under which keys, with which codecs; and the commit record.
 
-    NAME.zarr/                      attributes.actcache = {format_version, state, spec, fingerprint, digests, provenance}
+    NAME.zarr/                      attributes.actcache = what `Root.attributes` says
     ├── tokens/{ids, document}      (Q, T) uint32     a store is born with its tokens, in extraction order
     ├── rows/{sequence, position, token}  (N,) uint32 where each row came from; one chunk a shard
     ├── rows/commit                 (S, L) uint8      one record a shard

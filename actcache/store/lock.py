@@ -1,57 +1,63 @@
-"""One writer at a time: the kernel's lock on a folder, a lease object where there is none, a list within the process.
+"""Who may write a store: one alone, or several who share it, each with a claim on the shards that it is making.
 
-A folder's lock (`flock` on the folder itself, so that no foreign file lies in the Zarr group) goes with its process.
-Where the file system has no such lock (some NFS), and for remote stores, the writer puts a lease instead. That one
-stays when its writer is killed: the next writer on the same machine sees that the process is gone and takes it over,
-one on another machine cannot know and is refused until somebody says `actcache repair STORE --unlock`.
+Alone is whoever changes what is there: `extract` without a part, growth, deletion, repair, sealing. Sharing are the
+processes that fill one store together; none of them touches a shard that another one has claimed, because floating
+point sums differ between machines, and a shard of two writers could be a mix.
 
-Nothing here guards against two writers behind fsspec (not obstore) that begin in the same instant: its stores have no
-put-if-absent that zarr uses. Readers need no lock: they see committed shards only.
+In a folder the locks are the kernel's, on files (`flocks.py`); elsewhere, and where the file system has no such locks,
+they are objects (`leases.py`); of a store in memory, a list within the process. Behind fsspec (not obstore) there is no
+put-if-absent that zarr uses: such stores cannot be shared, and nothing guards against two writers that begin in the
+same instant. Readers need no lock: they see committed shards only.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import json
 import os
-import re
-import socket
+import random
 import threading
 import uuid
-import warnings
-from collections.abc import Callable, Hashable
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from collections.abc import Hashable
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, Protocol, Self
 
-from actcache.errors import NotAStoreError, StoreBusyError
+from actcache.errors import ConfigError, StoreBusyError
+from actcache.store.backends import FileBackend
+from actcache.store.flocks import Flocks, NoFlockError, remove_flocks
+from actcache.store.leases import HELD, Leases, remove_leases
 
 if TYPE_CHECKING:
     from actcache.store.objects import Objects
 
-LEASE = "tokens/ids/writer"
-"""The lease's key: below an array, where zarr does not look for groups and arrays."""
-_MOST_BYTES = 4096
-_NO_FLOCK = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
-"""What file systems say that cannot lock a folder (NFS wants the file open for writing, and a folder cannot be)."""
-_HELD: set[WriterLock] = set()
+_LOCKS: set[WriterLock] = set()
 _GUARD = threading.RLock()
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
+
+
+class _Means(Protocol):
+    """How a place is locked: the store as a whole, and its shards among those who share it."""
+
+    def take(self) -> None: ...
+    def give_back(self) -> None: ...
+    def claim(self, shard: int) -> bool: ...
+    def unclaim(self, shard: int) -> None: ...
+    def forget(self) -> None: ...
 
 
 class WriterLock:
-    """Held by whoever writes a store. Use as a context manager, or acquire and release.
+    """Held by whoever writes a store. Use as a context manager, or acquire and release. Thread-safe.
 
     A forked child does not hold its parent's lock: releasing it there does nothing.
+
+    Args:
+        objects: of the store.
+        shared: others may hold the store at the same time, if they share it too; every shard has to be claimed.
     """
 
-    def __init__(self, objects: Objects) -> None:
-        self._objects = objects
-        self._release: Callable[[], None] | None = None
-        self._descriptor: int | None = None
-        self._identity: Hashable = None
+    def __init__(self, objects: Objects, *, shared: bool = False) -> None:
+        self._objects, self._shared = objects, shared
+        self._means: _Means | None = None
         self._token = uuid.uuid4().hex
+        self._claimed: set[int] = set()
 
     def __enter__(self) -> Self:
         self.acquire()
@@ -60,224 +66,153 @@ class WriterLock:
     def __exit__(self, *exception: object) -> None:
         self.release()
 
-    def acquire(self) -> None:
-        """Take the lock; does not wait.
+    def acquire(self, *, patience_s: float = 0.0) -> None:
+        """Take the lock; try again for so many seconds.
 
         Raises:
-            StoreBusyError: somebody else is writing.
+            StoreBusyError: somebody else is writing. ConfigError: the place has no locks for several writers.
         """
-        with _GUARD:
-            objects = self._objects
-            if objects.root is not None:
-                self._release = self._take_folder(objects.root) or self._take_lease()
-            elif objects.backend.shared:
-                self._release = self._take_lease()
-            else:
-                self._release = self._take_here(objects.backend.identity)
-            _HELD.add(self)
+        until, pause_s = monotonic() + patience_s, _FIRST_PAUSE_S
+        while True:
+            try:
+                with _GUARD:
+                    self._acquire()
+                return
+            except StoreBusyError:
+                if monotonic() >= until:
+                    raise
+            sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311 (so that those who gave way to each other part)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _acquire(self) -> None:
+        backend = self._objects.backend
+        if isinstance(backend, FileBackend):
+            try:
+                self._take(Flocks(self._objects, backend, self._shared))
+                return
+            except NoFlockError:
+                pass
+        if backend.shared and self._shared and not backend.creates_once:
+            raise ConfigError(
+                f"{self._objects} cannot be written by several at once: what it is reached through has no way to put "
+                "an object only if there is none; install obstore for buckets, or write it by one process alone"
+            )
+        if backend.shared:
+            self._take(Leases(self._objects, self._shared, self._token))
+        else:
+            self._take(_Here(self._objects, backend.identity, self._shared))
+
+    def _take(self, means: _Means) -> None:
+        HELD.add(self._token)  # before the lease can be seen
+        try:
+            means.take()
+        except BaseException:
+            HELD.discard(self._token)
+            raise
+        self._means = means
+        _LOCKS.add(self)
 
     def release(self) -> None:
-        """Give the lock back; nothing happens when it is not held."""
+        """Give the lock and all claims back; nothing happens when it is not held."""
         with _GUARD:
-            release, self._release = self._release, None
+            means, self._means = self._means, None
         try:
-            if release is not None:
-                release()
+            if means is not None:
+                for shard in sorted(self._claimed):
+                    means.unclaim(shard)
+                means.give_back()
         finally:  # not sooner: a lease that nobody holds may be taken over
             with _GUARD:
-                _HELD.discard(self)
+                self._claimed.clear()
+                HELD.discard(self._token)
+                _LOCKS.discard(self)
 
-    def _take_here(self, identity: Hashable) -> Callable[[], None]:
-        if any(lock._identity == identity for lock in _HELD):
-            raise StoreBusyError(f"{self._objects} is being written by another writer in this process; end that first")
-        self._identity = identity
-        return lambda: None
+    def claim(self, shard: int) -> bool:
+        """Take a shard; False when another one has it. A lock that is held alone has every shard."""
+        if self.holds(shard):
+            return True
+        if self._means is None:
+            raise StoreBusyError(f"{self._objects} is not held, so no shard of it can be claimed")
+        if not self._means.claim(shard):
+            return False
+        self._claimed.add(shard)
+        return True
 
-    def _take_folder(self, folder: Path) -> Callable[[], None] | None:
-        """Lock a folder, which is made if it has to be; None when its file system cannot."""
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
-            raise NotAStoreError(f"{self._objects} is a file, no folder; name another place") from None
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(descriptor)
-            if isinstance(error, BlockingIOError):
-                raise StoreBusyError(
-                    f"{self._objects} is being written by another process, or by another writer in this one; wait "
-                    "until it is done, or stop it: its lock goes with it"
-                ) from None
-            if error.errno in _NO_FLOCK:
-                return None
-            raise
-        self._descriptor = descriptor
-        return self._unlock_folder
+    def holds(self, shard: int) -> bool:
+        """Whether the shard may be written."""
+        return not self._shared or shard in self._claimed
 
-    def _unlock_folder(self) -> None:
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone would leave it to copies in forked children
-            os.close(descriptor)
-
-    def _take_lease(self) -> Callable[[], None]:
-        mine = _Lease.now(self._token)
-        self._objects.create(LEASE, mine.to_bytes())
-        found = _read_lease(self._objects, LEASE)
-        if found is not None and found.token != mine.token and found.is_gone():
-            found = self._take_over(found, mine)
-        if found is None or found.token != mine.token:
-            raise _busy(self._objects, found)
-        return self._give_lease_back
-
-    def _take_over(self, gone: _Lease, mine: _Lease) -> _Lease | None:
-        """Replace the lease of a dead process; the lease that is there then.
-
-        The right to do so is an object of its own, made by put-if-absent: of several who see the same dead lease one
-        gets it, and one who comes late finds another lease than the one that it saw. Who died with the right in hand
-        is succeeded in the same way.
-        """
-        rights: list[str] = []
-        owner: _Lease | None = gone
-        while owner is not None and owner.token != mine.token:
-            right = f"{LEASE}.{owner.token}"
-            if right in rights or not owner.is_gone():
-                return owner
-            self._objects.create(right, mine.to_bytes())
-            rights.append(right)
-            owner = _read_lease(self._objects, right)
-        found = _read_lease(self._objects, LEASE)
-        if owner is not None and found is not None and found.token == gone.token:
-            self._objects.put(LEASE, mine.to_bytes())
-            found = mine
-        for right in rights:
-            self._objects.delete(right)
-        return found
-
-    def _give_lease_back(self) -> None:
-        try:
-            found = _read_lease(self._objects, LEASE)
-            if found is not None and found.token == self._token:
-                self._objects.delete(LEASE)
-        except OSError as error:  # most likely what made the writer give up, and that is what should be heard
-            warnings.warn(f"the lock stays, until the next writer of this machine: {error}", stacklevel=2)
+    def unclaim(self, shard: int) -> None:
+        """Give a shard back; nothing happens when it is not claimed."""
+        if shard in self._claimed and self._means is not None:
+            self._means.unclaim(shard)
+            self._claimed.discard(shard)
 
     def _left_behind(self) -> None:
         """In a forked child: let go without unlocking what the parent still holds."""
-        self._release = None
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        if self._means is not None:
+            self._means.forget()
+        self._means = None
+        self._claimed.clear()
+
+
+class _Here:
+    """The locks of one writer of a store that only this process can reach."""
+
+    _taken: set[_Here] = set()  # noqa: RUF012 (of all of them)
+
+    def __init__(self, objects: Objects, identity: Hashable, shared: bool) -> None:
+        self._objects, self._identity, self._shared = objects, identity, shared
+        self._claims: set[int] = set()
+
+    def _others(self) -> list[_Here]:
+        return [other for other in self._taken if other is not self and other._identity == self._identity]
+
+    def take(self) -> None:
+        with _GUARD:
+            if any(not (self._shared and other._shared) for other in self._others()):
+                raise StoreBusyError(
+                    f"{self._objects} is being written by another writer in this process; end that first"
+                )
+            self._taken.add(self)
+
+    def give_back(self) -> None:
+        with _GUARD:
+            self._taken.discard(self)
+
+    def claim(self, shard: int) -> bool:
+        with _GUARD:
+            if any(shard in other._claims for other in self._others()):
+                return False
+            self._claims.add(shard)
+            return True
+
+    def unclaim(self, shard: int) -> None:
+        with _GUARD:
+            self._claims.discard(shard)
+
+    def forget(self) -> None:
+        self._taken.discard(self)
 
 
 def unlock(objects: Objects) -> str | None:
-    """Remove the lease of a writer that is gone; whose it was, or None when there was none.
+    """Remove the locks of writers that are gone; whose one of them was, or None when there was none.
 
     Raises:
-        StoreBusyError: the writer is a living process of this machine.
+        StoreBusyError: one of the writers is a living process of this machine, or holds a lock of the file system.
     """
-    found = _read_lease(objects, LEASE)
-    if found is not None and found.is_here() and not found.is_gone():
-        raise _busy(objects, found)
-    leases = [f"tokens/ids/{name}" for name in objects.names("tokens/ids") if f"tokens/ids/{name}".startswith(LEASE)]
-    for key in leases:
-        objects.delete(key)
-    return (found or _UNKNOWN).whose() if leases else None
-
-
-def _busy(objects: Objects, found: _Lease | None) -> StoreBusyError:
-    return StoreBusyError(
-        f"{objects} is being written by {(found or _UNKNOWN).whose()}; wait until it is done, or, if that writer is "
-        f"gone, run 'actcache repair {objects} --unlock'"
-    )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Lease:
-    """Who is writing: for people, and for the next writer on the same machine."""
-
-    host: str
-    pid: int
-    since: str
-    token: str
-    """32 hexadecimal digits, one for each lock."""
-    processes: str = ""
-    """Which pids `pid` is among: those of one container, between two starts of the machine."""
-
-    @classmethod
-    def now(cls, token: str) -> _Lease:
-        """The lease of this process."""
-        return cls(
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            since=datetime.now(UTC).isoformat(timespec="seconds"),
-            token=token,
-            processes=_these_processes(),
-        )
-
-    @classmethod
-    def from_bytes(cls, data: memoryview) -> _Lease:
-        """The lease that `to_bytes` wrote; an unknown one when it is damaged."""
-        try:
-            lease = cls(**json.loads(bytes(data)))
-        except (ValueError, TypeError, RecursionError):
-            return _UNKNOWN
-        texts = (lease.host, lease.since, lease.token, lease.processes)
-        sound = type(lease.pid) is int and lease.pid > 0 and all(isinstance(text, str) for text in texts)
-        # The token becomes part of a key.
-        return lease if sound and re.fullmatch("[0-9a-f]{32}", lease.token) else _UNKNOWN
-
-    def to_bytes(self) -> bytes:
-        """JSON."""
-        return json.dumps(asdict(self)).encode()
-
-    def whose(self) -> str:
-        """For messages."""
-        return f"process {self.pid} on {self.host} since {self.since}" if self.pid else "a writer that left no name"
-
-    def is_here(self) -> bool:
-        """Whether the process, if it lives, is one that this process can see."""
-        return bool(self.pid) and (self.host, self.processes) == (socket.gethostname(), _these_processes())
-
-    def is_gone(self) -> bool:
-        """Whether the writer is known to be dead; never of a process that cannot be seen from here."""
-        if not self.is_here():
-            return False
-        if self.pid == os.getpid():  # ours, or of a dead process that had the same number, as in a restarted container
-            return all(lock._token != self.token for lock in _HELD)
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            return False
-        return False
-
-
-_UNKNOWN = _Lease(host="", pid=0, since="", token="")
-
-
-def _read_lease(objects: Objects, key: str) -> _Lease | None:
-    data = objects.tail(key, _MOST_BYTES)
-    return None if data is None else _Lease.from_bytes(data)
-
-
-def _these_processes() -> str:
-    """What tells one set of process numbers from another: the machine's start, and the namespace (a container's)."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # no Linux: the host's name has to do
-        return ""
+    if isinstance(objects.backend, FileBackend):
+        remove_flocks(objects, objects.backend)
+    return remove_leases(objects)
 
 
 def _after_fork() -> None:
     global _GUARD
     _GUARD = threading.RLock()
-    for lock in _HELD:
+    for lock in _LOCKS:
         lock._left_behind()
-    _HELD.clear()
+    _LOCKS.clear()
+    HELD.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -21,7 +21,8 @@ from zarr.storage import LocalStore
 from actcache.errors import ActcacheError, StorageFullError
 from actcache.store import lock as locks
 from actcache.store.backends import PARTIAL, FileBackend, backend_of
-from actcache.store.lock import LEASE, WriterLock
+from actcache.store.leases import LEASE
+from actcache.store.lock import WriterLock
 from actcache.store.urls import first_line, open_url
 
 _UNFINISHED = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(PARTIAL)}$")
@@ -199,7 +200,7 @@ class Objects:
             return self.backend.names(prefix.rstrip("/"))
 
     def exists_any(self) -> bool:
-        """Whether anything at all lies there. Empty folders count as nothing, and so does a writer's lease."""
+        """Whether anything at all lies there. Empty folders count as nothing, and so do the locks of writers."""
         if self.root is not None and self.root.is_file():
             return True
         return any(not key.startswith(LEASE) for key in self.list(""))
@@ -237,9 +238,9 @@ class Objects:
         here = self.root.absolute()
         return shutil.disk_usage(next(place for place in (here, *here.parents) if place.exists())).free
 
-    def lock(self) -> WriterLock:
-        """The lock that a writer holds; use as a context manager."""
-        return WriterLock(self)
+    def lock(self, *, shared: bool = False) -> WriterLock:
+        """The lock that a writer holds, alone or with others that share it; use as a context manager."""
+        return WriterLock(self, shared=shared)
 
 
 def _opened(location: str | Path | Store, read_only: bool) -> Objects:
@@ -247,9 +248,9 @@ def _opened(location: str | Path | Store, read_only: bool) -> Objects:
 
 
 def unlock(path: str | Path | Objects) -> str | None:
-    """Take away the lock that a writer on another machine has left; whose it was, or None when there was none.
+    """Take away the locks that writers on other machines have left; whose one was, or None when there was none.
 
     Raises:
-        StoreBusyError: the writer is a living process of this machine.
+        StoreBusyError: one of the writers is a living process of this machine.
     """
     return locks.unlock(path if isinstance(path, Objects) else Objects(path, read_only=False))

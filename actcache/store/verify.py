@@ -170,7 +170,7 @@ def repair(path: str | Path | Objects, faults: list[Fault]) -> list[int]:
         root = open_store(objects).root
         objects.remove_partial_writes()
         if root.state == "sealed" and (bad or bad_ledger):
-            layout.write_root(objects, layout.Root(state="open", spec=root.spec))
+            layout.write_root(objects, layout.Root(state="open", spec=root.spec, provenance=root.provenance))
         for shard, column in bad:
             objects.delete(layout.commit_key(column, shard))
         if bad_ledger and not bad:

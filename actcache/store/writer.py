@@ -2,49 +2,42 @@
 
 In: filled `ShardBuffers`. Out: objects, in the order that makes a crash harmless: site data and statistics, row table,
 commit records, and once every shard is there the ledger, the totals and (one atomic put) the sealed root attributes.
+
+Several writers, in processes here or on other machines, can share a store that they fill: each claims a shard before
+it makes it, and the one that finds all of them committed when it ends seals the store.
 """
 
 from __future__ import annotations
 
-import errno
 import queue
+import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from time import monotonic, sleep
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.errors import NotAStoreError, StorageFullError, StoreMismatchError
-from actcache.order import permutation
+from actcache.errors import ConfigError, StoreBusyError, StoreIncompleteError, StoreMismatchError
 from actcache.spec import Site, StoreSpec, TokenBlocks
-from actcache.store import codecs, grow, layout, metadata
+from actcache.store import begin, codecs, grow, layout
+from actcache.store.buffers import Allocate, ShardBuffers, Written
 from actcache.store.encode import ShardEncoder
 from actcache.store.objects import Objects
 from actcache.store.reader import Store
 from actcache.store.seal import seal
 
-
-class ShardBuffers:
-    """One shard's rows in memory, in stored dtype and reading order; reused from shard to shard.
-
-    They are shuffled when they are encoded, chunk by chunk, so that the forward pass's thread only appends.
-    """
-
-    def __init__(self, spec: StoreSpec, sites: Sequence[Site]) -> None:
-        dtype = codecs.STORED_DTYPE[spec.dtype]
-        self.spec, self.shard = spec, -1
-        self.rows = {site.name: np.empty((spec.rows_per_shard, site.width), dtype) for site in sites}
-        self.kept: NDArray[np.int64] = np.empty(0, np.int64)
-        self.order: NDArray[np.int64] = np.empty(0, np.int64)
-
-    def keep(self, kept: NDArray[np.bool_] | None) -> None:
-        """Say which of the shard's rows are in the buffers; row i on disk will be row `order[i]` of those."""
-        capacity = len(self.spec.shard_rows(self.shard))
-        self.kept = np.arange(capacity) if kept is None else np.flatnonzero(kept)
-        self.order = permutation(len(self.kept), self.spec.seed, self.shard)
+_Part: TypeAlias = tuple[layout.Record, NDArray[np.float64]]
+_CREATION_PATIENCE_S = 600.0
+"""Who shares a store waits so long until another one has made it; tokens of a large one take minutes."""
+_JOIN_PATIENCE_S = 60.0
+"""And so long for one that has it alone: most likely it is being sealed."""
+_SEALING_PATIENCE_S = 60.0
+"""Who has finished a shared store waits so long for others, that are about to end as well."""
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
 
 
 class StoreWriter:
@@ -55,83 +48,123 @@ class StoreWriter:
     Args:
         path: where the store is made, continued or grown.
         spec: what it shall hold when it is finished.
-        blocks: the tokens of all its sequences.
+        blocks: the tokens of all its sequences; not needed for a store that exists and does not grow.
         grow: allow a store that holds a part of this already: fewer sequences, or fewer sites.
+        shared: other writers that say so too may fill the store at the same time; see `claim`.
         threads: encoding threads.
         n_buffers: shards in memory.
+        allocate: makes the buffers' arrays, of a shape and a dtype; `numpy.empty` by default.
+        provenance: JSON-able, how the store came to be. Of the writer that makes it; a store that is there keeps its
+            own.
 
     Raises:
         StoreMismatchError: there is a store of other settings. StoreBusyError: another process is writing it.
-        StorageFullError: the disk has less room than the missing shards are going to need.
+        StorageFullError: the disk has less room than the missing shards are going to need. StoreNotFoundError: there is
+        no store, and no tokens to make one.
     """
 
     def __init__(
         self,
         path: str | Path | Objects,
         spec: StoreSpec,
-        blocks: TokenBlocks,
+        blocks: TokenBlocks | None,
         *,
         grow: bool = False,
+        shared: bool = False,
         threads: int = 2,
         n_buffers: int = 2,
+        allocate: Allocate | None = None,
+        provenance: Mapping[str, Any] | None = None,
     ) -> None:
+        if grow and shared:
+            raise ConfigError("a store that grows is written by one writer alone; leave out either grow or shared")
         for site in spec.sites:
             codecs.chain_of(site.codec)
         self.objects = path if isinstance(path, Objects) else Objects(path, read_only=False)
-        self.spec = spec
-        self._lock = self.objects.lock()
-        self._lock.__enter__()
+        self.spec, self.n_buffers = spec, n_buffers
+        self.provenance: Mapping[str, Any] = provenance or {}
+        self._allocate, self._shared = allocate, shared
+        self._before: layout.Root | None = None
+        self._outgrown: int | None = None
+        if shared:
+            self._make_unless_there(blocks)
+        self._lock = self.objects.lock(shared=shared)
+        self._lock.acquire(patience_s=_JOIN_PATIENCE_S if shared else 0.0)
         try:
-            found = self._look(blocks, grow)
-            self._before = None if found is None or found.spec == spec else found
-            self._outgrown = self._find_outgrown()
-            self._committed = self._list_committed()
-            self._check_room()  # before anything is written
-            self._prepare(blocks, found)
-            self._committed = self._list_committed() if self._before else self._committed
+            if shared:
+                self._join(blocks)
+            else:
+                self._open(blocks, grow)
             self.sites = self._lacking()
         except BaseException:
-            self._lock.__exit__(None, None, None)
+            self._lock.release()
             raise
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="actcache-encode")
         self._free: queue.SimpleQueue[ShardBuffers] = queue.SimpleQueue()
         self._buffers_left = n_buffers
         self._running: list[Future[None]] = []
         self._local = threading.local()
+        self._written, self._counting = Written(), threading.Lock()
 
     def __enter__(self) -> StoreWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._pool.shutdown(cancel_futures=exception[0] is not None)
-        self._lock.__exit__(None, None, None)
+        self._lock.release()
 
-    def _look(self, blocks: TokenBlocks, may_grow: bool) -> layout.Root | None:
-        """The root of the store that is there, None where one has to be made; an error when it is another one."""
-        if self.objects.size("zarr.json") < 0:
-            if self.objects.exists_any():
-                raise NotAStoreError(f"{self.objects} holds something else, no activation store; name another place")
-            return None
-        root = layout.read_root(self.objects)
-        if root.state == "creating":  # a crash before the first shard: nothing is lost by beginning again
-            return None
-        if root.spec != self.spec:
-            if not may_grow:
-                grow.check_same_spec(self.objects, root.spec, self.spec)
-            grow.check(self.objects, root.spec, self.spec, blocks)
-        return root
+    @property
+    def written(self) -> Written:
+        """What this writer has committed so far; may be read from any thread."""
+        return self._written
 
-    def _prepare(self, blocks: TokenBlocks, found: layout.Root | None) -> None:
-        """Make the place ready for shards."""
+    @property
+    def queued(self) -> int:
+        """Shards that were submitted and are not committed yet."""
+        return sum(not future.done() for future in list(self._running))
+
+    def _open(self, blocks: TokenBlocks | None, may_grow: bool) -> None:
+        """Look at what is there and make it ready for shards; of a writer that is alone."""
+        found = begin.look(self.objects, self.spec, blocks, may_grow=may_grow)
+        self._before = None if found is None or found.spec == self.spec else found
+        self._outgrown = self._find_outgrown()
+        self._committed = self._list_committed()
+        self._check_room()  # before anything is written
         self.objects.remove_partial_writes()
         if found is None:
-            layout.write_root(self.objects, layout.Root(state="creating", spec=self.spec))
-            self.objects.delete_all("sites")  # what a killed process has begun for other sites and settings
-            self._put_arrays(blocks, 0)
-            layout.write_root(self.objects, layout.Root(state="open", spec=self.spec))
-        elif self._before:
+            if blocks is None:
+                raise StoreIncompleteError(f"{self.objects} was never begun properly; begin it with its tokens")
+            found = begin.create(self.objects, self.spec, blocks, self.provenance)
+        elif self._before and blocks is not None:
             grow.clear_leftovers(self.objects, found.spec, self.spec, blocks)
-            self._put_arrays(blocks, found.spec.n_sequences)
+            begin.put_arrays(self.objects, self.spec, blocks, found.spec.n_sequences)
+            self._committed = self._list_committed()
+        self.provenance = found.provenance
+
+    def _make_unless_there(self, blocks: TokenBlocks | None) -> None:
+        """Let the first of those who share a store make it, alone; the others wait until it is there."""
+        until, pause_s = monotonic() + _CREATION_PATIENCE_S, _FIRST_PAUSE_S
+        while begin.look(self.objects, self.spec, blocks, may_grow=False) is None:
+            try:
+                if blocks is not None:
+                    with self.objects.lock():
+                        self._open(blocks, may_grow=False)
+                    return
+            except StoreBusyError:
+                if monotonic() > until:
+                    raise
+            if monotonic() > until:
+                raise StoreIncompleteError(f"{self.objects} is still being created; try again later")
+            pause_s = _pause(pause_s)
+
+    def _join(self, blocks: TokenBlocks | None) -> None:
+        """Look at a store that others may be writing too."""
+        found = begin.look(self.objects, self.spec, blocks, may_grow=False)
+        if found is None:
+            raise StoreIncompleteError(f"{self.objects} was taken away and is being made anew; try again")
+        self._committed = self._list_committed()
+        self._check_room()
+        self.provenance = found.provenance
 
     def _list_committed(self) -> dict[str, set[int]]:
         return {name: layout.committed_shards(self.objects, name) for name in layout.columns(self.spec)}
@@ -140,21 +173,6 @@ class StoreWriter:
         """Sites of which a shard has to be made."""
         lacking = {name for shard in self.pending() for name in self.missing(shard)}
         return [site for site in self.spec.sites if site.name in lacking]
-
-    def _put_arrays(self, blocks: TokenBlocks, n_present: int) -> None:
-        """Metadata of all arrays, and the tokens from sequence `n_present` on."""
-        with self.objects.full_disk_explained("the arrays' metadata: a few kilobytes"):
-            metadata.write_metadata(self.objects, self.spec)
-        if n_present == self.spec.n_sequences:
-            return
-        per_chunk = layout.token_sequences_per_chunk(self.spec)
-        for name in layout.TOKEN_ARRAYS:
-            values = getattr(blocks, name)
-            for chunk in range(n_present // per_chunk, -(-self.spec.n_sequences // per_chunk)):
-                part = np.zeros((per_chunk, self.spec.sequence_length), layout.UINT32)
-                taken = values[chunk * per_chunk : (chunk + 1) * per_chunk]
-                part[: len(taken)] = taken
-                layout.put_table(self.objects, layout.token_key(name, chunk), part)
 
     def _find_outgrown(self) -> int | None:
         """The shard that was the last and partial one before the store grew: it has to be made again."""
@@ -173,31 +191,36 @@ class StoreWriter:
         return sorted(shards, key=lambda shard: (shard == self._outgrown, shard))
 
     def _check_room(self) -> None:
-        row_bytes = {
-            site.name: site.width * codecs.expected_bytes_per_value(site.codec, self.spec.dtype)
-            for site in self.spec.sites
-        }
-        row_bytes[layout.ROWS] = 4.0
-        expected = (
-            len(self.spec.shard_rows(shard)) * sum(row_bytes[name] for name in self.missing(shard))
-            for shard in self.pending()
-        )
-        needed, free = int(sum(expected)), self.objects.free_bytes()
-        if free is not None and needed > free:
-            raise StorageFullError(
-                errno.ENOSPC,
-                f"no room for {self.objects}: about {needed:,} bytes needed, {free:,} free; "
-                "make room and give the same command again",
-            )
+        begin.check_room(self.objects, self.spec, ((shard, self.missing(shard)) for shard in self.pending()))
+
+    def claim(self, shard: int) -> bool:
+        """Whether a shard is to be made by this writer: it is not committed, and nobody else is making it.
+
+        From then on it is this writer's until it is committed, or the writer ends. A writer that shares the store has
+        to claim a shard before it acquires buffers for it; one that is alone has every shard that is missing.
+        """
+        if not self._shared or not self.missing(shard):
+            return bool(self.missing(shard))
+        if not self._lock.claim(shard):
+            return False
+        for name in self.missing(shard):  # another one may have committed it since we looked
+            if self.objects.size(layout.commit_key(name, shard)) >= 0:
+                self._committed[name].add(shard)
+        if self.missing(shard):
+            return True
+        self._lock.unclaim(shard)
+        return False
 
     def acquire(self, shard: int) -> ShardBuffers:
         """Buffers for a shard; waits while all of them are being written. Raises what a write before has raised."""
         self._raise_failures()
+        if not self._lock.holds(shard):
+            raise StoreBusyError(f"others may be making shard {shard} of {self.objects}; claim it before it is made")
         if shard == self._outgrown:
             self._adopt()
         if self._buffers_left:
             self._buffers_left -= 1
-            buffers = ShardBuffers(self.spec, self.sites)
+            buffers = ShardBuffers(self.spec, self.sites, self._allocate)
         else:
             buffers = self._free.get()
             self._raise_failures()
@@ -221,31 +244,61 @@ class StoreWriter:
         self._running.append(self._after(parts, lambda found: self._commit(buffers, ids, dict(found)), buffers))
 
     def finish(self) -> Store:
-        """Wait for every write, seal the store if it is complete, and open it."""
-        self._wait()
-        if not self.pending():
+        """Wait for every write, seal the store if it is complete, and open it.
+
+        Of writers that share a store, the one that ends last seals it; what the others get is not sealed. Nothing can
+        be written afterwards.
+        """
+        self.wait()
+        if self._shared:
+            self._seal_together()
+        elif not self.pending():
             self._adopt()
             if layout.read_root(self.objects).state != "sealed":
                 seal(self.objects, self._before)
         return Store(self.objects, layout.read_root(self.objects))
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Wait until all shards that were submitted are committed. Raises what a write has raised."""
         for future in self._running:
             future.result()
         self._running.clear()
 
+    def _seal_together(self) -> None:
+        """Give the store back, and if all of it is there seal it, alone; of several who try at once the first does.
+
+        All of them try: who has got the store alone may be killed.
+        """
+        self._committed = self._list_committed()
+        self._lock.release()
+        until, pause_s = monotonic() + _SEALING_PATIENCE_S, _FIRST_PAUSE_S
+        while not self.pending() and monotonic() < until and layout.read_root(self.objects).state == "open":
+            try:
+                with self.objects.lock():
+                    self._seal_alone()
+            except StoreBusyError:
+                pause_s = _pause(pause_s)
+
+    def _seal_alone(self) -> None:
+        root = layout.read_root(self.objects)
+        self._committed = self._list_committed()  # it may have been repaired, or grown, before we were alone
+        if root.state == "open" and root.spec == self.spec and not self.pending():
+            self.objects.remove_partial_writes()
+            seal(self.objects)
+
     def _adopt(self) -> None:
         """Make a grown store's new spec the one in force; from here on it is unfinished until it is sealed again."""
-        self._wait()
+        self.wait()
         if self._before is None or layout.read_root(self.objects).spec == self.spec:
             return
         if self._outgrown is not None:
-            layout.write_root(self.objects, layout.Root(state="open", spec=self._before.spec))
+            before = layout.Root(state="open", spec=self._before.spec, provenance=self.provenance)
+            layout.write_root(self.objects, before)
             for name in layout.columns(self.spec):
                 self.objects.delete(layout.commit_key(name, self._outgrown))
                 self._committed[name].discard(self._outgrown)
             self._outgrown = None
-        layout.write_root(self.objects, layout.Root(state="open", spec=self.spec))
+        layout.write_root(self.objects, layout.Root(state="open", spec=self.spec, provenance=self.provenance))
 
     def _after(
         self, parts: list[Future[Any]], then: Callable[[list[Any]], None], buffers: ShardBuffers
@@ -275,21 +328,27 @@ class StoreWriter:
                 future.result()
         self._running = [future for future in self._running if not future.done()]
 
-    def _write_site(self, buffers: ShardBuffers, site: Site) -> tuple[str, layout.Record]:
+    def _write_site(self, buffers: ShardBuffers, site: Site) -> tuple[str, _Part]:
         if not hasattr(self._local, "encoder"):
             self._local.encoder = ShardEncoder(self.objects, self.spec)
         encoder: ShardEncoder = self._local.encoder
         return site.name, encoder.write(site, buffers.shard, buffers.rows[site.name], buffers.order)
 
-    def _commit(self, buffers: ShardBuffers, ids: NDArray[np.uint32], sites: dict[str, layout.Record]) -> None:
+    def _commit(self, buffers: ShardBuffers, ids: NDArray[np.uint32], sites: dict[str, _Part | None]) -> None:
         """The row table, then the records of all columns: from here on the shard counts."""
-        records = {layout.ROWS: self._write_rows(buffers, ids), **sites}
-        for name in self.missing(buffers.shard):
+        made = {name: part for name, part in sites.items() if part is not None}
+        records = {layout.ROWS: self._write_rows(buffers, ids), **{name: record for name, (record, _) in made.items()}}
+        missing = self.missing(buffers.shard)
+        for name in missing:
             length = layout.record_length(self.spec, name)
             data = np.frombuffer(records[name].to_bytes(length), np.uint8).reshape(1, length)
             layout.put_table(self.objects, layout.commit_key(name, buffers.shard), data)
-        for name in records:
+        for name in missing:
             self._committed[name].add(buffers.shard)
+        with self._counting:
+            n_bytes = sum(records[name].n_bytes for name in missing)
+            self._written = self._written.with_shard(n_bytes, {name: line for name, (_, line) in made.items()})
+        self._lock.unclaim(buffers.shard)
 
     def _write_rows(self, buffers: ShardBuffers, ids: NDArray[np.uint32]) -> layout.Record:
         """Put the row table, or hold it against the one that is committed: sites added later are of the same rows."""
@@ -319,3 +378,9 @@ class StoreWriter:
                 "out), so nothing is added to it"
             )
         return record
+
+
+def _pause(seconds: float) -> float:
+    """Wait about so long, each process another time; how long to wait the next time."""
+    sleep(seconds * random.uniform(0.5, 1.0))  # noqa: S311
+    return min(2 * seconds, _LONGEST_PAUSE_S)

@@ -1,0 +1,79 @@
+"""Look for a store, or begin one: what is there, whether it is what is asked for, and its arrays and tokens."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from actcache.errors import NotAStoreError, StorageFullError, StoreNotFoundError
+from actcache.spec import StoreSpec, TokenBlocks
+from actcache.store import codecs, grow, layout, metadata
+from actcache.store.objects import Objects
+
+
+def look(objects: Objects, spec: StoreSpec, blocks: TokenBlocks | None, *, may_grow: bool) -> layout.Root | None:
+    """The root of the store that is there, None where one has to be made.
+
+    Raises:
+        NotAStoreError: something else is there. StoreMismatchError: another store is there. StoreNotFoundError: nothing
+        is there, and without tokens nothing can be made.
+    """
+    if objects.size("zarr.json") < 0:
+        # In this order: somebody may be making it at this moment.
+        if objects.exists_any() and objects.size("zarr.json") < 0:
+            raise NotAStoreError(f"{objects} holds something else, no activation store; name another place")
+        if blocks is None:
+            raise StoreNotFoundError(f"no activation store at {objects}; make one with 'actcache extract'")
+        return None
+    root = layout.read_root(objects)
+    if root.state == "creating":  # a crash before the first shard: nothing is lost by beginning again
+        return None
+    if root.spec != spec:
+        if may_grow and blocks is not None:
+            grow.check(objects, root.spec, spec, blocks)
+        else:
+            grow.check_same_spec(objects, root.spec, spec)
+    return root
+
+
+def create(objects: Objects, spec: StoreSpec, blocks: TokenBlocks, provenance: Mapping[str, Any]) -> layout.Root:
+    """Make a store without shards, and return its root; of a writer that is alone."""
+    layout.write_root(objects, layout.Root(state="creating", spec=spec, provenance=provenance))
+    objects.delete_all("sites")  # what a killed process has begun for other sites and settings
+    put_arrays(objects, spec, blocks, 0)
+    root = layout.Root(state="open", spec=spec, provenance=provenance)
+    layout.write_root(objects, root)
+    return root
+
+
+def put_arrays(objects: Objects, spec: StoreSpec, blocks: TokenBlocks, n_present: int) -> None:
+    """Metadata of all arrays, and the tokens from sequence `n_present` on."""
+    with objects.full_disk_explained("the arrays' metadata: a few kilobytes"):
+        metadata.write_metadata(objects, spec)
+    if n_present == spec.n_sequences:
+        return
+    per_chunk = layout.token_sequences_per_chunk(spec)
+    for name in layout.TOKEN_ARRAYS:
+        values = getattr(blocks, name)
+        for chunk in range(n_present // per_chunk, -(-spec.n_sequences // per_chunk)):
+            part = np.zeros((per_chunk, spec.sequence_length), layout.UINT32)
+            taken = values[chunk * per_chunk : (chunk + 1) * per_chunk]
+            part[: len(taken)] = taken
+            layout.put_table(objects, layout.token_key(name, chunk), part)
+
+
+def check_room(objects: Objects, spec: StoreSpec, missing: Iterable[tuple[int, list[str]]]) -> None:
+    """Raise `StorageFullError` unless there is room for these columns of these shards, as far as can be foreseen."""
+    row_bytes = {site.name: site.width * codecs.expected_bytes_per_value(site.codec, spec.dtype) for site in spec.sites}
+    row_bytes[layout.ROWS] = 4.0
+    expected = (len(spec.shard_rows(shard)) * sum(row_bytes[name] for name in names) for shard, names in missing)
+    needed, free = int(sum(expected)), objects.free_bytes()
+    if free is not None and needed > free:
+        raise StorageFullError(
+            errno.ENOSPC,
+            f"no room for {objects}: about {needed:,} bytes needed, {free:,} free; "
+            "make room and give the same command again",
+        )
