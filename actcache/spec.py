@@ -282,8 +282,8 @@ class StoreSpec:
 class TokenBlocks:
     """Token sequences in the order in which they are extracted, with where each token came from.
 
-    Packed ones are all T tokens long. One that is shorter ends where its `document` becomes `NO_DOCUMENT`, and stays so:
-    positions behind are no tokens, and get no rows.
+    Packed ones are all T tokens long. One that is shorter ends where its `document` becomes `NO_DOCUMENT` and stays so:
+    positions behind that are no tokens, and get no rows.
     """
 
     ids: NDArray[np.uint32]

@@ -1,0 +1,17 @@
+"""Run the base model over token blocks and keep the activations: tokens x model -> a sealed store.
+
+Work is done shard by shard, and a shard is a function of its own sequences only. So a run that was killed is continued
+by the same call: shards that are committed stay, the others are made, and the bytes are those of an unbroken run. For
+the same reason several processes can fill one store, each some of its shards.
+
+    make.py     extract, extend, add_sites; begin and fill, for many processes
+    settle.py   what is settled before: spec, codecs, batch size, provenance
+    run.py      the loop: the forward pass on this thread, encoding and disk behind it
+    sink.py     from the model's device into a shard's buffers
+    follow.py   how far it is, how fast, and what of it is alarming
+"""
+
+from actcache.extraction.make import add_sites, begin, extend, extract, fill
+from actcache.extraction.settle import store_spec
+
+__all__ = ["add_sites", "begin", "extend", "extract", "fill", "store_spec"]

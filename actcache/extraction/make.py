@@ -1,0 +1,277 @@
+"""Make a store, or make it larger: what is asked for is settled, then run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actcache.errors import ConfigError, StoreMismatchError
+from actcache.extraction.run import Run, tokens_in, tokens_of
+from actcache.extraction.settle import (
+    BatchSequences,
+    batch_size,
+    fastest_batch,
+    provenance,
+    store_spec,
+    warn_of_other_circumstances,
+    with_codecs,
+)
+from actcache.extraction.sink import pinned_for
+from actcache.spec import Dtype, Progress, StoreSpec, TokenBlocks, Watch
+from actcache.store import Store, StoreWriter, open_store
+
+if TYPE_CHECKING:
+    from actcache.lm import LanguageModel
+
+
+def extract(
+    lm: LanguageModel,
+    blocks: TokenBlocks,
+    patterns: Sequence[str],
+    path: str | Path,
+    *,
+    codec: str | Mapping[str, str] = "lossless",
+    dtype: Dtype = "bfloat16",
+    skip_first: int = 1,
+    seed: int = 0,
+    sequences_per_shard: int | None = None,
+    rows_per_chunk: int | None = None,
+    batch_sequences: BatchSequences | None = None,
+    threads: int | None = None,
+    part: tuple[int, int] | None = None,
+    progress: Progress | None = None,
+    watch: Watch | None = None,
+) -> Store:
+    """Write the activations at all sites that match the patterns, and return the sealed store.
+
+    Args:
+        lm: the base model.
+        blocks: `(Q, T)` tokens, already in the order in which they are to be stored.
+        patterns: hook names or glob patterns of them, such as `blocks.*.hook_mlp_out`.
+        path: folder or URL where the store is made, or continued when an earlier call was interrupted.
+        codec: a preset (`raw`, `lossless`, `sparse`, `int8`), `auto` (the smallest lossless preset, tried for each site
+            on the first sequences), the JSON text of a list of Zarr codecs, or any of these by pattern of site names.
+        dtype: logical element type: `bfloat16`, `float16` or `float32`.
+        skip_first: leading positions of each sequence that are not kept: they have the least context and, in many
+            models, extreme norms.
+        seed: seed of the shuffle of rows within shards.
+        sequences_per_shard: sequences of a shard; by default 512, fewer where that would exceed 256 MB.
+        rows_per_chunk: rows of the unit of reading; by default half a megabyte of the widest site.
+        batch_sequences: sequences in one forward pass; `auto` finds out how many make this model fast here. By default
+            that of the store that is continued, or 32. Halved when memory does not suffice.
+        threads: encoding threads; by default one per core.
+        part: `(i, n)`, to make only part i of n (from 1 on) of the shards, while other processes, here or on other
+            machines, make the others with the same call. Whoever comes last seals the store; before that, the store
+            that is returned is not sealed.
+        progress: called with (sequences done, sequences in all) after each forward pass.
+        watch: called with a `Status` after each forward pass: speeds, queue, statistics.
+
+    Raises:
+        SiteError: a pattern matches nothing. ConfigError: sizes do not fit together. NotAStoreError: `path` holds
+        something else. StoreMismatchError: `path` holds a store of another model, text or spec. StoreBusyError: another
+        process is writing it. StorageFullError: no room; make some and call again.
+
+    Warns:
+        UserWarning: once for a site that has NaN or infinite values, or whose rows are all the same; and when a store
+        is continued in other circumstances (versions, device, threads, batch), which may show in the last bits.
+    """
+    if part is not None:
+        _check_part(part)
+    settings: dict[str, Any] = {
+        "dtype": dtype,
+        "skip_first": skip_first,
+        "seed": seed,
+        "sequences_per_shard": sequences_per_shard,
+        "rows_per_chunk": rows_per_chunk,
+    }
+    writer, batch = _begin(
+        lm, blocks, patterns, path, codec, settings, batch_sequences, threads, shared=part is not None
+    )
+    return Run(
+        lm=lm,
+        writer=writer,
+        tokens=tokens_of(blocks, writer),
+        batch_sequences=batch,
+        shards=None if part is None else range(part[0] - 1, writer.spec.n_shards, part[1]),
+        progress=progress,
+        watch=watch,
+    )()
+
+
+def begin(
+    lm: LanguageModel,
+    blocks: TokenBlocks,
+    patterns: Sequence[str],
+    path: str | Path,
+    *,
+    codec: str | Mapping[str, str] = "lossless",
+    batch_sequences: BatchSequences | None = None,
+    **settings: Any,
+) -> Store:
+    """Create the store that `extract` would write, with its tokens and without a shard, for `fill` to go on with.
+
+    Arguments and errors are those of `extract`; `settings` are `dtype`, `skip_first`, `seed`, `sequences_per_shard` and
+    `rows_per_chunk`. A store that is there already is returned as it is.
+    """
+    writer, _ = _begin(lm, blocks, patterns, path, codec, settings, batch_sequences, 1, shared=True, elsewhere=True)
+    with writer:
+        return writer.finish()
+
+
+def fill(
+    lm: LanguageModel,
+    path: str | Path,
+    shards: Sequence[int],
+    *,
+    batch_sequences: int | None = None,
+    threads: int | None = None,
+    watch: Watch | None = None,
+) -> Store:
+    """Make some shards of a store that exists, from the tokens that lie in it, as one of several processes.
+
+    Shards that are there, or that another process is making, are passed over. Whoever makes the last one seals the
+    store; otherwise what is returned is not sealed.
+
+    Raises:
+        StoreMismatchError: the store is of another model. The others are those of `extract`.
+    """
+    store = open_store(path)
+    resolved = lm.resolve(store.sites, length=store.spec.sequence_length)
+    batch = batch_size(lm, resolved, store.shard_blocks(0), batch_sequences, path)
+    writer = _writer(lm, path, replace(store.spec, model=lm.identity), None, batch, threads, shared=True)
+    return Run(lm=lm, writer=writer, tokens=tokens_in(store), batch_sequences=batch, shards=list(shards), watch=watch)()
+
+
+def extend(
+    lm: LanguageModel,
+    path: str | Path,
+    more: TokenBlocks,
+    *,
+    batch_sequences: BatchSequences | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    watch: Watch | None = None,
+) -> Store:
+    """Append sequences to a store: afterwards it is what one extraction of all of them would have written.
+
+    Until its last shard is made again (if that was not full), the store stays readable as it was. Called again with the
+    same `more` after an interruption, it goes on; after it is done, nothing happens.
+
+    Raises:
+        StoreMismatchError: another model, or sequences of another length. The others are those of `extract`.
+    """
+    store = open_store(path)
+    digest = more.digest()
+    parts = store.spec.text.get("parts", [{**store.spec.text, "n_sequences": store.spec.n_sequences}])
+    blocks, spec = store.token_blocks(), replace(store.spec, model=lm.identity)
+    if more.sequence_length != spec.sequence_length:
+        raise StoreMismatchError(
+            f"{path} has sequences of {spec.sequence_length} tokens, the new ones have {more.sequence_length}; "
+            f"make token blocks with length={spec.sequence_length}"
+        )
+    if len(parts) < 2 or parts[-1]["tokens"] != digest:
+        blocks = blocks.join(more)
+        parts = [*parts, {**more.description, "tokens": digest, "n_sequences": more.n_sequences}]
+        spec = replace(spec, n_sequences=blocks.n_sequences, text={"tokens": blocks.digest(), "parts": parts})
+    resolved = lm.resolve(store.sites, length=spec.sequence_length)
+    batch = batch_size(batch_sequences, path, lambda: fastest_batch(lm, resolved, blocks))
+    writer = _writer(lm, path, spec, blocks, batch, threads, grow=True)
+    run = Run(lm=lm, writer=writer, tokens=tokens_of(blocks, writer), batch_sequences=batch)
+    return replace(run, progress=progress, watch=watch)()
+
+
+def add_sites(
+    lm: LanguageModel,
+    path: str | Path,
+    patterns: Sequence[str],
+    *,
+    codec: str | Mapping[str, str] = "lossless",
+    batch_sequences: BatchSequences | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    watch: Watch | None = None,
+) -> Store:
+    """Add sites to the rows that a store has; only those are computed, and until they are all there it stays as it was.
+
+    The row table of every shard is held against the store's own, so that the new activations belong to the same tokens.
+
+    Raises:
+        StoreMismatchError: another model. The others are those of `extract`.
+    """
+    store = open_store(path)
+    blocks, spec = store.token_blocks(), store.spec
+    new = [site for site in lm.resolve(patterns, length=spec.sequence_length) if site.site.name not in store.sites]
+    sites = with_codecs(lm, blocks, new, path, codec, spec)
+    spec = replace(spec, model=lm.identity, sites=(*spec.sites, *sites))
+    batch = batch_size(batch_sequences, path, lambda: fastest_batch(lm, new, blocks))
+    writer = _writer(lm, path, spec, blocks, batch, threads, grow=True)
+    run = Run(lm=lm, writer=writer, tokens=tokens_of(blocks, writer), batch_sequences=batch)
+    return replace(run, kept_rows=store.kept_rows, progress=progress, watch=watch)()
+
+
+def _begin(
+    lm: LanguageModel,
+    blocks: TokenBlocks,
+    patterns: Sequence[str],
+    path: str | Path,
+    codec: str | Mapping[str, str],
+    settings: Mapping[str, Any],
+    batch_sequences: BatchSequences | None,
+    threads: int | None,
+    *,
+    shared: bool,
+    elsewhere: bool = False,
+) -> tuple[StoreWriter, int]:
+    """The writer of the store that is asked for, and the batch to fill it with."""
+    resolved = lm.resolve(patterns, length=blocks.sequence_length)
+    plain = store_spec(lm, blocks, [site.site for site in resolved], **settings)
+    batch = batch_size(batch_sequences, path, lambda: fastest_batch(lm, resolved, blocks))
+
+    def made() -> StoreWriter:
+        spec = replace(plain, sites=with_codecs(lm, blocks, resolved, path, codec, plain))
+        return _writer(lm, path, spec, blocks, batch, threads, shared=shared, elsewhere=elsewhere)
+
+    try:
+        return made(), batch
+    except StoreMismatchError:
+        if not shared:
+            raise
+        # Another process may have begun the store in the meantime, with codecs that it has fitted itself.
+        return made(), batch
+
+
+def _writer(
+    lm: LanguageModel,
+    path: str | Path,
+    spec: StoreSpec,
+    blocks: TokenBlocks | None,
+    batch_sequences: int,
+    threads: int | None,
+    *,
+    grow: bool = False,
+    shared: bool = False,
+    elsewhere: bool = False,
+) -> StoreWriter:
+    mine = provenance(None if elsewhere else lm, batch_sequences)
+    writer = StoreWriter(
+        path,
+        spec,
+        blocks,
+        grow=grow,
+        shared=shared,
+        threads=threads or os.cpu_count() or 1,
+        allocate=pinned_for(lm.device),
+        provenance=mine,
+    )
+    if writer.pending():
+        warn_of_other_circumstances(path, mine, writer.provenance)
+    return writer
+
+
+def _check_part(part: tuple[int, int]) -> None:
+    i, n = part
+    if type(i) is not int or type(n) is not int or not 1 <= i <= n:
+        raise ConfigError(f"part is (i, n), part i of n with i from 1 to n, not {part!r}")
