@@ -1,0 +1,101 @@
+"""How many of everything a store of so many sequences has: tokens, rows, shards, chunks. Integers and no disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from actcache.spec import DTYPE_BYTES, MOST_OBJECT_BYTES, Dtype
+from actcache.store import layout
+from actcache.store.sizes import default_sizes
+
+_TOKENS_PER_CHUNK = 1 << 18
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What is to be extracted, and how: the part of a plan that neither tokens nor workers change."""
+
+    sites: Mapping[str, int]
+    """Width by site."""
+    dtype: Dtype
+    """Element type of the store."""
+    skip_first: int
+    """Leading positions of each sequence that are not kept."""
+    sequence_length: int
+    """T, tokens of a sequence that is full."""
+    sequences_per_shard: int | None
+    """None: what suits the number of sequences."""
+    rows_per_chunk: int | None
+    """None: what suits the widths."""
+    threads: int
+    """Encoding threads."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row at all sites, in the store's dtype."""
+        return sum(self.sites.values()) * DTYPE_BYTES[self.dtype]
+
+    def sizes(self, n_sequences: int) -> tuple[int, int]:
+        """Sequences of a shard and rows of a chunk, as `extract` would choose them for so many sequences."""
+        n_rows = max(1, self.sequence_length - self.skip_first)
+        shard, chunk = default_sizes(
+            list(self.sites.values()), self.dtype, n_sequences, n_rows, self.sequences_per_shard
+        )
+        return shard, chunk if self.rows_per_chunk is None else self.rows_per_chunk
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Amounts:
+    """Of a store, or of the stores that so many tokens have to be spread over."""
+
+    n_tokens: int
+    """Tokens that the model is run over."""
+    n_sequences: int
+    """Q."""
+    n_rows: int
+    """N, rows of each site."""
+    sequences_per_shard: int
+    """Sequences of a shard."""
+    rows_per_chunk: int
+    """Rows of the unit of reading."""
+    n_shards: int
+    """S."""
+    n_chunks: int
+    """Chunks of one site."""
+    n_stores: int
+    """Stores: the ledger of one, which is read whole, lists `MOST_OBJECT_BYTES` of shards at most."""
+    token_chunks: int
+    """Objects of each of the two token arrays."""
+
+    @property
+    def tokens_per_shard(self) -> float:
+        """Tokens of a full shard."""
+        return self.n_tokens / self.n_sequences * min(self.sequences_per_shard, self.n_sequences)
+
+
+def amounts_of(asked: Asked, n_sequences: int, rows_per_sequence: float, tokens_per_sequence: float) -> Amounts:
+    """How many of everything, for sequences that give so many rows and tokens each on average."""
+    shard, chunk = asked.sizes(n_sequences)
+    n_shards = math.ceil(n_sequences / shard)
+    in_last = n_sequences - (n_shards - 1) * shard
+    heads = layout.HEAD_BYTES * (len(asked.sites) + 1)
+    # As `layout.token_sequences_per_chunk`: whole shards, about a megabyte.
+    per_token_chunk = shard * max(1, _TOKENS_PER_CHUNK // (shard * asked.sequence_length))
+    return Amounts(
+        n_tokens=round(n_sequences * tokens_per_sequence),
+        n_sequences=n_sequences,
+        n_rows=round(n_sequences * rows_per_sequence),
+        sequences_per_shard=shard,
+        rows_per_chunk=chunk,
+        n_shards=n_shards,
+        n_chunks=(n_shards - 1) * _chunks(shard * rows_per_sequence, chunk)
+        + _chunks(in_last * rows_per_sequence, chunk),
+        n_stores=math.ceil(n_shards / (MOST_OBJECT_BYTES // heads)),
+        token_chunks=math.ceil(n_sequences / per_token_chunk),
+    )
+
+
+def _chunks(n_rows: float, rows_per_chunk: int) -> int:
+    return math.ceil(round(n_rows) / rows_per_chunk)

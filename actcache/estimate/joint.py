@@ -1,0 +1,66 @@
+"""The model and the encoding side by side: how much they are in each other's way."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+from actcache.estimate.sample import Sample
+from actcache.spec import Site
+from actcache.store import Objects
+from actcache.store.encode import ShardEncoder
+
+_ALONE = 2
+"""Batches without encoding beside them, before and after."""
+
+
+def contention(
+    sample: Sample,
+    sites: Sequence[Site],
+    encode_s_per_row: Mapping[str, float],
+    folder: Path,
+    threads: int,
+    seconds: float,
+) -> float:
+    """How long a second of encoding holds the model up: the model runs while all threads encode without a pause.
+
+    In a window of W seconds the model does f tokens, and the threads what takes them e seconds on an empty machine.
+    With F seconds a token for the model alone, just before and just after, `W = f * F + e * kappa`.
+    """
+    spec, order, over = replace(sample.spec, sites=tuple(sites)), sample.order, threading.Event()
+    # Of its own memory: what is encoded stays as it is while the model runs.
+    model = Sample(sample.lm, sample.blocks, sample.sites, sample.spec, sample.batch_sequences, sample.batch_sequences)
+    alone = [model.run() for _ in range(_ALONE)]
+
+    def encode(thread: int) -> list[tuple[float, float, float]]:
+        """Begin, end and cost of all that this thread encodes until the model is done."""
+        encoder, done = ShardEncoder(Objects(folder / str(thread), read_only=False), spec), []
+        while not over.is_set():
+            for site in sites:
+                began = perf_counter()
+                encoder.write(site, 0, sample.rows(site.name), order)
+                done.append((began, perf_counter(), encode_s_per_row[site.name] * sample.n_rows))
+        return done
+
+    n_batches = 0
+    with ThreadPoolExecutor(threads) as pool:
+        running = [pool.submit(encode, thread) for thread in range(threads)]
+        began = perf_counter()
+        try:
+            while perf_counter() - began < seconds:
+                model.run()
+                n_batches += 1
+        finally:
+            ended = perf_counter()
+            over.set()
+        encoded = [piece for future in running for piece in future.result()]
+    alone += [model.run() for _ in range(_ALONE)]
+    work = sum(cost * max(0.0, min(end, ended) - max(start, began)) / (end - start) for start, end, cost in encoded)
+    delayed = (ended - began) - n_batches * float(np.median(alone))
+    return max(0.0, delayed / work) if work else 0.0

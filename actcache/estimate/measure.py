@@ -1,0 +1,251 @@
+"""Measurements on a sample: a few batches through the model, then encoded, stored and read with every preset.
+
+In: a model, tokens, the spec of the store that is planned. Out: `Measured`, costs by the row, shard and token. What is
+written lies in a temporary folder and is gone afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from actcache.estimate.joint import contention
+from actcache.estimate.sample import FEWEST_BATCHES, SAMPLE_ROWS, Sample, sequences_wanted, warm_up
+from actcache.memory import keep_freed_memory
+from actcache.order import permutation
+from actcache.spec import Site, StoreSpec, TokenBlocks
+from actcache.store import PRESETS, Objects, Store, StoreWriter, layout
+from actcache.store.codecs import Scratch, chain_of
+from actcache.store.encode import ShardEncoder
+from actcache.store.fit import AUTO, fitted
+
+if TYPE_CHECKING:
+    from actcache.lm import LanguageModel, ResolvedSite
+
+_TABLE_ROWS = 1 << 20
+"""Rows of a shard's row table that are encoded to see how large it is."""
+_JOINT_CODEC = "lossless"
+"""The preset that is encoded beside the model, to see how much they are in each other's way."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SiteCosts:
+    """What a row of a site costs with a codec."""
+
+    codec: str
+    """The preset; of `auto` the one that it chose."""
+    bytes_per_row: float
+    """Stored bytes of a row in a chunk, checksum included."""
+    bytes_per_shard: int
+    """Beside them, in every shard: the indexes of its chunks and its line of statistics."""
+    pads_chunks: bool
+    """Whether a chunk that is not full takes as many bytes as a full one; what compresses makes nothing of padding."""
+    encode_s_per_row: float
+    """To shuffle, measure, compress and write a row, on one thread with the machine for itself."""
+    read_s_per_row: float
+    """To read, check and decode a row, on as many threads as there are cores, from the page cache."""
+    n_arrays: int
+    """Sharded objects in a shard: one, and one more for the scales of a quantised site."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PresetCosts:
+    """What a preset costs at all sites."""
+
+    sites: Mapping[str, SiteCosts]
+    n_metadata: int
+    """`zarr.json` objects of the store."""
+    metadata_bytes: int
+    """Bytes of those."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What the sample showed; seconds are this machine's."""
+
+    n_tokens: int
+    """Tokens that were run through the model and timed."""
+    n_rows: int
+    """Rows that were encoded and read."""
+    rows_per_sequence: float
+    """Rows that a sequence gives, on average."""
+    tokens_per_sequence: float
+    """Its tokens, on average."""
+    batch_sequences: int
+    """Sequences in a batch; fewer than asked for where that would have taken too long."""
+    forward_s_per_token: float
+    """The model and the copy into a shard's buffers: the median batch."""
+    forward_s_range: tuple[float, float]
+    """A batch in ten was faster than the first, and one in ten slower than the second."""
+    contention: float
+    """Seconds by which one second of encoding (on one thread) delays the model beside it, kappa. It is 1 / cores where
+    the model fills all cores, and nearly 0 where the model runs on a device of its own."""
+    resident_bytes: tuple[int, int]
+    """Memory of this process before and after it ran whole batches, buffers not counted."""
+    setup_s: float
+    """What is done before the first batch: digests of weights and tokens."""
+    row_table_bytes_per_row: float
+    """Sequence, position and token of a row, compressed."""
+    token_bytes: float
+    """Id and document of a token, compressed."""
+    presets: Mapping[str, PresetCosts]
+    """Costs by preset."""
+
+
+def measure(
+    lm: LanguageModel,
+    blocks: TokenBlocks,
+    sites: Sequence[ResolvedSite],
+    spec: StoreSpec,
+    *,
+    batch_sequences: int,
+    threads: int,
+    time_budget_s: float,
+    setup_s: float,
+) -> Measured:
+    """Run the sample; it takes about `time_budget_s`, and longer only where three batches of one sequence do."""
+    keep_freed_memory()
+    began = perf_counter()
+    warm = warm_up(lm, blocks, sites, spec, batch_sequences, time_budget_s / 10)
+    batch, batch_s = warm.batch_sequences, warm.batch_s
+    most = batch * max(FEWEST_BATCHES, int(0.3 * time_budget_s / batch_s))
+    sample = Sample(lm, blocks, sites, spec, min(most, sequences_wanted(spec, batch)), batch)
+    sample.run_for(0.1 * time_budget_s)
+    chosen = _fitted_sites(sample)
+    with tempfile.TemporaryDirectory(prefix="actcache-plan-") as folder:
+        costs = {name: _costs(sample, chosen[name], Path(folder) / name) for name in PRESETS}
+        left_s = max(2 * batch_s, min(0.2 * time_budget_s, time_budget_s - (perf_counter() - began)))
+        encode_s = {name: site.encode_s_per_row for name, site in costs[_JOINT_CODEC].sites.items()}
+        kappa = contention(sample, chosen[_JOINT_CODEC], encode_s, Path(folder), threads, left_s)
+    lengths = blocks.lengths(range(blocks.n_sequences))
+    fast, slow = np.quantile(sample.seconds_per_token, (0.1, 0.9))
+    return Measured(
+        n_tokens=sample.n_tokens_timed,
+        n_rows=sample.n_rows,
+        rows_per_sequence=float(np.maximum(lengths - spec.skip_first, 0).mean()),
+        tokens_per_sequence=float(lengths.mean()),
+        batch_sequences=batch,
+        forward_s_per_token=float(np.median(sample.seconds_per_token)),
+        forward_s_range=(float(fast), float(slow)),
+        contention=kappa,
+        resident_bytes=(warm.resident_before, warm.resident_after),
+        setup_s=setup_s,
+        row_table_bytes_per_row=_row_table_bytes(spec, blocks),
+        token_bytes=_token_bytes(spec, blocks),
+        presets={**costs, AUTO: _auto(costs, chosen[AUTO])},
+    )
+
+
+def _fitted_sites(sample: Sample) -> dict[str, tuple[Site, ...]]:
+    """The sites with every preset, and with `auto`; fitted to as many rows as an extraction would fit them to."""
+    spec = sample.spec
+    n_rows = max(SAMPLE_ROWS, spec.rows_per_chunk)
+
+    def with_codec(asked: str) -> tuple[Site, ...]:
+        return tuple(
+            fitted(site, asked, sample.rows(site.name)[:n_rows], spec.dtype, spec.rows_per_chunk) for site in spec.sites
+        )
+
+    return {asked: with_codec(asked) for asked in (*PRESETS, AUTO)}
+
+
+def _costs(sample: Sample, sites: tuple[Site, ...], folder: Path) -> PresetCosts:
+    """Store the sample, time the encoding of each site on one thread and its reading on all."""
+    spec = replace(sample.spec, sites=sites)
+    store = _stored(sample, spec, folder.with_suffix(".zarr"))
+    encoder, order = ShardEncoder(Objects(folder, read_only=False), spec), sample.order
+    found = {}
+    for site in sites:
+        arrays = layout.arrays_of(site)
+        per_shard = len(arrays) * layout.index_bytes(spec) + store.objects.size(layout.stats_key(site.name, 0))
+        chain = chain_of(site.codec)
+        pads = chain.is_raw or chain.quantised
+        n_rows = -(-sample.n_rows // spec.rows_per_chunk) * spec.rows_per_chunk if pads else sample.n_rows
+        encode_s = min(_seconds(partial(encoder.write, site, 0, sample.rows(site.name), order)) for _ in range(2))
+        read_s = min(_seconds(partial(_read, store, site)) for _ in range(2))
+        found[site.name] = SiteCosts(
+            codec=site.codec,
+            bytes_per_row=(store.info()["sites"][site.name]["bytes"] - per_shard) / n_rows,
+            bytes_per_shard=per_shard,
+            pads_chunks=pads,
+            encode_s_per_row=encode_s / sample.n_rows,
+            read_s_per_row=read_s / sample.n_rows,
+            n_arrays=len(arrays),
+        )
+    metadata = [key for key in store.objects.list("") if key.endswith("zarr.json")]
+    return PresetCosts(
+        sites=found, n_metadata=len(metadata), metadata_bytes=sum(store.objects.size(key) for key in metadata)
+    )
+
+
+def _stored(sample: Sample, spec: StoreSpec, path: Path) -> Store:
+    """The sample as a store."""
+    with StoreWriter(path, spec, sample.blocks, threads=_cores()) as writer:
+        buffers = writer.acquire(0)
+        for site in spec.sites:
+            buffers.rows[site.name][: sample.n_rows] = sample.rows(site.name)
+        writer.submit(buffers, sample.ids, sample.sink.kept)
+        return writer.finish()
+
+
+def _read(store: Store, site: Site) -> None:
+    """Every chunk of a site, checked and decoded as a loader has it done."""
+    spec, chain = store.spec, chain_of(site.codec)
+    n_chunks, n_threads = -(-store.n_rows // spec.rows_per_chunk), _cores()
+
+    def read_some(thread: int) -> None:
+        scratch = Scratch()
+        values = np.empty((spec.rows_per_chunk, site.width), chain.stored_dtype(spec.dtype))
+        scale = np.empty(spec.rows_per_chunk, "<u2")
+        for chunk in range(thread, n_chunks, n_threads):
+            store.read_chunk(site.name, 0, chunk, values, scratch)
+            if chain.quantised:
+                store.read_chunk(site.name, 0, chunk, scale, scratch, array="scale")
+
+    with ThreadPoolExecutor(n_threads) as pool:
+        list(pool.map(read_some, range(n_threads)))
+
+
+def _auto(costs: Mapping[str, PresetCosts], chosen: tuple[Site, ...]) -> PresetCosts:
+    """`auto` costs at each site what the preset costs that it chose there."""
+    found = {site.name: costs[site.codec].sites[site.name] for site in chosen}
+    return replace(costs[_JOINT_CODEC], sites=found)
+
+
+def _row_table_bytes(spec: StoreSpec, blocks: TokenBlocks) -> float:
+    """Compressed bytes of a row's sequence, position and token, in a table as a shard has it."""
+    sequences = np.arange(spec.sequences_per_shard) % blocks.n_sequences
+    n_rows = min(spec.rows_per_shard, _TABLE_ROWS)
+    order = permutation(spec.rows_per_shard, spec.seed, 0)[:n_rows]
+    sequence, position = np.divmod(order, spec.rows_per_sequence)
+    position += spec.skip_first
+    token = np.asarray(blocks.ids[: len(np.unique(sequences))])[sequences[sequence], position]
+    columns = [np.ascontiguousarray(values, layout.UINT32) for values in (sequence, position, token)]
+    return sum(len(layout.encode_table(values)[1]) for values in columns) / n_rows
+
+
+def _token_bytes(spec: StoreSpec, blocks: TokenBlocks) -> float:
+    """Compressed bytes of a token's id and document, in a chunk as the store has it."""
+    n_sequences = min(blocks.n_sequences, layout.token_sequences_per_chunk(spec))
+    parts = [np.asarray(values[:n_sequences], layout.UINT32) for values in (blocks.ids, blocks.document)]
+    n_tokens = int(blocks.lengths(range(n_sequences)).sum())
+    return sum(len(layout.encode_table(values)[1]) for values in parts) / max(1, n_tokens)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = perf_counter()
+    work()
+    return perf_counter() - began
+
+
+def _cores() -> int:
+    return os.cpu_count() or 1

@@ -1,0 +1,107 @@
+"""What an extraction holds in memory. In: a model, sizes. Out: bytes by purpose, none of which grows with the text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from actcache.estimate.amounts import Amounts, Asked
+from actcache.spec import DTYPE_BYTES
+
+if TYPE_CHECKING:
+    from actcache.lm import LanguageModel
+
+_BUFFERS = 2
+"""Shards in memory: one is filled while the other is encoded. What `StoreWriter` has by default."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes at the peak, by purpose.
+
+    `buffers = min(2, shards) * rows per shard * bytes of a row at all sites`: one shard is filled while the other is
+    encoded. `encoders = threads * (for each width: a chunk as it is shuffled, and half of that as int8; and an encoded
+    chunk of the widest)`. The others were measured. An allocator that cannot use all that was freed takes some more:
+    have a third in reserve.
+    """
+
+    process: int
+    """The interpreter, its libraries and the text, without the weights."""
+    weights: int
+    """Parameters and buffers of the model."""
+    batch: int
+    """What a batch takes: its activations at all sites, and what the forward pass holds between them."""
+    buffers: int
+    """Shards of all sites."""
+    encoders: int
+    """What the encoding threads keep."""
+    model_on_device: bool
+    """Whether weights and batch are in the memory of another device, and not of the machine."""
+
+    @property
+    def total(self) -> int:
+        """Of the machine's memory."""
+        on_machine = 0 if self.model_on_device else self.weights + self.batch
+        return self.process + self.buffers + self.encoders + on_machine
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Host:
+    """What does not depend on the sizes of a store: measured, or of the model."""
+
+    process: int
+    """See `Memory`."""
+    weights: int
+    """See `Memory`."""
+    batch_per_sequence: float
+    """Bytes of a batch by the sequence; on another device those of its activations at the sites only."""
+    on_device: bool
+    """Whether the model is on another device."""
+
+
+def host_of(lm: LanguageModel, asked: Asked, *, before: int, after: int, n_sequences: int) -> Host:
+    """From the memory of this process before and after it ran batches of so many sequences."""
+    weights = sum(t.numel() * t.element_size() for t in chain(lm.module.parameters(), lm.module.buffers()))
+    activations = asked.sequence_length * sum(asked.sites.values()) * lm.dtype.itemsize
+    on_device = lm.device.type != "cpu"
+    return Host(
+        process=before if on_device else max(0, before - weights),
+        weights=weights,
+        batch_per_sequence=activations if on_device else max(activations, (after - before) / n_sequences),
+        on_device=on_device,
+    )
+
+
+def memory_of(host: Host, asked: Asked, amounts: Amounts, batch_sequences: int) -> Memory:
+    """What an extraction of these sizes holds; see `Memory`."""
+    rows_per_shard = amounts.sequences_per_shard * (asked.sequence_length - asked.skip_first)
+    chunks = [amounts.rows_per_chunk * width * DTYPE_BYTES[asked.dtype] for width in set(asked.sites.values())]
+    return Memory(
+        process=host.process,
+        weights=host.weights,
+        batch=round(min(batch_sequences, amounts.sequences_per_shard) * host.batch_per_sequence),
+        buffers=min(_BUFFERS, amounts.n_shards) * rows_per_shard * asked.row_bytes,
+        encoders=asked.threads * _encoder_bytes(chunks),
+        model_on_device=host.on_device,
+    )
+
+
+def _encoder_bytes(chunks: Iterable[int]) -> int:
+    chunks = list(chunks)
+    return sum(n_bytes + n_bytes // 2 for n_bytes in chunks) + max(chunks)
+
+
+def resident_bytes() -> int:
+    """Memory of this process now; where that cannot be told, its peak."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+        return 1024 * int(line.split()[1])
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,0 +1,153 @@
+"""A sample: some sequences of the text through the model, timed, in buffers as a writer has them."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.errors import ConfigError
+from actcache.estimate.memory import resident_bytes
+from actcache.extraction.sink import Sink
+from actcache.order import permutation
+from actcache.spec import DTYPE_BYTES, StoreSpec, TokenBlocks
+from actcache.store import Objects, ShardBuffers
+from actcache.store.encode import ShardEncoder
+
+if TYPE_CHECKING:
+    from actcache.lm import LanguageModel, ResolvedSite
+
+_SAMPLE_BYTES = 64 << 20
+"""Of the sample at all sites: some hundred chunks, encoded in tenths of a second."""
+SAMPLE_ROWS = 4096
+"""Rows at least, if the text has them: those that `auto` and `int8` are fitted to."""
+FEWEST_BATCHES = 3
+_GROWTH = 4
+"""A batch to measure with is made so many times larger while it is done fast enough."""
+
+
+class Sample:
+    """Some of the first sequences in one shard of the planned store, and how long they took.
+
+    Their number is any that chunks of the planned size fit to; the shard may have room for a few more.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        blocks: TokenBlocks,
+        sites: Sequence[ResolvedSite],
+        spec: StoreSpec,
+        n_sequences: int,
+        batch_sequences: int,
+    ) -> None:
+        step = spec.rows_per_chunk // math.gcd(spec.rows_per_chunk, spec.rows_per_sequence)
+        n_sequences = min(n_sequences, spec.sequences_per_shard, blocks.n_sequences)
+        self.spec = replace(spec, n_sequences=n_sequences, sequences_per_shard=-(-n_sequences // step) * step)
+        self.lm, self.sites, self.batch_sequences = lm, sites, batch_sequences
+        self.blocks = blocks.take(range(n_sequences))
+        self.ids, lengths = np.asarray(self.blocks.ids), self.blocks.lengths(range(n_sequences))
+        self.buffers = ShardBuffers(self.spec, self.spec.sites)
+        self.sink = Sink(self.buffers, lengths, None)
+        self.n_rows, self.n_tokens = self.sink.n_rows, int(lengths.sum())
+        self.seconds_per_token: list[float] = []
+        self.n_tokens_timed = 0
+        if not self.n_rows:
+            raise ConfigError(
+                f"no row would be kept: the sequences are not longer than the first {spec.skip_first} tokens, which "
+                "are left out; make longer sequences, or choose a smaller skip_first"
+            )
+
+    def run(self) -> float:
+        """Fill the buffers once; seconds. Each batch is timed if all are equally long, otherwise all as one."""
+        began = before = perf_counter()
+        per_sequence = self.n_tokens / self.spec.n_sequences
+        batches: list[float] = []
+
+        def count(n_sequences: int) -> None:
+            nonlocal before
+            _wait_for(self.lm)
+            now = perf_counter()
+            batches.append((now - before) / (n_sequences * per_sequence))
+            before = now
+
+        self.sink.fill(self.lm, self.sites, self.ids, self.batch_sequences, count)
+        seconds = perf_counter() - began
+        self.seconds_per_token += batches if per_sequence == self.ids.shape[1] else [seconds / self.n_tokens]
+        self.n_tokens_timed += self.n_tokens
+        return seconds
+
+    def run_for(self, seconds: float) -> None:
+        """Run once, and again until there are enough batches and so much time has passed."""
+        began = perf_counter()
+        while len(self.seconds_per_token) < FEWEST_BATCHES or perf_counter() - began < seconds:
+            self.run()
+
+    @property
+    def order(self) -> NDArray[np.int64]:
+        """`(n,)` which row is stored where, as a writer shuffles them."""
+        return permutation(self.n_rows, self.spec.seed, 0)
+
+    def rows(self, site: str) -> NDArray[Any]:
+        """`(n, D)` stored values of a site, in reading order."""
+        return self.buffers.rows[site][: self.n_rows]
+
+
+def _wait_for(lm: LanguageModel) -> None:
+    """Until the model's device has done what it was given."""
+    if lm.device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(lm.device)
+
+
+def sequences_wanted(spec: StoreSpec, batch_sequences: int) -> int:
+    """How many sequences make a sample that sizes and speeds can be told from."""
+    row_bytes = sum(site.width for site in spec.sites) * DTYPE_BYTES[spec.dtype]
+    n_rows = max(SAMPLE_ROWS, 2 * spec.rows_per_chunk, _SAMPLE_BYTES // row_bytes)
+    return max(FEWEST_BATCHES * batch_sequences, -(-n_rows // spec.rows_per_sequence))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Warm:
+    """What was learned while the model and the process were warmed up."""
+
+    batch_sequences: int
+    """Sequences in a batch to measure with."""
+    batch_s: float
+    """Seconds that one takes."""
+    resident_before: int
+    """Bytes of this process with all libraries, before it ran whole batches."""
+    resident_after: int
+    """And afterwards."""
+
+
+def warm_up(
+    lm: LanguageModel,
+    blocks: TokenBlocks,
+    sites: Sequence[ResolvedSite],
+    spec: StoreSpec,
+    batch_sequences: int,
+    limit_s: float,
+) -> Warm:
+    """Find the batch to measure with: what was asked for, or less where that would take longer than the limit."""
+    one = Sample(lm, blocks, sites, spec, 1, 1)
+    one.run()  # the first forward pass of a process is none to measure
+    with tempfile.TemporaryDirectory(prefix="actcache-plan-") as folder:
+        encoder = ShardEncoder(Objects(folder, read_only=False), one.spec)
+        encoder.write(one.spec.sites[0], 0, one.rows(one.spec.sites[0].name), one.order)  # loads the compiled loops
+    wanted = min(batch_sequences, spec.sequences_per_shard, blocks.n_sequences)
+    before, batch, some, seconds = resident_bytes(), 1, one, one.run()
+    while batch < wanted and seconds * _GROWTH <= limit_s:
+        batch = min(wanted, batch * _GROWTH)
+        some = Sample(lm, blocks, sites, spec, batch, batch)
+        some.run()
+        seconds = some.run()
+    kept = some.n_rows * sum(site.width for site in spec.sites) * DTYPE_BYTES[spec.dtype]
+    return Warm(batch_sequences=batch, batch_s=seconds, resident_before=before, resident_after=resident_bytes() - kept)
