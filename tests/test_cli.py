@@ -23,7 +23,7 @@ from actcache.store import Store
 ROOT = Path(actcache.__file__).parent.parent
 SITE_IN, SITE_OUT = "blocks.3.mlp.hook_in", "blocks.3.hook_mlp_out"
 STORE_VERBS = ("extract", "info", "verify", "repair", "extend", "add-sites", "delete-sites", "export", "import")
-VERBS = ("demo", "sites", *STORE_VERBS, "train", "evaluate", "report")
+VERBS = ("demo", "sites", "plan", *STORE_VERBS, "train", "evaluate", "report")
 
 
 def run(*arguments: str, cwd: Path, **more: Any) -> subprocess.CompletedProcess[str]:
@@ -71,7 +71,7 @@ def test_version_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_user_error_is_one_clean_line_and_code_1(tmp_path: Path) -> None:
-    done = run("info", "nowhere.zarr", "--json", cwd=tmp_path)
+    done = run("info", "nowhere.zarr", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.strip().startswith("error: no activation store at nowhere.zarr")
@@ -90,7 +90,8 @@ def test_a_user_error_is_one_clean_line_and_code_1(tmp_path: Path) -> None:
         (["report", "nowhere"], "no run at nowhere"),
         (["evaluate", "nowhere"], "no run at nowhere"),
         (["extract", "--sites", "blocks.0.hook_in", "--out", "x.zarr", "--text", "missing.txt"], "missing.txt"),
-        (["sites", "--model", "./no/model"], "./no/model"),
+        (["sites", "./no/model"], "./no/model"),
+        (["sites", "blocks.*"], "the model comes first"),
     ],
 )
 def test_wrong_input_says_what_is_wrong(
@@ -121,11 +122,10 @@ def test_a_missing_run_is_said_before_the_text_is_read(tmp_path: Path, capsys: p
 def test_where_nobody_looks_on_a_stage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = ["--sites", SITE_IN, "--out", str(tmp_path / "x.zarr"), "--length", "64", "--count", "8"]
     assert main(["extract", *wanted]) == 0
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.rpartition(",")[0] for line in lines] == [
-        "Tokenize text: 8 of 8 sequences",
-        "Extract activations: 8 of 8 sequences",
-    ]
+    tokenized, extracted = capsys.readouterr().err.splitlines()
+    assert tokenized.rpartition(",")[0] == "Tokenize text: 8 of 8 sequences"
+    assert extracted.startswith("Extract activations: 8 of 8 sequences, ")
+    assert "tokens/s" in extracted
 
 
 def test_extract_found_again_prints_json(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,8 +183,8 @@ def test_sites_lists_names_and_says_what_patterns_mean(capsys: pytest.CaptureFix
     assert main(["sites", "--json"]) == 0
     names = [site["name"] for site in json.loads(capsys.readouterr().out)["sites"]]
     assert {SITE_IN, SITE_OUT, "blocks.0.hook_resid_pre"} <= set(names)
-    assert main(["sites", "blocks.*.hook_mlp_out"]) == 0
-    assert capsys.readouterr().out.splitlines() == [f"blocks.{i}.hook_mlp_out  128" for i in range(4)]
+    assert main(["sites", "stories-4l", "blocks.*.hook_mlp_out"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"blocks.{i}.hook_mlp_out  128  256 B/token" for i in range(4)]
 
 
 def test_train_evaluate_report_fill_one_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,5 +262,6 @@ def test_an_interrupted_command_says_how_to_go_on(tmp_path: Path) -> None:
         child.send_signal(signal.SIGINT)
         said = child.communicate(timeout=60)[1]
     assert child.returncode == 130, said
-    assert "interrupted; the same command goes on where this one stopped" in said
+    assert said.splitlines()[-1].startswith("error: interrupted; ")
+    assert said.splitlines()[-1].endswith("; the same command goes on where this one stopped")
     assert "Traceback" not in said

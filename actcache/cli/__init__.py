@@ -2,13 +2,16 @@
 
 Exit codes: 0 fine, 1 something that the user can mend (said in one line), 2 unsound data, 130 interrupted.
 
-    options.py  which model, which text: options of several verbs
-    screen.py   bars, tables, JSON: all that is printed
-    stores.py   the verbs that make a store and look after it
-    exchange.py the verb `import`
-    sites.py    the verb `sites`
-    verbs.py    the others
-    train.py    the verb `train`, whose options need torch
+    options.py     which model, which text: options of several verbs
+    screen.py      tables, JSON: all that is printed
+    progress.py    bars, lines in a log, events: how far a command is
+    interrupts.py  Ctrl-C
+    plan.py        the verb `plan`
+    stores.py      the verbs that make a store and look after it
+    exchange.py    the verb `import`
+    sites.py       the verb `sites`
+    verbs.py       the others
+    train.py       the verb `train`, whose options need torch
 """
 
 from __future__ import annotations
@@ -21,25 +24,31 @@ from cyclopts import App, CycloptsError, Parameter
 
 from actcache import __version__
 from actcache.cli import exchange, sites, stores, verbs
+from actcache.cli.interrupts import INTERRUPTED
 from actcache.cli.screen import error_line
 from actcache.errors import ActcacheError, CorruptShardError
 
-FINE, USER_ERROR, UNSOUND, INTERRUPTED = 0, 1, 2, 130
+FINE, USER_ERROR, UNSOUND = 0, 1, 2
 
 _HELP = """Cache a model's activations, serve them shuffled, learn sparse MLPs from them.
 
-Start with `actcache demo`. The parts: `sites` and `extract` make a store; `info`, `verify` and `repair` look after it;
-`extend`, `add-sites`, `delete-sites` and `export` change it; `import` makes one of another tool's files; `train`,
-`evaluate` and `report` make and measure sparse MLPs.
+Start with `actcache demo`. The parts: `sites`, `plan` and `extract` make a store; `info`, `verify` and `repair` look
+after it; `extend`, `add-sites`, `delete-sites` and `export` change it; `import` makes one of another tool's files;
+`train`, `evaluate` and `report` make and measure sparse MLPs.
 """
 
-_EPILOGUE = """Every verb takes `--json`. Exit codes: 0 fine, 1 something to mend (said in one line), 2 unsound data.
+_EPILOGUE = """Every verb takes `--json`: then stdout has one JSON object, and stderr events, a JSON object a line. Exit
+codes: 0 fine, 1 something to mend (said in one line), 2 unsound data, 130 interrupted: the same command goes on.
 
 With a model and a text from the Hugging Face hub:
 
     actcache extract --model gpt2 --text roneneldan/TinyStories \\
       --sites 'blocks.5.hook_resid_post' --out acts.zarr --count 4096
 """
+
+# These verbs are imported when they are asked for: `train` has the trainer's options, whose module needs torch.
+_PLAN = "Say what a run will cost before anything runs: bytes, time, memory, money."
+_TRAIN = "Train a sparse MLP that predicts one site of a store from another. Run again, it goes on where it stopped."
 
 
 def build_app() -> App:
@@ -56,17 +65,15 @@ def build_app() -> App:
         print_error=False,
         suppress_keyboard_interrupt=False,
     )
-    # `train` has the trainer's options, whose module needs torch: it is imported when it is asked for.
-    summary = (
-        "Train a sparse MLP that predicts one site of a store from another. Run again, it goes on where it stopped."
-    )
-    making: list[Callable[..., int]] = [verbs.demo, sites.sites, stores.extract, stores.info]
-    keeping: list[Callable[..., int]] = [stores.verify, stores.repair, stores.extend, stores.add_sites]
-    keeping += [stores.delete_sites, stores.export]
-    for place, verb in enumerate([*making, *keeping]):
+    making: list[Callable[..., int]] = [stores.extract, stores.info, stores.verify, stores.repair]
+    changing: list[Callable[..., int]] = [stores.extend, stores.add_sites, stores.delete_sites, stores.export]
+    app.command(verbs.demo, sort_key=0, help_epilogue="")
+    app.command(sites.sites, sort_key=1, help_epilogue="")
+    app.command("actcache.cli.plan:plan", sort_key=2, help=_PLAN, help_epilogue="")
+    for place, verb in enumerate([*making, *changing], 3):
         app.command(verb, sort_key=place, help_epilogue="")
-    app.command(exchange.import_store, name="import", sort_key=10, help_epilogue="")
-    app.command("actcache.cli.train:train", sort_key=20, help=summary, help_epilogue="")
+    app.command(exchange.import_store, name="import", sort_key=19, help_epilogue="")
+    app.command("actcache.cli.train:train", sort_key=20, help=_TRAIN, help_epilogue="")
     app.command(verbs.evaluate, sort_key=21, help_epilogue="")
     app.command(verbs.report, sort_key=22, help_epilogue="")
     return app
@@ -75,21 +82,25 @@ def build_app() -> App:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; `arguments` are those of the process by default."""
     tokens = sys.argv[1:] if arguments is None else list(arguments)
+    as_json = "--json" in tokens
     try:
         return build_app()(tokens) or FINE
     except CycloptsError as error:
-        error_line(f"{error}\nSee '{' '.join(['actcache', *(error.command_chain or ()), '--help'])}'.")
+        way_out = f"See '{' '.join(['actcache', *(error.command_chain or ()), '--help'])}'."
+        error_line(f"{error}\n{way_out}", json=as_json)
         return USER_ERROR
     except CorruptShardError as error:
-        error_line(str(error))
+        error_line(str(error), json=as_json)
         return UNSOUND
     except (ActcacheError, OSError) as error:
-        error_line(str(error))
+        error_line(str(error), json=as_json)
         return USER_ERROR
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         # An interrupt cuts in half whatever was being done, the construction of an event loop for one. What such
         # halves have to say when they are collected, at the end of this clause, is of no use to anybody.
         sys.unraisablehook = lambda _: None
         warnings.simplefilter("ignore")
-        error_line("interrupted; the same command goes on where this one stopped")
+        notes = getattr(interrupt, "__notes__", [])
+        way_on = "the same command goes on where this one stopped"
+        error_line("; ".join(["interrupted", *notes, way_on]), json=as_json)
         return INTERRUPTED

@@ -5,13 +5,15 @@ In: what was typed. Out: a model, token blocks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from actcache.cli.screen import Screen
+from actcache.source import BosPolicy, Packing
 from actcache.spec import Dtype
 
 Flat = Parameter(name="*")
@@ -22,23 +24,42 @@ Strings = Annotated[list[str], Parameter(consume_multiple=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class RunOptions:
+    """How a base model is opened and run."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face name."""
+    dtype: Dtype | None = None
+    """Element type in which the model computes; by default that of its weights."""
+    device: str | None = None
+    """Where the model runs: `cpu` (by default), `cuda`, `mps`."""
+    autocast: Literal["bfloat16", "float16"] | None = None
+    """Run under `torch.autocast` of this type."""
+    compile: Flag = False
+    """Compile the model with `torch.compile`: the first batches take long, the others are faster."""
+    device_map: str | None = None
+    """Where the parts of a Hugging Face model go, such as `auto`: over several GPUs, memory and disk (accelerate)."""
+    load_in_8bit: Flag = False
+    """Open a Hugging Face model in 8 bits (bitsandbytes)."""
+
+    def open(self, model: str) -> Any:
+        """That model."""
+        from actcache.lm import load_lm
+
+        options = {field.name: getattr(self, field.name) for field in fields(RunOptions)}
+        return load_lm(model, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(RunOptions):
     """Which base model, and how it runs."""
 
     model: str = "stories-4l"
-    """Base model: `stories-4l` (embedded), a Hugging Face name or folder."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hugging Face name."""
-    model_dtype: Dtype | None = None
-    """Element type in which the model computes; by default that of its weights."""
-    device: str = "cpu"
-    """Where the model runs: `cpu`, `cuda`, `mps`."""
+    """Base model: `stories-4l` (embedded), a Hugging Face name or folder, or a GGUF file."""
 
     def load(self) -> Any:
         """The model."""
-        from actcache.lm import load_lm
-
-        return load_lm(self.model, dtype=self.model_dtype, device=self.device, revision=self.revision)
+        return self.open(self.model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +67,24 @@ class TextOptions:
     """Which text, and how it is cut into sequences."""
 
     text: str = "stories-corpus"
-    """Text: `stories-corpus` (embedded), a text, jsonl or parquet file, a folder of those, or a `datasets` name."""
+    """Text, chats or token ids: `stories-corpus` (embedded), a txt, jsonl, parquet or npy file, a folder of those or of
+    `save_to_disk`, or a `datasets` name, optionally with `:config`."""
     length: int = 256
     """Tokens of a sequence."""
     count: int | None = None
     """Sequences at most; by default all that the text gives."""
     split: str = "train"
-    """Split of a `datasets` name."""
+    """Split of a dataset that has several."""
     column: str | None = None
-    """Column of the text; by default the first of text, story, content."""
+    """Column of the documents; by default the first of text, story, content, messages, conversations, tokens and
+    input_ids. What it holds decides: texts, chats or token ids."""
+    packing: Packing = "packed"
+    """`packed`: documents one after the other, no padding. `documents`: a sequence each, cut at --length."""
+    bos: BosPolicy = "auto"
+    """Tokens added: `auto` as the tokenizer does, nothing to chats and token ids; `document`: BOS before each document;
+    `sequence`: before each sequence too; `none`."""
+    chat_template: Path | None = None
+    """File with a Jinja template for chats, in place of the tokenizer's own."""
     skip_documents: int = 0
     """Documents left out at the beginning, for instance those that a store was already made from."""
     text_seed: int = 0
@@ -62,10 +92,17 @@ class TextOptions:
 
     def blocks(self, tokenizer: Any, screen: Screen) -> Any:
         """The tokens."""
-        from actcache.source import read_texts, token_blocks
+        from actcache.source import read_documents, token_blocks
 
-        texts = islice(read_texts(self.text, split=self.split, column=self.column), self.skip_documents, None)
-        progress = screen.stage("Tokenize text", "sequences")
+        documents = read_documents(self.text, split=self.split, column=self.column)
         return token_blocks(
-            texts, tokenizer, length=self.length, count=self.count, seed=self.text_seed, progress=progress
+            islice(documents, self.skip_documents, None),
+            tokenizer,
+            length=self.length,
+            count=self.count,
+            seed=self.text_seed,
+            packing=self.packing,
+            bos=self.bos,
+            chat_template=None if self.chat_template is None else self.chat_template.read_text(encoding="utf-8"),
+            progress=screen.stage("Tokenize text", "sequences"),
         )

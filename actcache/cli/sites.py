@@ -5,41 +5,72 @@ In: options, documented where they are defined. Out: a result on stdout (`--json
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from actcache.cli.options import Flag, Flat, ModelOptions
+from actcache.cli.options import Flag, Flat, RunOptions
 from actcache.cli.screen import Screen
+from actcache.errors import ConfigError
+from actcache.spec import DTYPE_BYTES, Dtype
+
+if TYPE_CHECKING:
+    from actcache.lm.sites import Listed
 
 
 def sites(
+    model: str = "stories-4l",
     patterns: list[str] | None = None,
     /,
     *,
-    model: Annotated[ModelOptions | None, Flat] = None,
-    length: int = 256,
+    run: Annotated[RunOptions | None, Flat] = None,
+    length: int | None = None,
+    store_dtype: Dtype = "bfloat16",
     json: Flag = False,
 ) -> int:
-    """List what can be cached of a model; given names or patterns, say which sites they mean, with their widths.
+    """List what can be cached of a model, with shapes and bytes a token; given patterns, the sites that they mean.
 
     Parameters
     ----------
+    model
+        Base model: `stories-4l` (embedded), a Hugging Face name or folder, or a GGUF file.
     patterns
-        Hook names or patterns, such as 'blocks.0.*'; without any, every name is listed.
+        Hook names or patterns, such as 'blocks.0.*'; without any, every name is listed, aliases too.
     length
-        Tokens of a sequence, which decide the width of attention patterns.
+        Tokens of a sequence, which decide the width of attention patterns; by default the model's context, at most 256.
+    store_dtype
+        Element type that bytes are counted in.
     json
         Print one JSON object on stdout.
     """
+    if set(model) & set("*?["):
+        raise ConfigError(f"the model comes first: actcache sites stories-4l {model!r}")
     with Screen(json=json) as screen:
-        lm = (model or ModelOptions()).load()
-        resolved = lm.resolve(patterns, length=length) if patterns else []
-        named = [{"name": place.site.name, "shape": list(place.site.shape)} for place in resolved]
-        found = named if patterns else [{"name": name} for name in lm.site_names]
-        lines = "\n".join(_site_line(site) for site in found)
-        screen.result({"model": lm.name, "sites": found}, lambda out: out.print(lines, markup=False, highlight=False))
+        lm = (run or RunOptions()).open(model)
+        found = [_described(site, DTYPE_BYTES[store_dtype]) for site in lm.list_sites(patterns, length=length)]
+        result = {"model": lm.name, "store_dtype": store_dtype, "sites": found}
+        screen.result(result, lambda out: out.print(_lines(found), markup=False, highlight=False))
     return 0
 
 
-def _site_line(site: Mapping[str, Any]) -> str:
-    return f"{site['name']}  {' x '.join(map(str, site['shape']))}" if "shape" in site else str(site["name"])
+def _described(listed: Listed, bytes_per_value: int) -> dict[str, Any]:
+    site = listed.site
+    return {
+        "name": site.name,
+        "shape": list(site.shape),
+        "bytes_per_token": site.width * bytes_per_value,
+        "instrumented": listed.instrumented,
+    }
+
+
+def _lines(found: list[dict[str, Any]]) -> str:
+    """A line a name: shape, bytes a token uncompressed, and a mark where the plain model is not enough."""
+    shapes = [" x ".join(map(str, site["shape"])) for site in found]
+    names, widths = max(len(site["name"]) for site in found), max(map(len, shapes))
+    sizes = max(len(f"{site['bytes_per_token']:,}") for site in found)
+    lines = [
+        f"{site['name']:<{names}}  {shape:>{widths}}  {site['bytes_per_token']:>{sizes},} B/token"
+        + ("  instrumented" if site["instrumented"] else "")
+        for site, shape in zip(found, shapes, strict=True)
+    ]
+    if any(site["instrumented"] for site in found):
+        lines.append("instrumented: read from transformer-lens' model, in which everything is slower")
+    return "\n".join(lines)

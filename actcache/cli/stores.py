@@ -17,6 +17,7 @@ from actcache.errors import ConfigError
 from actcache.spec import Dtype
 
 UNSOUND = 2
+Batch = int | Literal["auto"] | None
 
 
 def extract(
@@ -26,10 +27,14 @@ def extract(
     model: Annotated[ModelOptions | None, Flat] = None,
     text: Annotated[TextOptions | None, Flat] = None,
     codec: Strings = ("lossless",),  # type: ignore[assignment]  # cyclopts gives a list
-    dtype: Dtype = "bfloat16",
+    store_dtype: Dtype = "bfloat16",
     skip_first: int = 1,
     seed: int = 0,
-    batch_sequences: int = 32,
+    sequences_per_shard: int | None = None,
+    rows_per_chunk: int | None = None,
+    batch_sequences: Batch = None,
+    part: str | None = None,
+    dask: str | None = None,
     json: Flag = False,
 ) -> int:
     """Run the model over a text once and keep its activations in a store. Run again, it goes on where it stopped.
@@ -43,37 +48,57 @@ def extract(
     codec
         Preset `raw`, `lossless`, `sparse` or `int8`, `auto`, or the JSON text of a list of Zarr codecs; for some sites
         only as 'PATTERN=CODEC', several times.
-    dtype
+    store_dtype
         Element type on disk.
     skip_first
         Leading positions of each sequence that are not kept: those with the least context.
     seed
         Seed of the shuffle of rows within shards.
+    sequences_per_shard
+        Sequences of a shard, the unit of work; by default 512, fewer where sites are wide.
+    rows_per_chunk
+        Rows of the unit of reading; by default half a megabyte of the widest site.
     batch_sequences
-        Sequences in one forward pass.
+        Sequences in one forward pass, or `auto`: as many as make this model fast here. By default those of the store
+        that is continued, or 32. Halved when memory does not suffice.
+    part
+        `I/N`: make only part I of N, while other processes, here or on other machines, make the others with the same
+        command; the last of them seals the store.
+    dask
+        `local:N` for N processes of this machine, or the address of a dask scheduler (`tcp://host:8786`), whose workers
+        then make the store.
     json
-        Print one JSON object on stdout; progress stays on stderr.
+        Print one JSON object on stdout; events, one JSON object a line, go to stderr.
     """
     from actcache.extraction import extract as extract_activations
 
+    if part and dask:
+        raise ConfigError("--part and --dask exclude each other: dask's workers share the work among themselves")
+    parts = None if part is None else part_of(part)
     with Screen(json=json) as screen:
         lm = (model or ModelOptions()).load()
         text = text or TextOptions()
         # A mistyped name is reported before minutes are spent on the text.
         lm.resolve(sites, length=text.length)
-        codecs = codecs_by_pattern(codec)
-        store = extract_activations(
-            lm,
-            text.blocks(lm.tokenizer, screen),
-            sites,
-            out,
-            codec=codecs,
-            dtype=dtype,
-            skip_first=skip_first,
-            seed=seed,
-            batch_sequences=batch_sequences,
-            progress=screen.stage("Extract activations", "sequences"),
-        )
+        settings: dict[str, Any] = {
+            "codec": codecs_by_pattern(codec),
+            "dtype": store_dtype,
+            "skip_first": skip_first,
+            "seed": seed,
+            "sequences_per_shard": sequences_per_shard,
+            "rows_per_chunk": rows_per_chunk,
+            "batch_sequences": batch_sequences,
+        }
+        blocks = text.blocks(lm.tokenizer, screen)
+        settings["watch"] = screen.watch("Extract activations")
+        if dask is None:
+            store = extract_activations(lm, blocks, sites, out, part=parts, **settings)
+        else:
+            from actcache.cluster import extract_on_cluster
+
+            store = extract_on_cluster(lm, blocks, sites, out, cluster=dask, say=screen.say, **settings)
+        if not store.sealed:
+            screen.say(f"part {part} is done; the store is sealed when the last part is")
         show_store(screen, store.info())
     return 0
 
@@ -84,7 +109,7 @@ def extend(
     *,
     model: Annotated[ModelOptions | None, Flat] = None,
     text: Annotated[TextOptions | None, Flat] = None,
-    batch_sequences: int = 32,
+    batch_sequences: Batch = None,
     json: Flag = False,
 ) -> int:
     """Append sequences to a store. Use --skip-documents, so that they are not those that it has.
@@ -94,7 +119,7 @@ def extend(
     store
         A finished store, or one that is being extended with the same text.
     batch_sequences
-        Sequences in one forward pass.
+        As for "actcache extract".
     json
         Print one JSON object on stdout; progress stays on stderr.
     """
@@ -103,8 +128,8 @@ def extend(
     with Screen(json=json) as screen:
         lm = (model or ModelOptions()).load()
         blocks = (text or TextOptions()).blocks(lm.tokenizer, screen)
-        progress = screen.stage("Extract activations", "sequences")
-        grown = extend_store(lm, store, blocks, batch_sequences=batch_sequences, progress=progress)
+        watch = screen.watch("Extract activations")
+        grown = extend_store(lm, store, blocks, batch_sequences=batch_sequences, watch=watch)
         show_store(screen, grown.info())
     return 0
 
@@ -116,7 +141,7 @@ def add_sites(
     sites: Strings,
     model: Annotated[ModelOptions | None, Flat] = None,
     codec: Strings = ("lossless",),  # type: ignore[assignment]
-    batch_sequences: int = 32,
+    batch_sequences: Batch = None,
     json: Flag = False,
 ) -> int:
     """Add sites to a store: the model runs over the store's own tokens once more, and only the new sites are kept.
@@ -130,7 +155,7 @@ def add_sites(
     codec
         As for "actcache extract".
     batch_sequences
-        Sequences in one forward pass.
+        As for "actcache extract".
     json
         Print one JSON object on stdout; progress stays on stderr.
     """
@@ -138,8 +163,8 @@ def add_sites(
 
     with Screen(json=json) as screen:
         lm = (model or ModelOptions()).load()
-        progress, codecs = screen.stage("Extract activations", "sequences"), codecs_by_pattern(codec)
-        grown = add(lm, store, sites, codec=codecs, batch_sequences=batch_sequences, progress=progress)
+        watch, codecs = screen.watch("Extract activations"), codecs_by_pattern(codec)
+        grown = add(lm, store, sites, codec=codecs, batch_sequences=batch_sequences, watch=watch)
         show_store(screen, grown.info())
     return 0
 
@@ -325,6 +350,14 @@ def stretch(option: str, text: str) -> slice:
     if not colon or not start.isdecimal() or not stop.isdecimal() or int(start) >= int(stop):
         raise ConfigError(f"{option} takes START:STOP, such as 0:1024, not {text!r}")
     return slice(int(start), int(stop))
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """`I/N` as two numbers."""
+    i, slash, n = text.partition("/")
+    if not slash or not i.isdecimal() or not n.isdecimal():
+        raise ConfigError(f"--part takes I/N, such as 1/4 for the first of four, not {text!r}")
+    return int(i), int(n)
 
 
 def show_store(screen: Screen, found: Mapping[str, Any]) -> None:

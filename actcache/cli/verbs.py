@@ -31,7 +31,7 @@ def demo(
     small
         A few thousand rows and a few steps: done in seconds, to see that everything works.
     json
-        Print one JSON object on stdout; progress stays on stderr.
+        Print one JSON object on stdout; events, one JSON object a line, go to stderr.
     """
     config = config or DemoConfig()
     config = config.small() if small else config
@@ -56,7 +56,7 @@ def evaluate(
     run
         The run directory that "actcache train" or "actcache demo" wrote.
     json
-        Print one JSON object on stdout; progress stays on stderr.
+        Print one JSON object on stdout; events, one JSON object a line, go to stderr.
     """
     from actcache.report import read_metrics
     from actcache.runs import evaluate_run

@@ -1,20 +1,25 @@
 """Base language models: from a name to activations at sites. The only room that knows transformer-lens.
 
-In: a model (the embedded one, a Hugging Face folder or name, a transformer-lens model, any `nn.Module`) and token ids.
-Out: activations by transformer-lens hook name. A name that is just the input or output of a module of the model is
-read there by a plain torch hook, so that users pay for the model and not for its instrumentation.
+In: a model (the embedded one, a Hugging Face folder or name, a GGUF file, a transformer-lens model, any `nn.Module`)
+and token ids. Out: activations by transformer-lens hook name. A name that is just the input or output of a module of
+the model is read there by a plain torch hook, so that users pay for the model and not for its instrumentation.
 
-    hooks.py     one place in a model: hooking it, and the layout of what passes there
-    sites.py     which names a model answers to, and where each of them is
-    bridge.py    transformer-lens: instrumented models, and what their hook names stand for
-    model.py     LanguageModel: resolve, capture, logits, splice
-    identity.py  digests of weights and tokenizers
-    load.py      load_lm
+    hooks.py        one place in a model: hooking it, and the layout of what passes there
+    forward.py      calling a model: its arguments, padding masks, what its output means
+    compiled.py     torch.compile around hooks
+    sites.py        finding sites by running a few tokens
+    bridge.py       transformer-lens: instrumented models, and what their hook names stand for
+    names.py        the names that a model answers to, and where each of them is
+    identity.py     digests of weights and tokenizers
+    model.py        LanguageModel: resolve, capture, logits, splice
+    huggingface.py  models of Hugging Face: causal, masked, bare; GGUF files, device maps, 8 bits
+    load.py         load_lm
 """
 
 from actcache.lm.bridge import open_bridge
 from actcache.lm.hooks import ResolvedSite
 from actcache.lm.load import load_lm
 from actcache.lm.model import LanguageModel
+from actcache.lm.sites import Listed
 
-__all__ = ["LanguageModel", "ResolvedSite", "load_lm", "open_bridge"]
+__all__ = ["LanguageModel", "Listed", "ResolvedSite", "load_lm", "open_bridge"]

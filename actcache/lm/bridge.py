@@ -10,8 +10,10 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from actcache.errors import ConfigError
@@ -20,6 +22,17 @@ from actcache.stories import StoriesLM
 
 if TYPE_CHECKING:
     from actcache.lm.model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model in its instrumented form."""
+
+    model: Any
+    points: dict[str, Spot]
+    """Its names, at their HookPoints."""
+    candidates: dict[str, Spot]
+    """Names that may stand for the input or output of a module of the plain model, and of which."""
 
 
 def open_bridge(lm: LanguageModel) -> Any:
@@ -34,7 +47,7 @@ def open_bridge(lm: LanguageModel) -> Any:
     return lm.open_instrumented()
 
 
-def native_bridge(module: StoriesLM, tokenizer: Any) -> Any:
+def native_bridge(module: StoriesLM, tokenizer: Any) -> Opened:
     """A `TransformerBridge.boot_native` of the embedded architecture with equal weights."""
     from transformer_lens.config import TransformerBridgeConfig
     from transformer_lens.model_bridge import TransformerBridge
@@ -57,26 +70,29 @@ def native_bridge(module: StoriesLM, tokenizer: Any) -> Any:
             config, tokenizer=_bridge_tokenizer(tokenizer), device=str(weight.device), dtype=weight.dtype
         )
     bridge.load_state_dict(module.state_dict())
-    return bridge.eval()
+    return Opened(bridge.eval(), hook_points(bridge), {})
 
 
-def hf_bridge(module: nn.Module, tokenizer: Any, name: str) -> tuple[Any, dict[str, Spot]]:
+def hf_bridge(module: nn.Module, tokenizer: Any, name: str) -> Opened:
     """A bridge around a Hugging Face model's weights, and for its hook names the modules that they may stand for.
 
     A bridge rewires the model that it is given, so it gets a copy of the modules that shares their parameters: the
     plain model stays as it was, and no weight is held twice (but for joint projections, which a bridge splits).
+    A bridge also wants a head. A model without one is given one of zeros, whose names are left out.
 
     Raises:
         ConfigError: transformer-lens has no architecture for the model.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
-    shell = copy.deepcopy(module, {id(p): p for p in module.parameters()})
+    shell = copy.deepcopy(module, _weights_by_id(module))
     originals = {id(s): m for s, m in zip(shell.modules(), module.modules(), strict=True)}
+    shell = _with_head(shell) if is_bare(module) else shell
+    head = {id(m) for m in shell.modules() if id(m) not in originals}
     weight = next(module.parameters())
     # A model made from a config does not say its architecture by name.
     config: Any = shell.config
-    config.architectures = config.architectures or [type(module).__name__]
+    config.architectures = config.architectures or [type(shell).__name__]
     try:
         with _quiet():
             bridge = TransformerBridge.boot_transformers(
@@ -89,26 +105,67 @@ def hf_bridge(module: nn.Module, tokenizer: Any, name: str) -> tuple[Any, dict[s
     except (ValueError, KeyError, AttributeError, NotImplementedError) as error:
         reason = textwrap.shorten(str(error), 160, placeholder="...")
         raise ConfigError(f"transformer-lens cannot open {type(module).__name__} ({name}): {reason}") from error
-    return bridge, _plain_candidates(bridge, originals)
+    return _opened(bridge, originals, head)
 
 
-def _plain_candidates(bridge: Any, originals: dict[int, nn.Module]) -> dict[str, Spot]:
-    """For each hook name that is a component's `hook_in` or `hook_out`: the input or output of the module it wraps.
+def _weights_by_id(module: nn.Module) -> dict[int, Any]:
+    """What a copy of a model shares with it: parameters, and what bitsandbytes makes of them in the first forward."""
+    packed = [vars(m.state) for m in module.modules() if hasattr(getattr(m, "state", None), "CB")]
+    tensors = [value for state in packed for value in state.values() if isinstance(value, torch.Tensor)]
+    return {id(tensor): tensor for tensor in (*module.parameters(), *tensors)}
+
+
+def is_bare(module: Any) -> bool:
+    """Whether it is a Hugging Face model without a head, which ends in hidden states."""
+    return getattr(module, "base_model", None) is module
+
+
+def _with_head(shell: Any) -> Any:
+    """A bare model in the class that transformers has for it with a language model's head, of zeros.
+
+    Raises:
+        ConfigError: there is no such class.
+    """
+    import transformers as hf
+
+    config = copy.deepcopy(shell.config)
+    kinds = (hf.MODEL_FOR_MASKED_LM_MAPPING, hf.MODEL_FOR_CAUSAL_LM_MAPPING)
+    found = next((kind[type(config)] for kind in kinds if type(config) in kind), None)
+    if found is None:
+        raise ConfigError(f"transformer-lens cannot open {type(shell).__name__}: there is no such model with a head")
+    config.architectures = [found.__name__]
+    with torch.device("meta"):
+        whole = found(config)
+    setattr(whole, whole.base_model_prefix, shell)
+    weight = next(shell.parameters())
+    for part in whole.children():
+        if part is not shell:
+            part.to_empty(device=weight.device).to(weight.dtype)
+            for tensor in part.parameters():
+                tensor.requires_grad_(False).zero_()
+    return whole.eval()
+
+
+def _opened(bridge: Any, originals: dict[int, nn.Module], head: set[int]) -> Opened:
+    """The names of a bridge but for those in a head, and candidates for those that are a component's input or output.
 
     Only candidates: what a component does between its hooks and its module is its own affair, so values must agree.
     """
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
     spots: dict[int, Spot] = {}
+    not_there: set[int] = set()
     for component in bridge.modules():
         if not isinstance(component, GeneralizedComponent):
             continue
+        if id(component.original_component) in head and component.original_component is not bridge.original_model:
+            not_there |= {id(m) for m in component.modules()}
         module = originals.get(id(component.original_component))
         if module is not None:
             spots[id(component.hook_in)] = Spot(module, "in")
             spots[id(component.hook_out)] = Spot(module, "out")
-    points = hook_points(bridge)
-    return {name: spots[id(s.module)] for name, s in points.items() if id(s.module) in spots}
+    points = {name: spot for name, spot in hook_points(bridge).items() if id(spot.module) not in not_there}
+    return Opened(bridge, points, {name: spots[id(s.module)] for name, s in points.items() if id(s.module) in spots})
 
 
 def hook_points(model: Any) -> dict[str, Spot]:

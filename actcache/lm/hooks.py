@@ -6,7 +6,8 @@ Shapes: Q sequences, T positions, D width of a site; `*F` the feature axes that 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from actcache.spec import Site
 
 Side = Literal["in", "out"]
-"""The first argument of a module, or its output (the first element if it is a tuple)."""
+"""First argument of a module, or its output: of a tuple the first element, of named fields `logits` or the first."""
 
 SIDES: tuple[Side, ...] = ("in", "out")
 
@@ -95,10 +96,29 @@ def _first_parameter(module: nn.Module, kwargs: dict[str, Any]) -> str:
 
 
 def _on_output(use: Use, _module: nn.Module, _args: Any, output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return use(output)
     if isinstance(output, (tuple, list)):
         new = use(output[0]) if output else None
-        return None if new is None else type(output)((new, *output[1:]))
+        make = getattr(output, "_make", type(output))
+        return None if new is None else make((new, *output[1:]))
+    if isinstance(output, Mapping):
+        return _on_fields(use, output)
     return use(output)
+
+
+def _on_fields(use: Use, output: Mapping[str, Any]) -> Any:
+    """Of an output with named fields: its logits, or the first tensor."""
+    tensors = [name for name, value in output.items() if isinstance(value, Tensor)]
+    if not tensors:
+        return None
+    name = "logits" if "logits" in tensors else tensors[0]
+    new = use(output[name])
+    if new is None:
+        return None
+    changed: Any = copy(output)
+    changed[name] = new
+    return changed
 
 
 def layout_of(name: str, value: Any, n_sequences: int, n_positions: int) -> Layout | None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ from torch import nn
 
 from actcache.errors import ConfigError, ModelNotFoundError
 from actcache.lm.bridge import is_transformer_lens
-from actcache.lm.model import Kind, LanguageModel
+from actcache.lm.huggingface import DeviceMap, find_source, huggingface_lm, load_huggingface, short_name
+from actcache.lm.model import LanguageModel
+from actcache.lm.names import Kind
 from actcache.spec import DTYPES
 from actcache.stories import StoriesConfig, StoriesLM
 
@@ -24,7 +25,7 @@ EMBEDDED_MODEL = "stories-4l"
 BOS = "<|bos|>"
 """The token that begins each document of the embedded model; its tokenizer file has no place to say so."""
 
-_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+_AUTOCAST = ("bfloat16", "float16")
 
 
 def load_lm(
@@ -34,46 +35,102 @@ def load_lm(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     revision: str | None = None,
+    autocast: str | torch.dtype | None = None,
+    compile: bool = False,  # noqa: A002  # what torch calls it
+    device_map: DeviceMap | None = None,
+    load_in_8bit: bool = False,
 ) -> LanguageModel:
     """Open a base language model, ready to run (`eval` mode).
 
     Args:
-        model: `stories-4l`, the embedded model; a folder or name of a Hugging Face causal language model (or a folder
-            that `pipelines/train_base_lm.py` wrote); a transformer-lens model; or any module that maps `(Q, T)` token
-            ids to logits, whose sites are then `module.path:in` and `module.path:out`.
+        model: `stories-4l`, the embedded model; a folder or name of a Hugging Face model, causal or encoder; a GGUF
+            file, or a folder that has one; a folder that `pipelines/train_base_lm.py` wrote; a transformer-lens
+            model; or any module that maps `(Q, T)` token ids to logits, whose sites are then `module.path:in` and
+            `module.path:out`.
         tokenizer: In place of the model's own.
         dtype: `bfloat16`, `float16` or `float32`; by default float32 for the embedded model, and otherwise the
             dtype that the weights have. A module that is given is converted in place.
         device: By default the CPU for a model that is loaded, and where it is for a module that is given.
         revision: Branch, tag or commit of a Hugging Face name.
+        autocast: `bfloat16` or `float16`: run under `torch.autocast` of that type.
+        compile: Compile with `torch.compile` what lies between the sites that are asked for. The first forward passes
+            take long; sites of the instrumented model are read without.
+        device_map: Where the parts of a Hugging Face model go: `auto`, or a device for each module path (accelerate).
+        load_in_8bit: Open a Hugging Face model in 8 bits (bitsandbytes).
 
     Raises:
         ModelNotFoundError: there is no model by that name or in that folder.
-        ConfigError: no such dtype or device, or what is there is not a causal language model with all its weights.
+        ConfigError: no such dtype or device, options that do not go together, a package that is needed is not there, or
+        what is there is not a causal language model or an encoder with all its weights.
     """
-    wanted_dtype, wanted_device = _parse_dtype(dtype), _parse_device(device)
+    wanted_dtype, wanted_device = _parse_dtype("dtype", dtype, DTYPES), _parse_device(device)
+    wanted_autocast = _parse_dtype("autocast", autocast, _AUTOCAST)
+    _check_placement(model, device, device_map, load_in_8bit)
     if isinstance(model, nn.Module):
-        lm = _from_module(model, tokenizer)
+        lm, address = _from_module(model, tokenizer), None
+    elif (folder := _stories_folder(model)) is not None:
+        _only_huggingface(model, device_map, load_in_8bit)
+        lm = _load_stories(folder, tokenizer, wanted_dtype or torch.float32)
+        address = model if model == EMBEDDED_MODEL else str(folder.resolve())
     else:
-        folder = _stories_folder(model)
-        if folder is not None:
-            lm = _load_stories(folder, tokenizer, wanted_dtype or torch.float32)
-        else:
-            lm = _load_huggingface(model, tokenizer, wanted_dtype, revision)
-    if wanted_dtype is not None or wanted_device is not None:
+        source = find_source(model)
+        # Quantised weights are put where they belong when they are read.
+        placed = {"": str(wanted_device)} if load_in_8bit and wanted_device is not None else device_map
+        lm = load_huggingface(source, tokenizer, wanted_dtype, revision, placed, load_in_8bit)
+        address = source.address
+    if (wanted_dtype is not None or wanted_device is not None) and device_map is None and not lm.quantization:
         lm.module.to(device=wanted_device or lm.device, dtype=wanted_dtype or lm.dtype)
     lm.module.eval()
+    lm.run_with(wanted_autocast, compile)
+    if address is not None and tokenizer is None:
+        lm.recipe = _recipe(
+            model=address,
+            dtype=_named(wanted_dtype),
+            device=_named(wanted_device),
+            revision=lm.revision or revision,
+            autocast=_named(wanted_autocast),
+            compile=compile,
+            device_map=device_map,
+            load_in_8bit=load_in_8bit,
+        )
     return lm
 
 
-def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def _recipe(**options: Any) -> dict[str, Any]:
+    """What was asked for, without what was not; JSON-able."""
+    device_map = options["device_map"]
+    if isinstance(device_map, Mapping):
+        options["device_map"] = {k: v if isinstance(v, int) else str(v) for k, v in device_map.items()}
+    return {key: value for key, value in options.items() if value not in (None, False)}
+
+
+def _named(value: torch.dtype | torch.device | None) -> str | None:
+    return None if value is None else str(value).removeprefix("torch.")
+
+
+def _check_placement(model: Any, device: Any, device_map: Any, load_in_8bit: bool) -> None:
+    if device_map is not None and device is not None:
+        raise ConfigError(
+            f"device={str(device)!r} and device_map={device_map!r} both say where the model goes: say one"
+        )
+    if not isinstance(model, str):
+        _only_huggingface(type(model).__name__, device_map, load_in_8bit)
+
+
+def _only_huggingface(name: str, device_map: Any, load_in_8bit: bool) -> None:
+    if device_map is not None or load_in_8bit:
+        option = "load_in_8bit" if load_in_8bit else "device_map"
+        raise ConfigError(f"{option} is for models that are loaded from Hugging Face files, which {name} is not")
+
+
+def _parse_dtype(option: str, dtype: str | torch.dtype | None, known: tuple[str, ...]) -> torch.dtype | None:
     if dtype is None:
         return None
     name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    known: torch.dtype = getattr(torch, name)
-    return known
+    if name not in known:
+        raise ConfigError(f"{option} must be one of {', '.join(known)}, got {dtype!r}")
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 def _parse_device(device: str | torch.device | None) -> torch.device | None:
@@ -97,9 +154,8 @@ def _from_module(module: nn.Module, tokenizer: Any | None) -> LanguageModel:
         name = str(getattr(config, "model_name", None) or name)
         return _with_sizes(module, "transformer_lens", name, tokenizer, config.n_ctx, config.d_vocab)
     if any(c.__name__ == "PreTrainedModel" for c in type(module).__mro__):
-        return _huggingface_lm(module, tokenizer, _short_name(getattr(module, "name_or_path", "") or name))
-    d_vocab = min((m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)), default=None)
-    return LanguageModel(module, name=name, kind="module", tokenizer=tokenizer, d_vocab=d_vocab)
+        return huggingface_lm(module, tokenizer, short_name(getattr(module, "name_or_path", "") or name))
+    return _with_sizes(module, "module", name, tokenizer, None, None)
 
 
 def _stories_folder(name: str) -> Path | None:
@@ -150,86 +206,8 @@ def _stories_lm(module: StoriesLM, tokenizer: Any | None, name: str) -> Language
     return _with_sizes(module, "stories", name, tokenizer, module.config.n_ctx, module.config.d_vocab)
 
 
-def _load_huggingface(
-    name: str, tokenizer: Any | None, dtype: torch.dtype | None, revision: str | None
-) -> LanguageModel:
-    from transformers import AutoModelForCausalLM
-
-    folder = Path(name).expanduser()
-    if not folder.exists() and name.startswith(("/", ".", "~")):
-        raise ModelNotFoundError(f"no model at {name!r}: there is no such folder")
-    source = str(folder) if folder.exists() else name
-    with _no_progress_bars():
-        try:
-            module, report = AutoModelForCausalLM.from_pretrained(
-                source, revision=revision or "main", dtype=dtype or "auto", output_loading_info=True
-            )
-        except (OSError, ValueError) as error:
-            raise _not_loaded(name, folder.exists(), error) from error
-        if report["missing_keys"]:
-            raise ConfigError(
-                f"{name} lacks {len(report['missing_keys'])} of the weights of {type(module).__name__} "
-                f"({min(report['missing_keys'])}, ...), which would be random numbers; it needs a complete checkpoint"
-            )
-        tokenizer = tokenizer or _load_tokenizer(source, revision)
-    return _huggingface_lm(module, tokenizer, _short_name(name))
-
-
-def _short_name(source: str) -> str:
-    """What a model is called: its Hugging Face name, or its folder's, wherever the folder lies."""
-    folder = Path(source).expanduser()
-    return folder.resolve().name if folder.exists() else source
-
-
-def _not_loaded(name: str, is_folder: bool, error: Exception) -> Exception:
-    """What to tell a user whose model transformers cannot open."""
-    found = str(error).strip().splitlines()[0]
-    if "for this kind of AutoModel" in found:
-        return ConfigError(f"{name} is not a causal language model that transformers knows: {found}")
-    if is_folder:
-        return ModelNotFoundError(f"no model in folder {name!r}: {found} Expected config.json and model.safetensors")
-    return ModelNotFoundError(
-        f"no model {name!r}: it is neither {EMBEDDED_MODEL!r}, nor a folder, "
-        f"nor a Hugging Face name that can be loaded ({found})"
-    )
-
-
-def _load_tokenizer(source: str, revision: str | None) -> Any | None:
-    """The model's tokenizer; None if it comes without one (token ids are all that a model needs)."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source, revision=revision or "main")
-    except (OSError, ValueError):
-        return None
-
-
-def _huggingface_lm(module: nn.Module, tokenizer: Any | None, name: str) -> LanguageModel:
-    config: Any = module.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    n_ctx = next((int(n) for key in _CONTEXT_NAMES if (n := getattr(config, key, None))), None)
-    lm = _with_sizes(module, "huggingface", name, tokenizer, n_ctx, config.vocab_size)
-    if lm.bos is None:
-        lm.bos = getattr(config, "bos_token_id", None)
-    return lm
-
-
 def _with_sizes(
     module: nn.Module, kind: Kind, name: str, tokenizer: Any | None, n_ctx: int | None, d_vocab: int | None
 ) -> LanguageModel:
     bos = getattr(tokenizer, "bos_token_id", None)
     return LanguageModel(module, name=name, kind=kind, tokenizer=tokenizer, n_ctx=n_ctx, d_vocab=d_vocab, bos=bos)
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """transformers draws a bar over each loading, even of a small model; the library prints nothing."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -5,12 +5,10 @@ Shapes: Q sequences, T positions, V vocabulary, D width of a site.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,22 +16,13 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from actcache.errors import ConfigError, SiteError
-from actcache.lm.bridge import hf_bridge, hook_points, native_bridge
-from actcache.lm.hooks import ForwardStopped, ResolvedSite, Spot, attach, from_rows, to_rows
-from actcache.lm.identity import tokenizer_digest, weights_digest
-from actcache.lm.sites import (
-    Run,
-    Seen,
-    agreeing,
-    module_spots,
-    stories_places,
-    stories_spots,
-    survey,
-    survey_ids,
-)
-from actcache.spec import Site, expand_names
-
-Kind = Literal["stories", "huggingface", "transformer_lens", "module"]
+from actcache.lm.bridge import is_bare
+from actcache.lm.compiled import CompiledParts
+from actcache.lm.forward import Forward, huggingface_forward, ignores_what_follows, logits_of, padding_mask
+from actcache.lm.hooks import ForwardStopped, ResolvedSite, attach, from_rows, to_rows
+from actcache.lm.identity import quantization_of, tokenizer_digest, weights_digest
+from actcache.lm.names import Kind, SiteNames, sized
+from actcache.lm.sites import Listed, id_table, survey_ids
 
 
 class LanguageModel:
@@ -59,19 +48,26 @@ class LanguageModel:
         self.kind = kind
         self.tokenizer = tokenizer
         self.n_ctx = n_ctx
-        self.d_vocab = d_vocab
         self.bos = bos
+        self.revision: str | None = None
+        """Commit of a model from the Hugging Face hub."""
+        self.recipe: dict[str, Any] | None = None
+        """What `load_lm(**recipe)` opens the same model with elsewhere; None if it was given as an object."""
+        self._d_vocab = d_vocab
+        self._autocast: torch.dtype | None = None
+        self._compiled: CompiledParts | None = None
         self._ids_shape = (0, 0)
-        self._splices: list[bool] = []  # for each splice in force, whether it is in the instrumented model
+        self._splices: list[tuple[ResolvedSite, ResolvedSite]] = []
 
     def __repr__(self) -> str:
-        sizes = f"n_ctx={self.n_ctx}, d_vocab={self.d_vocab}"
+        # Of a plain module d_vocab is found by running it, which is not for looking at it.
+        sizes = f"n_ctx={self.n_ctx}, d_vocab={self.__dict__.get('d_vocab', self._d_vocab)}"
         return f"LanguageModel({self.name!r}, {self.kind}, {sizes}, {self.dtype}, {self.device})"
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs: the device of its first parameter."""
-        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        """Where the model runs: the device of its first parameter that is in memory."""
+        return next((p.device for p in self.module.parameters() if not p.is_meta), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,20 +75,63 @@ class LanguageModel:
         return next((p.dtype for p in self.module.parameters()), torch.float32)
 
     @cached_property
+    def d_vocab(self) -> int | None:
+        """Number of tokens that the model knows; of a plain module, the size of the table that looks its ids up."""
+        return self._id_table[0] if self.kind == "module" else self._d_vocab
+
+    @cached_property
+    def _id_table(self) -> tuple[int | None, int | None]:
+        return id_table(self._forward, self.module, self.device)
+
+    @property
+    def quantization(self) -> str | None:
+        """How the weights are stored, if not in a floating-point type: `bitsandbytes-8bit`, ..."""
+        return quantization_of(self.module)
+
+    @cached_property
+    def takes_padding(self) -> bool:
+        """Whether sequences of unequal length may be padded on the right without changing their own positions.
+
+        So with causal models, and with those that take an attention mask; of a plain module nothing is known.
+        """
+        return self.kind != "module" and (self._forward.takes_mask or self._is_causal)
+
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """What decides the activations, JSON-able; the weights are read once for it, when it is first asked for."""
+        said = {
+            "revision": self.revision,
+            "autocast": None if self._autocast is None else str(self._autocast).removeprefix("torch."),
+            "compiled": True if self._compiled else None,
+            "quantization": self.quantization,
+        }
         return {
             "name": self.name,
             "class": type(self.module).__name__,
             "dtype": str(self.dtype).removeprefix("torch."),
             "weights": weights_digest(self.module),
             "tokenizer": None if self.tokenizer is None else tokenizer_digest(self.tokenizer),
+            **{key: value for key, value in said.items() if value is not None},
         }
+
+    def run_with(self, autocast: torch.dtype | None, compiled: bool) -> None:
+        """Set how forward passes are run; `load_lm` does it, before the model is used.
+
+        Raises:
+            ConfigError: a transformer-lens model, in which hooks are everywhere, cannot be compiled.
+        """
+        if compiled and self.kind == "transformer_lens":
+            raise ConfigError(
+                f"{self.name} is a transformer-lens model, which is hooks throughout: torch.compile gains nothing; "
+                "load the plain model"
+            )
+        self._autocast = autocast
+        self._compiled = CompiledParts(self.module) if compiled else None
 
     @property
     def site_names(self) -> list[str]:
         """Every name that can be cached, aliases included, in the order of the forward pass."""
-        return list(self._places)
+        return list(self._names.places)
 
     def resolve(self, patterns: Sequence[str], *, length: int | None = None) -> list[ResolvedSite]:
         """The sites that any of the names or glob patterns match, in the order of the forward pass.
@@ -104,38 +143,56 @@ class LanguageModel:
             SiteError: a pattern matches nothing; the message names the nearest names.
             ConfigError: an attention pattern without `length`.
         """
-        patterns = [patterns] if isinstance(patterns, str) else patterns
-        wanted = {name for pattern in patterns for name in self._matches(pattern)}
-        return [self._sized(self._place(name), length) for name in self._places if name in wanted]
+        return [sized(self._names.place(name), length) for name in self._names.matching(patterns)]
 
-    def capture(self, ids: ArrayLike | Tensor, sites: Sequence[ResolvedSite]) -> dict[str, Tensor]:
+    def list_sites(self, patterns: Sequence[str] | None = None, *, length: int | None = None) -> list[Listed]:
+        """What can be cached: the sites that the patterns mean, by default every name, aliases included.
+
+        `length` gives attention patterns their width; by default the model's context, at most 256.
+        """
+        length = min(self.n_ctx or 256, 256) if length is None else length
+        names = self._names.matching(patterns) if patterns else self.site_names
+        return [self._names.listed(name, length) for name in names]
+
+    def capture(
+        self, ids: ArrayLike | Tensor, sites: Sequence[ResolvedSite], lengths: ArrayLike | Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Activations `{name: (Q, T, D)}` of `(Q, T)` token ids; the forward pass ends at the last site.
 
         What the model computes is handed out as it is, in the model's dtype and on its device, without a copy.
+        `lengths` are the `(Q,)` tokens of each sequence, by default all; what is behind them holds anything.
 
         Raises:
-            ConfigError: more positions than the model has, ids outside its vocabulary.
+            ConfigError: more positions than the model has, ids outside its vocabulary, unequal lengths for a model that
+            does not take padding.
             SiteError: a site that this forward pass does not reach.
         """
         tokens = self._checked(ids)
         instrumented = self._choose(any(site.instrumented for site in sites))
-        sites = [self._in(instrumented, site) for site in {site.site.name: site for site in sites}.values()]
+        sites = [self._names.place_in(instrumented, site) for site in {site.site.name: site for site in sites}.values()]
+        mask = self._mask(tokens, lengths)
         values: dict[str, Tensor] = {}
         with torch.no_grad(), ExitStack() as attached, suppress(ForwardStopped):
             for site in sites:
                 attached.callback(attach(site.spot, _taker(site, values, n_wanted=len(sites))))
             if sites:
-                self._run(tokens, instrumented)
+                self._run(tokens, instrumented, mask, sites)
         missing = [site.site.name for site in sites if site.site.name not in values]
         if missing:
             raise SiteError(f"the forward pass did not reach {', '.join(missing)}")
         return {s.site.name: to_rows(values[s.site.name], s.layout, self._ids_shape) for s in sites}
 
-    def logits(self, ids: ArrayLike | Tensor) -> Tensor:
-        """Logits `(Q, T, V)` of `(Q, T)` token ids, with the splices that are in force."""
-        tokens = self._checked(ids)
+    def logits(self, ids: ArrayLike | Tensor, lengths: ArrayLike | Tensor | None = None) -> Tensor:
+        """Logits (or log-probabilities) `(Q, T, V)` of `(Q, T)` token ids, with the splices that are in force.
+
+        Raises:
+            ConfigError: the model has none, as an encoder; otherwise as `capture`.
+        """
+        tokens, instrumented = self._checked(ids), self._choose(False)
+        if instrumented and is_bare(self.module):
+            raise ConfigError(f"{self.name} has no logits: it was loaded without a head; cache its sites")
         with torch.no_grad():
-            return self._run(tokens, self._choose(False))
+            return logits_of(self._run(tokens, instrumented, self._mask(tokens, lengths)), self.name)
 
     @contextmanager
     def splice(
@@ -149,9 +206,9 @@ class LanguageModel:
             SiteError: (in the forward pass) `site_in` comes after `site_out`.
             ConfigError: (in the forward pass) the result has another shape than the value that it replaces.
         """
-        both = [self._place(site) for site in (site_in, site_out)]
+        both = [s if isinstance(s, ResolvedSite) else self._names.one(s) for s in (site_in, site_out)]
         instrumented = self._choose(any(site.instrumented for site in both))
-        source, target = (self._in(instrumented, site) for site in both)
+        source, target = (self._names.place_in(instrumented, site) for site in both)
         held: list[Tensor] = []
 
         def read(value: Tensor) -> None:
@@ -168,7 +225,7 @@ class LanguageModel:
             return from_rows(new, value, target.layout)
 
         with ExitStack() as undo:
-            self._splices.append(instrumented)
+            self._splices.append((source, target))
             undo.callback(self._splices.pop)
             undo.callback(attach(source.spot, read))
             undo.callback(attach(target.spot, write))
@@ -176,114 +233,74 @@ class LanguageModel:
 
     def open_instrumented(self) -> Any:
         """The model as transformer-lens has it; see `open_bridge`."""
-        return self._opened[0]
-
-    # Names and places
-
-    @cached_property
-    def _places(self) -> dict[str, ResolvedSite | None]:
-        """Every name in order, and where it is; None for what only the instrumented model knows, not opened yet."""
-        match self.kind:
-            case "stories":
-                seen = self._survey(self._run_plain, stories_spots(self.module))
-                return stories_places(seen, self.module)
-            case "huggingface":
-                return {**self._huggingface_places()}
-            case "transformer_lens":
-                return {**self._instrumented}
-            case "module":
-                return {**self._module_places()}
-
-    def _huggingface_places(self) -> Mapping[str, ResolvedSite]:
-        """transformer-lens' names, on plain modules where values agree; module paths if it cannot run the model."""
-        try:
-            bridge, candidates = self._opened
-            instrumented = self._survey(self._run_instrumented, hook_points(bridge))
-        except ConfigError as error:
-            warnings.warn(f"sites of {self.name} are named module.path:in and module.path:out: {error}", stacklevel=2)
-            return self._module_places()
-        return agreeing(self._survey(self._run_plain, candidates), instrumented)
-
-    def _module_places(self) -> dict[str, ResolvedSite]:
-        seen = self._survey(self._run_plain, module_spots(self.module))
-        return {name: s.place for name, s in seen.items()}
-
-    @cached_property
-    def _instrumented(self) -> dict[str, ResolvedSite]:
-        """Every name of the instrumented model, at its HookPoint."""
-        seen = self._survey(self._run_instrumented, hook_points(self.open_instrumented()))
-        return {name: s.place for name, s in seen.items()}
-
-    @cached_property
-    def _opened(self) -> tuple[Any, Mapping[str, Spot]]:
-        """The instrumented model, and for its names the plain spots that may hold the same."""
-        match self.kind:
-            case "stories":
-                return native_bridge(self.module, self.tokenizer), {}  # type: ignore[arg-type]  # kind says what it is
-            case "huggingface":
-                return hf_bridge(self.module, self.tokenizer, self.name)
-            case "transformer_lens":
-                return self.module, {}
-            case "module":
-                raise ConfigError(f"transformer-lens cannot open {self.name}: it is a plain torch module")
-
-    def _survey(self, run: Run, spots: Mapping[str, Spot]) -> dict[str, Seen]:
-        return survey(run, spots, survey_ids(self.d_vocab, self.n_ctx, self.device))
-
-    def _matches(self, pattern: str) -> list[str]:
-        names = expand_names([pattern], self.site_names)
-        if not set(pattern) & set("*?["):
-            return names
-        once: dict[Any, str] = {}
-        for name in names:
-            place = self._places[name]
-            once.setdefault(name if place is None else place.spot, name)
-        return list(once.values())
-
-    def _place(self, site: str | ResolvedSite) -> ResolvedSite:
-        if isinstance(site, ResolvedSite):
-            return site
-        names = expand_names([site], self.site_names)
-        if len(names) > 1:
-            raise ConfigError(f"one site is needed, but {site!r} matches {len(names)}: {', '.join(names[:4])}, ...")
-        return self._places[names[0]] or self._instrumented[names[0]]
-
-    def _sized(self, place: ResolvedSite, length: int | None) -> ResolvedSite:
-        if place.layout != "Q F T K":
-            return place
-        n_heads = place.site.shape[0]
-        if length is None:
-            raise ConfigError(
-                f"{place.site.name} holds {n_heads} heads x keys values a position, as many as the sequence is long: "
-                "say resolve(..., length=tokens of a sequence)"
-            )
-        return replace(place, site=Site(name=place.site.name, shape=(n_heads, length)))
-
-    def _in(self, instrumented: bool, site: ResolvedSite) -> ResolvedSite:
-        """The site's place in the model that runs."""
-        if site.instrumented == instrumented:
-            return site
-        return replace(self._instrumented[site.site.name], site=site.site)
+        return self._names.bridge
 
     # Running
 
+    @cached_property
+    def _forward(self) -> Forward:
+        """How the model that was given is called."""
+        match self.kind:
+            case "huggingface":
+                return huggingface_forward(self.module)
+            case "transformer_lens":
+                return self._names.instrumented_forward
+            case _:
+                return Forward(self.module, {}, masks=False)
+
+    @cached_property
+    def _names(self) -> SiteNames:
+        return SiteNames(self.module, self.kind, self.name, self.tokenizer, lambda: self._forward, self._survey_ids)
+
+    def _survey_ids(self) -> Tensor:
+        n_positions = self._id_table[1] if self.kind == "module" else self.n_ctx
+        return survey_ids(self.d_vocab, n_positions, self.device)
+
+    @cached_property
+    def _is_causal(self) -> bool:
+        """Whether no position of the output depends on later ones."""
+        return self.kind == "stories" or ignores_what_follows(self._forward, self._survey_ids(), self.d_vocab or 2)
+
+    def _mask(self, tokens: Tensor, lengths: ArrayLike | Tensor | None) -> Tensor | None:
+        """The attention mask that sequences of these lengths need; causal models need none, and are faster without."""
+        if lengths is None:
+            return None
+        lengths_Q = torch.as_tensor(lengths, dtype=torch.int64)
+        low, top = (int(bound) for bound in lengths_Q.aminmax()) if lengths_Q.shape == tokens.shape[:1] else (0, 0)
+        if low < 1 or top > tokens.shape[1]:
+            raise ConfigError(
+                f"lengths must be {tokens.shape[0]} numbers of 1 to {tokens.shape[1]} tokens, got {lengths_Q.tolist()}"
+            )
+        if low == tokens.shape[1]:
+            return None
+        if not self.takes_padding:
+            raise ConfigError(
+                f"sequences of {low} to {top} tokens in a batch of {tokens.shape[1]}, but padding may change what "
+                f"{self.name} computes: give it sequences of equal length"
+            )
+        return None if self._is_causal else padding_mask(lengths_Q, tokens.shape[1]).to(self.device)
+
     def _choose(self, instrumented: bool) -> bool:
         """Whether the instrumented model must run: for a site that asks for it, or a splice that is in it."""
-        if instrumented and not all(self._splices):
+        in_force = [source.instrumented for source, _ in self._splices]
+        if instrumented and not all(in_force):
             raise ConfigError("a splice of plain sites is in force: leave it before using instrumented sites")
-        return instrumented or any(self._splices) or self.kind == "transformer_lens"
+        return instrumented or any(in_force) or self.kind == "transformer_lens"
 
-    def _run(self, tokens: Tensor, instrumented: bool) -> Tensor:
+    def _run(self, tokens: Tensor, instrumented: bool, mask: Tensor | None, sites: Sequence[ResolvedSite] = ()) -> Any:
         self._ids_shape = (tokens.shape[0], tokens.shape[1])
-        return self._run_instrumented(tokens) if instrumented else self._run_plain(tokens)
+        cast = torch.autocast(self.device.type, self._autocast) if self._autocast else nullcontext()
+        if instrumented:
+            with cast:
+                return self._names.instrumented_forward(tokens, mask)
+        with cast, self._compiled_around(sites):
+            return self._forward(tokens, mask)
 
-    def _run_plain(self, tokens: Tensor) -> Tensor:
-        if self.kind == "huggingface":
-            return self.module(tokens, use_cache=False).logits  # type: ignore[no-any-return]  # a model's own output class
-        return _logits_of(self.module(tokens))
-
-    def _run_instrumented(self, tokens: Tensor) -> Tensor:
-        return self.open_instrumented()(tokens, return_type="logits")  # type: ignore[no-any-return]  # untyped library
+    def _compiled_around(self, sites: Sequence[ResolvedSite]) -> AbstractContextManager[None]:
+        if self._compiled is None:
+            return nullcontext()
+        hooked = [site.module for site in (*sites, *(site for both in self._splices for site in both))]
+        return self._compiled.outside(hooked)
 
     def _checked(self, ids: ArrayLike | Tensor) -> Tensor:
         """Token ids as the model wants them: int64, on its device."""
@@ -312,9 +329,3 @@ def _taker(site: ResolvedSite, values: dict[str, Tensor], n_wanted: int) -> Call
             raise ForwardStopped
 
     return take
-
-
-def _logits_of(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    return output.logits if hasattr(output, "logits") else output[0]  # type: ignore[no-any-return]  # a model's own output class

@@ -6,7 +6,7 @@ order, and in which layout and width. Sizes are never guessed from a config.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,6 +36,44 @@ class Seen:
     rows: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A site that can be cached."""
+
+    site: Site
+    instrumented: bool
+    """Whether reading it runs the instrumented model, which is slower."""
+
+
+def id_table(run: Run, module: nn.Module, device: torch.device) -> tuple[int | None, int | None]:
+    """How many tokens a module knows, and in how many positions it was run to see that (None: any).
+
+    Tokens are the rows of the embedding that is given the ids; None if there is no such table. Ids are tried that every
+    table of the module has, and if they are too many, as many as the smallest table has rows: it may be of positions.
+
+    Raises:
+        ConfigError: the model does not run on token ids.
+    """
+    tables = [m for m in module.modules() if isinstance(m, nn.Embedding)]
+    smallest = min((m.num_embeddings for m in tables), default=None)
+    try:
+        return _size_of_table(run, tables, survey_ids(smallest, None, device)) or smallest, None
+    except ConfigError:
+        if smallest is None:
+            raise
+        return _size_of_table(run, tables, survey_ids(smallest, smallest, device)) or smallest, smallest
+
+
+def _size_of_table(run: Run, tables: Sequence[nn.Embedding], ids: Tensor) -> int | None:
+    """Rows of the first table that is given the ids themselves."""
+    spots = {str(n): Spot(m, "in") for n, m in enumerate(tables)}
+    given: dict[Spot, tuple[Any, Any]] = {}
+    _run_and_keep(run, spots, ids, given)
+    inputs = [given.get(spot, (None, None))[1] for spot in spots.values()]
+    same = (isinstance(value, Tensor) and torch.equal(value, ids) for value in inputs)
+    return next((m.num_embeddings for m, is_given in zip(tables, same, strict=True) if is_given), None)
+
+
 def survey_ids(d_vocab: int | None, n_ctx: int | None, device: torch.device) -> Tensor:
     """Token ids `(Q, T)` for a survey, within the model's vocabulary and context."""
     shape = _Q, min(_T, n_ctx or _T)
@@ -49,6 +87,11 @@ def survey(run: Run, spots: Mapping[str, Spot], ids: Tensor) -> dict[str, Seen]:
         ConfigError: the model does not run on token ids.
     """
     values: dict[Spot, tuple[Any, Any]] = {}
+    _run_and_keep(run, spots, ids, values)
+    return {seen.place.site.name: seen for seen in _sites_seen(spots, values, (ids.shape[0], ids.shape[1]))}
+
+
+def _run_and_keep(run: Run, spots: Mapping[str, Spot], ids: Tensor, values: dict[Spot, tuple[Any, Any]]) -> None:
     with torch.no_grad(), ExitStack() as attached:
         for spot in dict.fromkeys(spots.values()):
             attached.callback(attach(spot, _keeper(spot, values)))
@@ -56,7 +99,6 @@ def survey(run: Run, spots: Mapping[str, Spot], ids: Tensor) -> dict[str, Seen]:
             run(ids)
         except Exception as error:  # whatever the user's model raises
             raise ConfigError(f"the model does not run on token ids of shape {tuple(ids.shape)}: {error}") from error
-    return {seen.place.site.name: seen for seen in _sites_seen(spots, values, (ids.shape[0], ids.shape[1]))}
 
 
 def _keeper(spot: Spot, values: dict[Spot, tuple[Any, Any]]) -> Callable[[Any], None]:
@@ -124,18 +166,20 @@ def stories_spots(module: nn.Module) -> dict[str, Spot]:
     return spots
 
 
-def stories_places(seen: Mapping[str, Seen], module: nn.Module) -> dict[str, ResolvedSite | None]:
+def stories_places(seen: Mapping[str, Seen], module: nn.Module) -> dict[str, ResolvedSite | Site]:
     """The embedded model's places, with heads in the shapes that have them.
 
-    None stands for a name that no module has; it comes where the value is computed, before the heads' outputs `z`.
+    A name that no module has is only a site; it comes where the value is computed, before the heads' outputs `z`.
     """
     config: Any = module.config
-    places: dict[str, ResolvedSite | None] = {}
+    places: dict[str, ResolvedSite | Site] = {}
     for name, s in seen.items():
         block = _block(name)
         below = name.removeprefix(block)
         if below == "attn.hook_z":
-            places |= {block + late: None for late in STORIES_INSTRUMENTED}
+            places |= {
+                block + late: Site(name=block + late, shape=(config.n_heads, 1)) for late in STORIES_INSTRUMENTED
+            }
         shape = s.place.site.shape
         shape = (config.n_heads, shape[0] // config.n_heads) if below in _WITH_HEADS else shape
         places[name] = replace(s.place, site=Site(name=name, shape=shape))
