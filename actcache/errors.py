@@ -14,6 +14,7 @@ ActcacheError
 │   └── StoreBusyError                 somebody else is writing it
 ├── CorruptShardError(OSError)         what is on disk is not what was written
 ├── StorageFullError(OSError)          no room; the same command continues once there is
+├── ClusterError(RuntimeError)         workers cannot be reached, or die or fail at the same work again and again
 ├── RunNotFoundError(FileNotFoundError)
 ├── TrainingError(RuntimeError)        the loss is not finite any more
 └── StateError(ValueError)             a saved state that belongs to something else
@@ -80,6 +81,10 @@ class CorruptShardError(ActcacheError, OSError):
 
 class StorageFullError(ActcacheError, OSError):
     """No room left; the same command continues once there is."""
+
+
+class ClusterError(ActcacheError, RuntimeError):
+    """The workers of a cluster cannot be reached, or die or fail at the same work again and again."""
 
 
 class RunNotFoundError(ActcacheError, FileNotFoundError):

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+
+_MOST_MMAP_THRESHOLD = 32 << 20
+_SET_BY_ENVIRONMENT = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
 
 def keep_freed_memory() -> None:
     """Make the C allocator keep a loop's large tensors instead of giving their pages back and faulting them in again.
 
-    Freeing a block raises glibc's mmap threshold to its size, 32 MiB at most (mallopt(3), M_MMAP_THRESHOLD).
+    Freeing a block raises glibc's mmap threshold to its size, 32 MiB at most (mallopt(3), M_MMAP_THRESHOLD); not where
+    the environment sets any of its parameters, as dask does for its workers. There both thresholds are raised at once.
     """
     import torch
 
+    if any(name in os.environ for name in _SET_BY_ENVIRONMENT):
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_M_MMAP_THRESHOLD, _MOST_MMAP_THRESHOLD)
+            mallopt(_M_TRIM_THRESHOLD, 2 * _MOST_MMAP_THRESHOLD)
     torch.empty(31 << 20, dtype=torch.uint8)

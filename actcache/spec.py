@@ -313,7 +313,8 @@ class TokenBlocks:
     def lengths(self, sequences: range) -> NDArray[np.int64]:
         """`(q,)` tokens of each of some sequences."""
         there = np.asarray(self.document[sequences.start : sequences.stop]) != NO_DOCUMENT
-        return np.count_nonzero(there, axis=1)
+        lengths: NDArray[np.int64] = there.sum(axis=1, dtype=np.int64)
+        return lengths
 
     def digest(self) -> str:
         """sha256 (hex) of ids and documents: what a store and its verification go by."""

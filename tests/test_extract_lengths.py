@@ -97,6 +97,16 @@ def test_a_store_grows_by_ragged_sequences(tmp_path):
     assert ac.verify(tmp_path / "s.zarr") == []
 
 
+def test_attention_patterns_of_shorter_sequences_are_as_wide_as_those_of_the_longest(tmp_path):
+    lm, site = tiny_lm(), "blocks.1.attn.hook_pattern"
+    store = ac.extract(lm, ragged([21, 4, 9]), [site], tmp_path / "s.zarr", sequences_per_shard=3, dtype="float32")
+    table, rows = store.row_table(), store.read(site, store.row_ids())
+    assert rows.shape == (20 + 3 + 8, 2 * 21)
+    torch.testing.assert_close(rows.view(-1, 2, 21).sum(2), torch.ones(31, 2))
+    ahead = torch.arange(21) > torch.from_numpy(table["position"].astype("int64"))[:, None]
+    assert not rows.view(-1, 2, 21)[ahead[:, None].expand(-1, 2, -1)].any()
+
+
 class Backwards(nn.Module):
     """Each position sees all behind it, so padding would change everything: it must never be given any."""
 

@@ -65,21 +65,19 @@ class Sample:
             )
 
     def run(self) -> float:
-        """Fill the buffers once; seconds. Each batch is timed if all are equally long, otherwise all as one."""
+        """Fill the buffers once; seconds. Each batch is timed."""
         began = before = perf_counter()
-        per_sequence = self.n_tokens / self.spec.n_sequences
-        batches: list[float] = []
 
-        def count(n_sequences: int) -> None:
+        def count(n_sequences: int, n_tokens: int) -> None:
             nonlocal before
             _wait_for(self.lm)
             now = perf_counter()
-            batches.append((now - before) / (n_sequences * per_sequence))
+            if n_tokens:
+                self.seconds_per_token.append((now - before) / n_tokens)
             before = now
 
         self.sink.fill(self.lm, self.sites, self.ids, self.batch_sequences, count)
         seconds = perf_counter() - began
-        self.seconds_per_token += batches if per_sequence == self.ids.shape[1] else [seconds / self.n_tokens]
         self.n_tokens_timed += self.n_tokens
         return seconds
 

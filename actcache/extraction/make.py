@@ -139,8 +139,7 @@ def fill(
         StoreMismatchError: the store is of another model. The others are those of `extract`.
     """
     store = open_store(path)
-    resolved = lm.resolve(store.sites, length=store.spec.sequence_length)
-    batch = batch_size(lm, resolved, store.shard_blocks(0), batch_sequences, path)
+    batch = batch_size(batch_sequences, path, lambda: 0)
     writer = _writer(lm, path, replace(store.spec, model=lm.identity), None, batch, threads, shared=True)
     return Run(lm=lm, writer=writer, tokens=tokens_in(store), batch_sequences=batch, shards=list(shards), watch=watch)()
 

@@ -65,10 +65,7 @@ class Run:
             ids, lengths = self.tokens(shard)
             buffers = writer.acquire(shard)
             sink = Sink(buffers, lengths, self.kept_rows(shard))
-            n_tokens = lengths.mean()
-            batch_sequences = sink.fill(
-                self.lm, sites, ids, batch_sequences, lambda n, each=n_tokens: follower.count(n, round(n * each))
-            )
+            batch_sequences = sink.fill(self.lm, sites, ids, batch_sequences, follower.count)
             writer.submit(buffers, ids, sink.kept)
         writer.wait()
         follower.end()

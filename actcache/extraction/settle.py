@@ -195,7 +195,8 @@ def _sequences_per_s(lm: LanguageModel, sites: Sequence[ResolvedSite], ids: np.n
 
 def warn_of_other_circumstances(path: str | Path, mine: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Say what is not as it was when the store was begun: shards made now may differ in their last bits."""
-    differences = [f"{key}: {found[key]!r}, now {mine.get(key)!r}" for key in found if found[key] != mine.get(key)]
+    both = [key for key in found if key in mine]
+    differences = [f"{key}: {found[key]!r}, now {mine[key]!r}" for key in both if found[key] != mine[key]]
     if differences:
         warnings.warn(
             f"{path} was begun in other circumstances ({'; '.join(differences)}), so what is added now may differ in "

@@ -58,15 +58,18 @@ class Sink:
         sites: Sequence[ResolvedSite],
         ids: NDArray[np.uint32],
         batch_sequences: int,
-        on_batch: Callable[[int], None] = lambda n_sequences: None,
+        on_batch: Callable[[int, int], None] = lambda n_sequences, n_tokens: None,
     ) -> int:
-        """Run the model over the shard's `(q, T)` ids; returns the batch size, smaller when memory did not suffice."""
+        """Run the model over the shard's `(q, T)` ids; returns the batch size, smaller when memory did not suffice.
+
+        `on_batch` is called with sequences and tokens that are done; sequences without rows are no tokens to it.
+        """
         for batch in self._batches(batch_sequences, lm.takes_padding):
             batch_sequences = self._capture(lm, sites, ids, batch, min(batch_sequences, len(batch)), batch_sequences)
-            on_batch(len(batch))
+            on_batch(len(batch), int(self.lengths[batch].sum()))
         without_rows = int((~self._kept_QR.any(axis=1)).sum())
         if without_rows:
-            on_batch(without_rows)
+            on_batch(without_rows, 0)
         for stream in self._streams.values():
             stream.synchronize()
         return batch_sequences
@@ -113,7 +116,9 @@ class Sink:
         self, lm: LanguageModel, sites: Sequence[ResolvedSite], ids: NDArray[np.uint32], sequences: NDArray[np.int64]
     ) -> None:
         spec, lengths = self.spec, self.lengths[sequences]
-        width = int(lengths.max())
+        # A row of an attention pattern is as wide as the store's sequences, whatever the batch's.
+        patterns = any(site.layout == "Q F T K" for site in sites)
+        width = spec.sequence_length if patterns else int(lengths.max())
         padded = bool((lengths != width).any())
         in_order = self._all and sequences[-1] - sequences[0] == len(sequences) - 1
         for name, acts_QTD in lm.capture(ids[sequences, :width], sites, lengths if padded else None).items():
@@ -138,7 +143,8 @@ class Sink:
             target.copy_(values)
             return
         values = values.to(target.dtype).contiguous()
-        stream = self._streams.setdefault(values.device, torch.cuda.Stream(values.device))
+        stream = self._streams.get(values.device) or torch.cuda.Stream(values.device)  # type: ignore[no-untyped-call]
+        self._streams[values.device] = stream
         stream.wait_stream(torch.cuda.current_stream(values.device))
         with torch.cuda.stream(stream):
             target.copy_(values, non_blocking=True)
