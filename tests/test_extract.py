@@ -61,6 +61,18 @@ def test_stored_values_are_the_models_own(tmp_path, blocks, dtype):
     assert table["position"].min() == 1
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gpu_stores_what_the_cpu_stores(tmp_path, blocks, dtype):
+    stores = [
+        ac.extract(ac.load_lm(tiny_lm().module, device=device), blocks, SITES, tmp_path / device, dtype=dtype, **SIZES)
+        for device in ("cpu", "cuda")
+    ]
+    for site in stores[0].sites:
+        on_cpu, on_gpu = (store.read(site, slice(None)).float() for store in stores)
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-2, atol=1e-2)
+
+
 def test_progress_ends_at_the_number_of_sequences(tmp_path, blocks):
     seen = []
     ac.extract(tiny_lm(), blocks, SITES, tmp_path / "s.zarr", progress=lambda *a: seen.append(a), **SIZES)

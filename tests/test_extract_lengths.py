@@ -99,7 +99,8 @@ def test_a_store_grows_by_ragged_sequences(tmp_path):
 
 def test_attention_patterns_of_shorter_sequences_are_as_wide_as_those_of_the_longest(tmp_path):
     lm, site = tiny_lm(), "blocks.1.attn.hook_pattern"
-    store = ac.extract(lm, ragged([21, 4, 9]), [site], tmp_path / "s.zarr", sequences_per_shard=3, dtype="float32")
+    with pytest.warns(UserWarning, match=r"hook_pattern can only be read in the model as transformer-lens runs it"):
+        store = ac.extract(lm, ragged([21, 4, 9]), [site], tmp_path / "s.zarr", sequences_per_shard=3, dtype="float32")
     table, rows = store.row_table(), store.read(site, store.row_ids())
     assert rows.shape == (20 + 3 + 8, 2 * 21)
     torch.testing.assert_close(rows.view(-1, 2, 21).sum(2), torch.ones(31, 2))

@@ -17,6 +17,7 @@ from actcache.extraction.settle import (
     provenance,
     store_spec,
     warn_of_other_circumstances,
+    warn_of_the_slow_path,
     with_codecs,
 )
 from actcache.extraction.sink import pinned_for
@@ -75,8 +76,9 @@ def extract(
         process is writing it. StorageFullError: no room; make some and call again.
 
     Warns:
-        UserWarning: once for a site that has NaN or infinite values, or whose rows are all the same; and when a store
-        is continued in other circumstances (versions, device, threads, batch), which may show in the last bits.
+        UserWarning: once for a site that has NaN or infinite values, or whose rows are all the same; when a store is
+        continued in other circumstances (versions, device, threads, batch), which may show in the last bits; and when a
+        site makes everything run through the instrumented model, which is slow.
     """
     if part is not None:
         _check_part(part)
@@ -203,6 +205,7 @@ def add_sites(
     store = open_store(path)
     blocks, spec = store.token_blocks(), store.spec
     new = [site for site in lm.resolve(patterns, length=spec.sequence_length) if site.site.name not in store.sites]
+    warn_of_the_slow_path(lm, new)
     sites = with_codecs(lm, blocks, new, path, codec, spec)
     spec = replace(spec, model=lm.identity, sites=(*spec.sites, *sites))
     batch = batch_size(batch_sequences, path, lambda: fastest_batch(lm, new, blocks))
@@ -226,6 +229,7 @@ def _begin(
 ) -> tuple[StoreWriter, int]:
     """The writer of the store that is asked for, and the batch to fill it with."""
     resolved = lm.resolve(patterns, length=blocks.sequence_length)
+    warn_of_the_slow_path(lm, resolved)
     plain = store_spec(lm, blocks, [site.site for site in resolved], **settings)
     batch = batch_size(batch_sequences, path, lambda: fastest_batch(lm, resolved, blocks))
 

@@ -203,3 +203,15 @@ def warn_of_other_circumstances(path: str | Path, mine: Mapping[str, Any], found
             "its last bits from what an unbroken run would have given",
             stacklevel=3,
         )
+
+
+def warn_of_the_slow_path(lm: LanguageModel, sites: Sequence[ResolvedSite]) -> None:
+    """Say which sites only the instrumented model has; one of them is enough for everything to run through it."""
+    slow = [site.site.name for site in sites if site.instrumented]
+    if slow and lm.kind != "transformer_lens":
+        named = ", ".join(slow[:3]) + ", ..." * (len(slow) > 3)
+        warnings.warn(
+            f"{named} can only be read in the model as transformer-lens runs it, which is several times slower; in a "
+            "store of their own they would not slow down the other sites",
+            stacklevel=4,
+        )
