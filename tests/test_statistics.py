@@ -127,7 +127,7 @@ def test_statistics_of_some_rows_are_those_of_two_passes_over_them(kind, dtype, 
     assert loader.site_stats("x") is loader.site_stats("x")
     assert_equal(loader.site_stats("x"), values[late])
     assert_equal(store.stats("x", rows=np.flatnonzero(~late)), values[~late])
-    assert Loader(store, ["*"], batch_rows=10).stats("x").count == store.stats("x").count
+    assert Loader(store, ["*"], batch_rows=10).site_stats("x").count == store.stats("x").count
 
 
 def test_statistics_are_of_shards_or_of_rows(small_store):
@@ -228,4 +228,4 @@ def test_covariance_takes_memory_for_its_matrices_alone(tmp_path):
         store.covariance("x")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < 1.1 * peaks[0] < 4e6
+    assert peaks[1] < 1.5 * peaks[0] < 6e6

@@ -51,7 +51,7 @@ class Source:
     @property
     def address(self) -> str:
         """What `load_lm` finds it by from any working directory."""
-        place = str(Path(self.place).resolve()) if self.is_folder else self.place
+        place = str(Path(self.place).absolute()) if self.is_folder else self.place
         return place if self.gguf_file is None else f"{place}/{self.gguf_file}"
 
 

@@ -71,7 +71,7 @@ def load_lm(
     elif (folder := _stories_folder(model)) is not None:
         _only_huggingface(model, device_map, load_in_8bit)
         lm = _load_stories(folder, tokenizer, wanted_dtype or torch.float32)
-        address = model if model == EMBEDDED_MODEL else str(folder.resolve())
+        address = model if model == EMBEDDED_MODEL else str(folder.absolute())
     else:
         source = find_source(model)
         # Quantised weights are put where they belong when they are read.
