@@ -30,13 +30,12 @@ format: $(READY)  ## rewrite sources in house format
 
 benchmarks: $(READY)  ## measure this machine and rewrite docs/{benchmarks,scale,store-speed,codecs}.md
 	$(BIN)/python benchmarks/run.py
-	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/scale.py --out docs/scale.md
 	$(BIN)/python benchmarks/store.py --out docs/store-speed.md
 	$(BIN)/python benchmarks/chunk_codecs.py --out docs/codecs.md
 
 clean:
-	rm -rf $(VENV) .venv-s3 .venv-tl3 .venv-zarr-latest runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-s3 .venv-tl3 .venv-peers .venv-zarr-latest runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -2,7 +2,7 @@
 
     make benchmarks
 
-Takes about seven minutes on two cores. Each row compares two ways of doing the same work, run in turn on the same
+Takes about a quarter of an hour on two cores. Each row compares two ways of doing the same work, run in turn on the same
 data; only ratios are meant to be carried to other machines.
 """
 
@@ -14,12 +14,14 @@ from pathlib import Path
 import extraction
 import latency
 import loader
+import plan
 import training
 from measure import HEADER, machine
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 TITLES = {
     "Extraction / bare forward of the same batches": extraction,
+    "Plan / extraction": plan,
     "Loader / random gather in memory": loader,
     "Loader, requests 20 ms late / loader in a folder": latency,
     "Training / bare torch loop of the same step": training,

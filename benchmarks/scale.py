@@ -234,9 +234,9 @@ def page(*, n_sequences: int, pairs: int, seconds: float, model: str | None = No
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sequences", type=int, default=4096, help="of 256 tokens")
-    parser.add_argument("--pairs", type=int, default=3, help="how often each comparison is made")
-    parser.add_argument("--seconds", type=float, default=60.0, help="about how long the plan may measure")
+    parser.add_argument("--sequences", type=int, default=2048, help="of 256 tokens")
+    parser.add_argument("--pairs", type=int, default=2, help="how often each comparison is made")
+    parser.add_argument("--seconds", type=float, default=30.0, help="about how long the plan may measure")
     parser.add_argument("--model", choices=["stories-4l"], help="plan for the embedded model instead of SmolLM2-135M")
     parser.add_argument("--out", type=Path, help="the page to write; otherwise it is printed")
     options = parser.parse_args()

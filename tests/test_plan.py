@@ -261,9 +261,9 @@ def test_the_benchmark_gives_rows(lm, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     import plan as benchmark
 
-    found = benchmark.lines(n_sequences=24, pairs=1, time_budget_s=0.5)
-    assert len(found) == 6
-    assert all(line.row().count("|") == 6 and line.took_s[0] > 0 for line in found)
+    found = benchmark.figures(n_sequences=24, pairs=1, time_budget_s=0.5)
+    assert len(found) == 4
+    assert all(figure.row().count("|") == 7 and figure.ours > 0 for figure in found)
 
 
 # The command line
