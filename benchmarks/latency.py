@@ -26,6 +26,7 @@ from actcache.store import Objects
 DELAY_S = 0.02
 BATCH_ROWS = 4096
 EPOCHS = 3
+_REQUESTS = ("get", "span", "read_into", "tail", "size", "put", "create", "names", "delete")
 SITES = ["blocks.2.mlp.hook_in", "blocks.2.hook_resid_post"]
 
 
@@ -37,7 +38,7 @@ class Late:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._backend, name)
-        return self._later(found) if name in ("get", "span", "read_into", "tail", "size") else found
+        return self._later(found) if name in _REQUESTS else found
 
     @staticmethod
     def _later(request: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,9 +49,9 @@ class Late:
         return later
 
 
-def far_away(path: Path) -> Objects:
-    """The store in a folder, through obstore as a bucket would be, and late."""
-    objects = Objects(ObjectStore(obstore.store.LocalStore(path), read_only=True), read_only=True)
+def far_away(path: Path, *, read_only: bool = True) -> Objects:
+    """The store in a folder that exists, through obstore as a bucket would be, and late."""
+    objects = Objects(ObjectStore(obstore.store.LocalStore(path), read_only=read_only), read_only=read_only)
     objects.backend = Late(objects.backend)
     return objects
 

@@ -2,8 +2,8 @@
 
     make benchmarks
 
-Takes about a quarter of an hour on two cores. Each row compares two ways of doing the same work, run in turn on the same
-data; only ratios are meant to be carried to other machines.
+Takes about a quarter of an hour on two cores. Each row compares two ways of doing the same work, run in turn on the
+same data; only ratios are meant to be carried to other machines.
 """
 
 from __future__ import annotations

@@ -16,16 +16,14 @@ import math
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import obstore
 from activations import smollm2_file
+from latency import DELAY_S, far_away
 from measure import HEADER, Figure, compare, embedded, machine, rate
-from zarr.storage import ObjectStore
 
 import actcache as ac
 from actcache.cluster import extract_on_cluster
@@ -35,7 +33,6 @@ from actcache.lm import LanguageModel
 from actcache.spec import TokenBlocks
 from actcache.store import Objects
 
-DELAY_S = 0.02
 TWO = ["blocks.2.mlp.hook_in", "blocks.2.hook_mlp_out"]
 EIGHT = ["blocks.*.mlp.hook_in", "blocks.*.hook_mlp_out"]
 SETTINGS: dict[str, Any] = {"sequences_per_shard": 128, "batch_sequences": 32}
@@ -44,34 +41,12 @@ WORKERS = {"1 G": 8, "100 G": 64, "10 T": 1024}
 PRICE_PER_TB_MONTH = 20.0
 PRICE_PER_HOUR = 0.05
 """Of a worker: a machine like this one (two cores), rented."""
-_REQUESTS = ("get", "span", "read_into", "tail", "size", "put", "create", "names", "delete")
 
 
-class Late:
-    """A way to a store's objects on which every request waits, in the thread that makes it, as those to buckets do."""
-
-    def __init__(self, backend: Any) -> None:
-        self._backend = backend
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._backend, name)
-        return self._later(found) if name in _REQUESTS else found
-
-    @staticmethod
-    def _later(request: Callable[..., Any]) -> Callable[..., Any]:
-        def later(*arguments: Any) -> Any:
-            time.sleep(DELAY_S)
-            return request(*arguments)
-
-        return later
-
-
-def far_away(folder: Path) -> Any:
-    """A place for a store, through obstore as a bucket would be, and late."""
+def far_store(folder: Path) -> Objects:
+    """A place for a store on which every request waits."""
     folder.mkdir()
-    objects = Objects(ObjectStore(obstore.store.LocalStore(folder)), read_only=False)
-    objects.backend = Late(objects.backend)
-    return objects
+    return far_away(folder, read_only=False)
 
 
 def workers(lm: LanguageModel, blocks: TokenBlocks, n_workers: Sequence[int], pairs: int) -> list[Figure]:
@@ -117,7 +92,7 @@ def late(lm: LanguageModel, blocks: TokenBlocks, pairs: int) -> list[Figure]:
         for sites in (TWO, EIGHT):
 
             def far(sites: list[str] = sites) -> float:
-                return to(far_away, sites)
+                return to(far_store, sites)
 
             def here(sites: list[str] = sites) -> float:
                 return to(lambda path: path, sites)

@@ -26,7 +26,7 @@ def test_late_store_is_the_same_store(tmp_path: Path) -> None:
     import actcache as ac
 
     lm, blocks = embedded(24)
-    far = ac.extract(lm, blocks, scale.TWO, scale.far_away(tmp_path / "far.zarr"), **scale.SETTINGS)
+    far = ac.extract(lm, blocks, scale.TWO, scale.far_store(tmp_path / "far.zarr"), **scale.SETTINGS)
     here = ac.extract(lm, blocks, scale.TWO, tmp_path / "here.zarr", **scale.SETTINGS)
     assert far.root.fingerprint == here.root.fingerprint
     assert verify(tmp_path / "far.zarr") == []
