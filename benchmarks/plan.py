@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from measure import HEADER, Figure, compare, embedded, rate
@@ -40,8 +41,8 @@ def figures(n_sequences: int = 2048, pairs: int = 2, time_budget_s: float = 10.0
     return [
         compare(
             f"plan of extracting {name}, `{codec}`",
-            lambda sites=sites, codec=codec: planned(sites, codec),
-            lambda sites=sites, codec=codec: done(sites, codec),
+            partial(planned, sites, codec),
+            partial(done, sites, codec),
             unit="tokens/s",
             goal=1.0,
             pairs=pairs,
