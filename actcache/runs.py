@@ -135,7 +135,7 @@ def train_pair(
         seed=config.seed,
         epochs=None,
         device=device,
-        memory_bytes=_LOADER_BYTES,
+        memory=_LOADER_BYTES,
     ) as loader:
         trainer = Trainer(
             mlp,
@@ -171,7 +171,7 @@ def evaluate_pair(
     from actcache.load import Loader
 
     rows = min(batch_rows, held_out.n_rows)
-    with Loader(held_out, pair.sites, batch_rows=rows, drop_last=False, memory_bytes=_LOADER_BYTES) as loader:
+    with Loader(held_out, pair.sites, batch_rows=rows, drop_last=False, memory=_LOADER_BYTES) as loader:
         rebuilt = reconstruction(mlp, loader, site_in=pair.site_in, site_out=pair.site_out)
     loss = spliced_loss(
         lm,

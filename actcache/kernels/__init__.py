@@ -27,6 +27,16 @@ def take_dequantised() -> Kernel | None:
     return _loop("take_dequantised")
 
 
+def take_widened_normalised() -> Kernel | None:
+    """Rows of bfloat16 bits gathered as float32, a mean taken from them, multiplied."""
+    return _loop("take_widened_normalised")
+
+
+def take_dequantised_normalised() -> Kernel | None:
+    """Rows of int8 gathered and multiplied out as float32, a mean taken from them, multiplied."""
+    return _loop("take_dequantised_normalised")
+
+
 def _loop(name: str) -> Kernel | None:
     try:
         from actcache.kernels import loops

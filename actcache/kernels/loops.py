@@ -21,6 +21,15 @@ _MAGNITUDE, _INFINITY = np.uint16(0x7FFF), np.uint16(0x7F80)
 def _compiled(function: Callable[..., Any]) -> Any:
     # Sums may be split over vector lanes; NaN and infinities keep their meaning.
     options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
+    return _kept(function, options)
+
+
+def _compiled_exactly(function: Callable[..., Any]) -> Any:
+    # No two steps made one: the same bits as numpy's, which rounds after each.
+    return _kept(function, {"nogil": True, "error_model": "numpy"})
+
+
+def _kept(function: Callable[..., Any], options: dict[str, Any]) -> Any:
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # no folder where the compiled code could be kept
@@ -158,3 +167,24 @@ def take_dequantised(values, scales, weights, places, out):
         source, target, scale = values[places[i]], out[i], scales[i]
         for j in range(values.shape[1]):
             target[j] = (np.float32(source[j]) * scale) * weights[j]
+
+
+@_compiled_exactly
+def take_widened_normalised(values, places, out, mean, scale):
+    """`out[i] = (values[places[i]] - mean) * scale`: of bfloat16 bits `(N, D)` uint16, float32 `(B, D)`."""
+    bits = out.view(np.uint32)
+    for i in range(len(places)):
+        source, raw, target = values[places[i]], bits[i], out[i]
+        for j in range(values.shape[1]):
+            raw[j] = np.uint32(source[j]) << np.uint32(16)
+        for j in range(values.shape[1]):
+            target[j] = (target[j] - mean[j]) * scale
+
+
+@_compiled_exactly
+def take_dequantised_normalised(values, scales, weights, places, out, mean, scale):
+    """`out[i] = (values[places[i]] * scales[i] * weights - mean) * scale`, see `take_dequantised`."""
+    for i in range(len(places)):
+        source, target, row_scale = values[places[i]], out[i], scales[i]
+        for j in range(values.shape[1]):
+            target[j] = ((np.float32(source[j]) * row_scale) * weights[j] - mean[j]) * scale

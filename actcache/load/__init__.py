@@ -1,6 +1,21 @@
 """Sealed store to shuffled batches: `chosen` and `plan` say which rows, `fetch` reads them, `loader` hands them out."""
 
-from actcache.load.loader import Batch, Loader
+from actcache.load.batch import Batch
+from actcache.load.gather import Normalization
+from actcache.load.loader import Loader
+from actcache.load.mix import MixedLoader
 from actcache.load.plan import Plan
+from actcache.load.quality import ShuffleReport
+from actcache.load.speed import LoaderStats
+from actcache.load.split import split_sequences
 
-__all__ = ["Batch", "Loader", "Plan"]
+__all__ = [
+    "Batch",
+    "Loader",
+    "LoaderStats",
+    "MixedLoader",
+    "Normalization",
+    "Plan",
+    "ShuffleReport",
+    "split_sequences",
+]

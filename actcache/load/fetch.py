@@ -1,32 +1,29 @@
-"""Bring a plan's rows into memory: windows of chunks decoded by threads, batches gathered from them.
+"""Bring a plan's rows into memory: windows of chunks, decoded by threads.
 
-Fresh memory is dear (the first touch of a page costs several times a copy), so every large buffer here is reused: two
-windows for the whole run, and batch buffers as soon as nobody holds a tensor on them any more.
+Fresh memory is dear (the first touch of a page costs several times a copy), so the large buffers here are reused: two
+windows a lane for the whole run.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-import weakref
-from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import partial
+from time import perf_counter, thread_time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.kernels import take_dequantised, take_widened
-from actcache.load.plan import Epoch, Plan
+from actcache.load.plan import Lane, Part
+from actcache.load.reading import reading_order
+from actcache.load.speed import Clock
 from actcache.memory import keep_freed_memory
-from actcache.store.codecs import Scratch, chain_of, dequantise_rows
+from actcache.store.codecs import Scratch, chain_of
 from actcache.store.layout import array_dtype, chunks_per_shard, exponents_of
 
 if TYPE_CHECKING:
-    import torch
-
     from actcache.store import Store
 
 
@@ -36,10 +33,10 @@ class Window:
     Of quantised sites the values are int8, and `scales[site]` are the `(rows,)` bits of their bfloat16 scales.
     """
 
-    epoch: Epoch
-    """The epoch that it belongs to."""
+    lane: Lane
+    """The lane of an epoch that it belongs to."""
     number: int
-    """Its number in that epoch."""
+    """Its number in that lane."""
 
     def __init__(self, store: Store, sites: list[str], n_rows: int) -> None:
         self.store, self.sites = store, sites
@@ -60,19 +57,17 @@ class Window:
         self.pending: list[Future[Any]] = []
         self._local = threading.local()
 
-    def begin(self, epoch: Epoch, window: int, pools: Pools) -> None:
+    def begin(self, lane: Lane, number: int, pools: Pools) -> None:
         """Start decoding a window into these buffers."""
-        self.epoch, self.number = epoch, window
-        chunks = epoch.windows[window]
-        ends = np.cumsum(epoch.plan.chunk_rows(chunks)).tolist()
-        work = self._decode if pools.fetch is None else partial(self._fetch, pools)
+        self.lane, self.number = lane, number
+        work = self._decode if pools.fetch is None else self._fetch
         self.pending = [
-            (pools.fetch or pools.decode).submit(work, array, site, chunk, slice(start, end))
-            for chunk, start, end in zip(chunks.tolist(), [0, *ends], ends, strict=False)
+            (pools.fetch or pools.decode).submit(work, pools, array, site, part)
+            for part in lane.parts(number)
             for site in self.sites
             for array in (("acts", "scale") if site in self.scales else ("acts",))
         ]
-        self.pending.append(pools.decode.submit(self._shuffle, epoch, window))
+        self.pending.append(pools.decode.submit(self._shuffle, lane, number))
 
     def wait(self) -> None:
         """Until everything is decoded; raises what went wrong."""
@@ -82,23 +77,29 @@ class Window:
             if (decoding := future.result()) is not None:
                 decoding.result()
 
-    def _shuffle(self, epoch: Epoch, window: int) -> None:
-        self.order, self.row_ids = epoch.window_order(window), epoch.row_ids(window)
+    def _shuffle(self, lane: Lane, number: int) -> None:
+        self.row_ids = lane.row_ids(number)
+        in_order = lane.plan.reading is not None
+        self.order = reading_order(self.store, self.row_ids) if in_order else lane.window_order(number)
 
-    def _decode(self, array: str, site: str, chunk: int, span: slice, stored: memoryview | None = None) -> None:
-        """Decode a chunk's rows into their span of the buffer; `stored` if the chunk is fetched."""
+    def _decode(self, pools: Pools, array: str, site: str, part: Part, stored: memoryview | None = None) -> None:
+        """Decode a chunk's rows into their place of the buffer; `stored` if the chunk is fetched."""
+        began, worked = perf_counter(), thread_time()
         spec = self.store.spec
-        shard, within = divmod(chunk, chunks_per_shard(spec))
-        target = (self.values[site] if array == "acts" else self.scales[site])[span]
+        place = divmod(part.chunk, chunks_per_shard(spec))
+        target = (self.values[site] if array == "acts" else self.scales[site])[part.start : part.stop]
         # Of a chunk that is not full, or not all wanted, the rows do not lie as they do on disk.
         whole = target if len(target) == spec.rows_per_chunk else self._whole_chunk(target)
         if stored is not None:
-            self.store.decode_chunk(site, shard, within, stored, whole, array=array)
+            self.store.decode_chunk(site, *place, stored, whole, array=array)
         else:
-            self.store.read_chunk(site, shard, within, whole, self._scratch("stored"), array=array)
+            self.store.read_chunk(site, *place, whole, self._scratch("stored"), array=array)
         if whole is not target:
-            places = self.epoch.plan.row_ids(np.array([chunk])) - chunk * spec.rows_per_chunk
-            np.take(whole, places, axis=0, out=target, mode="clip")
+            ids = self.lane.plan.row_ids(np.array([part.chunk]))[part.skipped : part.skipped + len(target)]
+            np.take(whole, ids - part.chunk * spec.rows_per_chunk, axis=0, out=target, mode="clip")
+        worked = thread_time() - worked
+        pools.clock.add("decode", worked)
+        pools.clock.add("read", 0.0 if stored is not None else max(0.0, perf_counter() - began - worked))
 
     def _whole_chunk(self, target: NDArray[Any]) -> NDArray[Any]:
         """Room for all rows of a chunk, this thread's own, valid until it decodes the next one."""
@@ -111,10 +112,12 @@ class Window:
         kept: dict[str, Scratch] = self._local.__dict__
         return kept.setdefault(use, Scratch())
 
-    def _fetch(self, pools: Pools, array: str, site: str, chunk: int, span: slice) -> Future[None]:
+    def _fetch(self, pools: Pools, array: str, site: str, part: Part) -> Future[None]:
         """Fetch a chunk's bytes and have them decoded; as many are on their way as there are threads to wait."""
-        stored = self.store.fetch_chunk(site, *divmod(chunk, chunks_per_shard(self.store.spec)), array=array)
-        decoding = pools.decode.submit(self._decode, array, site, chunk, span, stored)
+        began = perf_counter()
+        stored = self.store.fetch_chunk(site, *divmod(part.chunk, chunks_per_shard(self.store.spec)), array=array)
+        pools.clock.add("read", perf_counter() - began)
+        decoding = pools.decode.submit(self._decode, pools, array, site, part, stored)
         wait([decoding])  # so that no more is fetched than can be decoded
         return decoding
 
@@ -127,7 +130,8 @@ a megabyte a chunk, that is room for 1.6 GB/s."""
 class Pools:
     """The threads of a loader: some that decode, and for stores that answer slowly many that wait for their bytes."""
 
-    def __init__(self, threads: int, *, is_local: bool) -> None:
+    def __init__(self, threads: int, clock: Clock, *, is_local: bool) -> None:
+        self.clock = clock
         self.decode = ThreadPoolExecutor(threads, thread_name_prefix="actcache-decode")
         self.fetch = None
         if not is_local:
@@ -143,179 +147,28 @@ class Pools:
         self.decode.shutdown(cancel_futures=True)
 
 
-def windows(
-    plan: Plan, first: tuple[int, int], epochs: int | None, buffers: list[Window], pools: Pools
-) -> Generator[Window]:
-    """The windows of a run, each decoded while the one before it is in use, across the ends of epochs too.
+class LaneStream:
+    """The windows of a lane, each decoded while the one before it is in use, across the ends of epochs too.
 
-    `first` is the (epoch, window) to begin with; `epochs` is the epoch to stop before, None for never. A yielded window
-    is valid until the next one is asked for.
+    `numbers` are (lane of an epoch, window) in order; the first begins to be decoded at once.
     """
-    numbers = _window_numbers(plan, first, epochs)
-    coming = next(numbers, None)
-    try:
+
+    def __init__(self, numbers: Iterator[tuple[Lane, int]], buffers: list[Window], pools: Pools) -> None:
+        self._numbers, self._pools = numbers, pools
+        self._current: Window | None = None
+        self._following, self._other = buffers
+        self._begin()
+
+    def window(self, lane: Lane, number: int) -> Window:
+        """A window, valid until a later one is asked for; those before it are passed by."""
+        while self._current is None or (self._current.lane.epoch, self._current.number) != (lane.epoch, number):
+            self._following.wait()
+            self._current, self._following = self._following, self._other
+            self._other = self._current
+            self._begin()
+        return self._current
+
+    def _begin(self) -> None:
+        coming = next(self._numbers, None)
         if coming:
-            buffers[0].begin(*coming, pools)
-        while coming:
-            buffers[0].wait()
-            coming = next(numbers, None)
-            if coming:
-                buffers[1].begin(*coming, pools)
-            yield buffers[0]
-            buffers.reverse()
-    finally:
-        for buffer in buffers:
-            for future in buffer.pending:
-                future.cancel()
-
-
-def _window_numbers(plan: Plan, first: tuple[int, int], epochs: int | None) -> Iterator[tuple[Epoch, int]]:
-    number, window = first
-    while epochs is None or number < epochs:
-        epoch = plan.epoch(number)
-        for following in range(window, len(epoch.windows)):
-            yield epoch, following
-        number, window = number + 1, 0
-
-
-_GATHER_BYTES = 1 << 17
-"""Rows gathered at a time: they stay in a core's cache until they are widened."""
-
-
-_STORED = {
-    "torch.bfloat16": "<u2",
-    "torch.float16": "<f2",
-    "torch.float32": "<f4",
-    "torch.float64": "<f8",
-    "torch.int8": "|i1",
-}
-
-
-class BatchMemory:
-    """Batch buffers, handed out as tensors and taken back when the last tensor or view on one is gone.
-
-    `torch.from_numpy` keeps the array alive for as long as any tensor shares its memory; each tensor gets an array
-    object of its own (a view of a kept buffer), whose end of life returns the buffer. So a consumer may keep or modify
-    whatever it got.
-    """
-
-    def __init__(self) -> None:
-        self._free: dict[tuple[int, int, str], deque[NDArray[Any]]] = {}
-
-    def take(self, n_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised `(n_rows, width)` tensor."""
-        import torch
-
-        stored = _STORED[str(dtype)]
-        free = self._free.setdefault((n_rows, width, stored), deque())
-        try:
-            kept = free.popleft()
-        except IndexError:
-            kept = np.empty((n_rows, width), stored)
-        handed_out = kept[:]
-        weakref.finalize(handed_out, free.append, kept).atexit = False
-        tensor = torch.from_numpy(handed_out)
-        return tensor.view(torch.bfloat16) if dtype == torch.bfloat16 else tensor
-
-
-class Gather:
-    """Copies rows of a window to a stretch of a batch, in another dtype if need be.
-
-    Done with numpy on the calling thread, block by block in cache: torch would split each copy over a thread team of
-    its own, and two teams on the same cores (this one and the trainer's) wait for each other more than they work.
-    """
-
-    def __init__(self, logical: torch.dtype, out: torch.dtype) -> None:
-        self.logical, self.out = logical, out
-        self._scratch, self._wide = Scratch(), Scratch()
-
-    def __call__(self, window: Window, site: str, places: NDArray[np.int64], target: torch.Tensor) -> None:
-        """`target[i] = window row places[i]`."""
-        values, scales = window.values[site], window.scales.get(site)
-        if scales is None and self.out == self.logical:
-            np.take(values, places, axis=0, out=_bits(target), mode="clip")
-        elif not self._in_one_pass(window, site, places, target):
-            self._in_blocks(window, site, places, target)
-
-    def _in_one_pass(self, window: Window, site: str, places: NDArray[np.int64], target: torch.Tensor) -> bool:
-        """The compiled loops, for what is asked for most; False where there is none."""
-        import torch
-
-        values, scales = window.values[site], window.scales.get(site)
-        kernel = take_widened() if scales is None else take_dequantised()
-        if kernel is None or self.out != torch.float32 or (scales is None and self.logical != torch.bfloat16):
-            return False
-        if scales is None:
-            kernel(values, places, _bits(target).view(np.uint32))
-        else:
-            wide = (scales[places].astype(np.uint32) << 16).view(np.float32)
-            kernel(values, wide, window.weights[site], places, _bits(target))
-        return True
-
-    def _in_blocks(self, window: Window, site: str, places: NDArray[np.int64], target: torch.Tensor) -> None:
-        values, scales = window.values[site], window.scales.get(site)
-        block_rows = max(1, _GATHER_BYTES // (values.shape[1] * values.itemsize))
-        for start in range(0, len(places), block_rows):
-            part = places[start : start + block_rows]
-            rows = self._take(values, part)
-            wide = target[start : start + len(part)]
-            if scales is None:
-                self._widen(rows, wide)
-            else:
-                self._dequantise(rows, scales[part], window.exponents[site], wide)
-
-    def _take(self, values: NDArray[Any], places: NDArray[np.int64]) -> NDArray[Any]:
-        """Gathered rows in reused memory."""
-        width = values.shape[1]
-        rows = np.frombuffer(self._scratch.take(len(places) * width * values.itemsize), values.dtype)
-        return np.take(values, places, axis=0, out=rows.reshape(-1, width), mode="clip")
-
-    def _widen(self, rows: NDArray[Any], target: torch.Tensor) -> None:
-        import torch
-
-        if self.logical == torch.bfloat16 and self.out == torch.float32:
-            # bfloat16 bits are the upper half of the float32.
-            np.left_shift(rows, 16, out=target.view(torch.int32).numpy().view(np.uint32), dtype=np.uint32)
-        else:
-            narrow = torch.from_numpy(rows)
-            target.copy_(narrow.view(torch.bfloat16) if self.logical == torch.bfloat16 else narrow)
-
-    def _dequantise(
-        self,
-        rows: NDArray[np.int8],
-        scales: NDArray[np.uint16],
-        exponents: NDArray[np.int8] | None,
-        target: torch.Tensor,
-    ) -> None:
-        import torch
-
-        if self.out in (torch.float32, torch.bfloat16):
-            dequantise_rows(rows, scales, _bits(target), exponents)
-            return
-        wide = np.frombuffer(self._wide.take(4 * rows.size), np.float32).reshape(rows.shape)
-        dequantise_rows(rows, scales, wide, exponents)
-        target.copy_(torch.from_numpy(wide))
-
-
-def _bits(target: torch.Tensor) -> NDArray[Any]:
-    """The tensor's memory as numpy sees it: bfloat16 as uint16."""
-    import torch
-
-    return (target.view(torch.uint16) if target.dtype == torch.bfloat16 else target).numpy()
-
-
-def dequantise_on(
-    device: torch.device,
-    q: torch.Tensor,
-    scales: torch.Tensor,
-    exponents: NDArray[np.int8] | None,
-    out: torch.dtype,
-) -> torch.Tensor:
-    """Quantised rows `(B, D)` int8 and their `(B,)` bfloat16 scales, sent to a device and multiplied out there."""
-    import torch
-
-    wide = q.to(device).to(torch.float32)
-    wide.mul_(scales.to(device).to(torch.float32)[:, None])
-    if exponents is not None:
-        wide.mul_(torch.exp2(torch.from_numpy(exponents).to(device, torch.float32)))
-    return wide.to(out)
+            self._following.begin(*coming, self._pools)

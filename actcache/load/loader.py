@@ -7,20 +7,29 @@ that were *delivered*, so what was only prefetched is never lost or doubled.
 from __future__ import annotations
 
 import os
-import queue
-import threading
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import lru_cache
+from itertools import count
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from actcache.errors import ConfigError, StateError, StoreIncompleteError
-from actcache.load.chosen import Chosen, chosen_rows
-from actcache.load.fetch import BatchMemory, Gather, Pools, Window, dequantise_on, windows
-from actcache.load.plan import Plan, chunk_table
-from actcache.spec import check_positive, expand_names
+from actcache.load.ahead import ReadAhead
+from actcache.load.batch import Batch
+from actcache.load.chosen import chosen_rows
+from actcache.load.fetch import LaneStream, Pools, Window
+from actcache.load.gather import Normalization, normalization_of
+from actcache.load.make import BatchMaker
+from actcache.load.origin import ShardTables, lookup, rows_per_sequence
+from actcache.load.plan import Epoch, Lane, Plan, Share, chunk_table
+from actcache.load.quality import ShuffleReport, batches_to_look_at, shuffle_report
+from actcache.load.reading import in_reading_order
+from actcache.load.sizes import GOOD_RATIO, Budget, expected_ratio, memory_bytes
+from actcache.load.speed import Clock, LoaderStats
+from actcache.load.state import STATE_VERSION, Place, check_settings, checked_state
+from actcache.spec import DTYPE_BYTES, check_positive, expand_names
 from actcache.store.layout import array_dtype
 
 if TYPE_CHECKING:
@@ -29,42 +38,15 @@ if TYPE_CHECKING:
     from actcache.store import SiteStats, Store
     from actcache.store.rows import Rows
 
-STATE_VERSION = 1
-_WINDOWS_PER_EPOCH = 4
-_CHUNKS_THAT_SHUFFLE = 64
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class Batch(Mapping[str, "torch.Tensor"]):
-    """Rows of several sites, aligned: `batch[site][i]` belongs to global row `batch.rows[i]` for every site.
-
-    The tensors are the caller's own: they may be kept, and modified in place.
-    """
-
-    activations: dict[str, torch.Tensor]
-    """`(B, D)` by site."""
-    rows: torch.Tensor
-    """`(B,)` int64 global row ids, on the CPU."""
-
-    def __repr__(self) -> str:
-        shapes = ", ".join(f"{site}: {tuple(acts.shape)}" for site, acts in self.activations.items())
-        return f"Batch({shapes})"
-
-    def __getitem__(self, site: str) -> torch.Tensor:
-        return self.activations[site]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.activations)
-
-    def __len__(self) -> int:
-        return len(self.activations)
+ORDERS = ("shuffled", "sequence")
 
 
 class Loader:
     """Shuffled batches from a sealed store.
 
     Iterating delivers `epochs` epochs, each in an order of its own, and goes on after the last delivered batch when
-    iteration was broken off; after the last epoch, iterating again delivers the next ones.
+    iteration was broken off; after the last epoch, iterating again delivers the next ones. A loader belongs to the
+    process that made it.
 
     Args:
         store: a sealed store.
@@ -74,18 +56,24 @@ class Loader:
         epochs: how many to deliver, None for ever.
         dtype: of the batches' tensors.
         device: of the batches' tensors.
-        memory_bytes: for the two windows of decoded chunks; larger windows shuffle better.
+        memory: for the windows of decoded chunks, such as `"1GB"` or a number of bytes; larger windows shuffle better.
         read_ahead: batches made in advance.
         threads: decoding threads; by default one per core.
         drop_last: leave out the smaller batch at an epoch's end.
         rows: which rows an epoch has: a `RowFilter`, row ids (each once, in any order), a mask over all ids, or a
             slice; None for all. Chunks without such a row are not read.
-        rank, world_size: this consumer gets batches `rank`, `rank + world_size`, ... of the one global order; every
-            rank gets the same number.
+        normalize: None, or `"rms"`, `"center"`, `"center-rms"`: `(x - mean) * scale` from the statistics of the rows
+            that are delivered; what is done to each site stands in `normalization`.
+        order: `"shuffled"`, or `"sequence"`: whole sequences in reading order, as many a batch as `batch_rows` has
+            room for; every epoch is the same then.
+        lanes: stretches of the order from which batches are taken in turn; a rank reads only those of its batches. By
+            default as many as there are ranks. Part of the order, and kept when a state is loaded on other ranks.
+        rank, world_size: this consumer gets the batches of the one order whose number is `rank`, modulo `world_size`;
+            every rank gets as many, so that up to `world_size - 1` batches at an epoch's end are left out.
 
     Raises:
         SiteError: a pattern matches no site. ConfigError: batch_rows is larger than the store, or rank is no rank,
-        or no row is wanted. IndexError: a wanted row is none.
+        or no row is wanted, or another argument is none. IndexError: a wanted row is none.
         StoreIncompleteError: the store is not sealed.
     """
 
@@ -99,69 +87,90 @@ class Loader:
         epochs: int | None = 1,
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
-        memory_bytes: int = 1 << 30,
+        memory: int | str = "1GiB",
         read_ahead: int = 2,
         threads: int | None = None,
         drop_last: bool = True,
         rows: Rows | None = None,
+        normalize: str | None = None,
+        order: str = "shuffled",
+        lanes: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         import torch
 
-        if not store.sealed:
-            raise StoreIncompleteError(
-                f"{store.path} has {len(store.committed)} of {store.spec.n_shards} shards; "
-                "finish 'actcache extract' first"
-            )
-        check_positive("loader", read_ahead=read_ahead, memory_bytes=memory_bytes, world_size=world_size)
-        if epochs is not None:
-            check_positive("loader", epochs=epochs)
-        if not 0 <= rank < world_size:
-            raise ConfigError(f"loader: rank must be between 0 and world_size - 1 = {world_size - 1}, got {rank}")
+        _check(store, order, read_ahead, rank, world_size, {"epochs": epochs, "lanes": lanes, "threads": threads})
         self.store, self.sites, self.batch_rows = store, expand_names(sites, store.sites), batch_rows
         self.epochs, self.dtype, self.device = epochs, dtype or torch.float32, torch.device(device)
         self.rank, self.world_size, self.read_ahead = rank, world_size, read_ahead
+        self._share = Share(rank=rank, world_size=world_size)
+        self._lanes, self._memory_bytes = lanes, memory_bytes(memory)
         self._chosen = None if rows is None else chosen_rows(store, rows)
         self._rows, self._stats = rows, dict[str, "SiteStats"]()
-        self.plan = self._plan(self._chosen, memory_bytes, seed, drop_last)
+        self.order, in_order = order, order == "sequence"
+        self.plan = self._plan(lanes or (1 if in_order else world_size), seed, drop_last)
+        if in_order:
+            self.plan = in_reading_order(self.plan, store, self._row_bytes, self._memory_bytes)
         if self.plan.n_batches < world_size:
             raise ConfigError(
                 f"{self.plan.n_batches} batches of {batch_rows} rows cannot be shared by {world_size} ranks"
             )
-        self._threads = threads or os.cpu_count() or 1
-        self._memory = BatchMemory()
-        self._buffers: list[Window] = []
-        self._first_epoch, self._epoch, self._batch = 0, 0, 0
-        self._running: _ReadAhead | None = None
+        self.normalization: dict[str, Normalization] = {}
+        """What is done to the rows of each site; empty without `normalize`."""
+        if normalize is not None:
+            self.normalization = {site: normalization_of(normalize, self.site_stats(site)) for site in self.sites}
+        self._threads, self._process = threads or os.cpu_count() or 1, os.getpid()
+        self._clock, self._delivered = Clock(), [0, 0]
+        self._maker = BatchMaker(store, self.sites, self.dtype, self.device, self.normalization, self._clock)
+        self._buffers: dict[int, list[Window]] = {}
+        self._place = Place()
+        self._running: ReadAhead[tuple[Place, Batch]] | None = None
+        self._warn_of_bad_shuffle()
 
-    def _plan(self, chosen: Chosen | None, memory_bytes: int, seed: int, drop_last: bool) -> Plan:
-        store, spec = self.store, self.store.spec
+    def _plan(self, lanes: int, seed: int, drop_last: bool) -> Plan:
+        store, spec, chosen = self.store, self.store.spec, self._chosen
         all_chunks = chunk_table(store.shard_n_rows, spec.rows_per_shard, spec.rows_per_chunk)
         return Plan(
             rows_per_chunk=spec.rows_per_chunk,
             n_rows=chosen.n_rows if chosen else store.n_rows,
             chunk_table=chosen.chunk_table if chosen else all_chunks,
             wanted=chosen.bits if chosen else None,
-            chunks_per_window=self._chunks_per_window(chosen, memory_bytes),
+            chunks_per_window=self._chunks_per_window(lanes),
             batch_rows=self.batch_rows,
             seed=seed,
             drop_last=drop_last,
+            lanes=lanes,
         )
 
-    def _chunks_per_window(self, chosen: Chosen | None, memory_bytes: int) -> int:
+    @property
+    def _row_bytes(self) -> int:
+        """Of a row at all sites, as it is stored."""
         spec = self.store.spec
-        row_bytes = sum(site.width * array_dtype(spec, site, "acts").itemsize for site in map(spec.site, self.sites))
-        by_memory = memory_bytes // 2 // (spec.rows_per_chunk * row_bytes)
-        n_chunks, that_shuffle = -(-self.store.n_rows // spec.rows_per_chunk), _CHUNKS_THAT_SHUFFLE
-        if chosen:  # a window holds wanted rows alone, so more chunks fit and more are needed
-            fullest_first = np.cumsum(np.sort(chosen.chunk_table[:, 1])[::-1])
-            by_memory = int(np.searchsorted(fullest_first, memory_bytes // 2 // row_bytes, side="right"))
-            n_chunks = len(chosen.chunk_table)
-            that_shuffle = -(-_CHUNKS_THAT_SHUFFLE * spec.rows_per_chunk * n_chunks // chosen.n_rows)
-        # Several windows an epoch, so that one is read while another is in use; no fewer chunks than shuffle well.
-        by_overlap = max(that_shuffle, -(-n_chunks // _WINDOWS_PER_EPOCH))
-        return max(1, min(by_memory, by_overlap))
+        return sum(site.width * array_dtype(spec, site, "acts").itemsize for site in map(spec.site, self.sites))
+
+    def _chunks_per_window(self, lanes: int, n_bytes: int | None = None) -> int:
+        budget = Budget(
+            n_bytes=n_bytes or self._memory_bytes,
+            row_bytes=self._row_bytes,
+            lanes=lanes,
+            lanes_here=len(self._share.lanes(lanes)),
+        )
+        return budget.chunks_per_window(self.store.n_rows, self.store.spec.rows_per_chunk, self._chosen)
+
+    def _warn_of_bad_shuffle(self) -> None:
+        ratio, plan = expected_ratio(self.plan, self.store.spec), self.plan
+        if ratio >= GOOD_RATIO or plan.reading is not None:
+            return
+        by_memory = self._chunks_per_window(plan.lanes, n_bytes=1 << 62) > plan.chunks_per_window
+        wider = f"more than memory={self._memory_bytes}, or " if by_memory else ""
+        warnings.warn(
+            f"batches of {self.batch_rows:,} rows are going to have about {ratio:.2f} of the distinct sequences that a "
+            f"shuffle of all rows would give (good: {GOOD_RATIO}): windows have {plan.chunks_per_window} chunks of "
+            f"{plan.rows_per_chunk} rows; give the loader {wider}fewer rows a batch, or make the store with more "
+            "sequences_per_shard or smaller chunks",
+            stacklevel=3,
+        )
 
     def __len__(self) -> int:
         """Batches of an epoch, for this rank."""
@@ -175,11 +184,57 @@ class Loader:
             self._stats[site] = self.store.stats(site, rows=self._rows)
         return self._stats[site]
 
+    def stats(self) -> LoaderStats:
+        """How much was delivered since the loader was made, how fast, and what the time went into."""
+        n_batches, n_rows = self._delivered
+        spec, clock = self.store.spec, self._clock
+        width = sum(spec.site(site).width for site in self.sites)
+        return LoaderStats(
+            n_batches=n_batches,
+            n_rows=n_rows,
+            n_bytes=n_rows * width * DTYPE_BYTES[spec.dtype],
+            seconds=clock["all"],
+            wait_seconds=clock["wait"],
+            read_seconds=clock["read"],
+            decode_seconds=clock["decode"],
+            gather_seconds=clock["gather"],
+        )
+
+    def shuffle_report(self, *, epoch: int = 0, n_batches: int = 80) -> ShuffleReport:
+        """How well the rows of an epoch are mixed, measured on some of its batches: no activation is read.
+
+        Reads the row tables of the shards that those batches take rows from, and of all where rows are left out.
+
+        Args:
+            epoch: which one.
+            n_batches: how many to look at, about: a tenth of them in a row, at ten places.
+        """
+        plan, spec = self.plan, self.store.spec
+        if plan.reading is not None:
+            raise ConfigError('a loader with order="sequence" shuffles nothing; use order="shuffled"')
+        order = plan.epoch(epoch)
+        n_whole = plan.n_rows // plan.batch_rows
+        runs = [[order.batch_row_ids(b) for b in run] for run in batches_to_look_at(n_whole, n_batches)]
+        tables = ShardTables(self.store)
+        return shuffle_report(
+            runs,
+            lambda rows: lookup(tables, spec.rows_per_shard, rows, "sequences"),
+            rows_per_sequence(self.store, plan),
+            spec.n_rows,
+            spec.rows_per_chunk,
+        )
+
     def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise ConfigError(
+            "a loader belongs to the process that made it, and was to be sent to another one; send it the store, which "
+            "can be pickled, and make the loader there"
+        )
 
     def close(self) -> None:
         """Stop reading ahead; iterating again is allowed."""
@@ -188,201 +243,142 @@ class Loader:
             self._running = None
 
     def __iter__(self) -> Iterator[Batch]:
+        if os.getpid() != self._process:
+            raise ConfigError(
+                "a loader belongs to the process that made it: its threads did not follow when this one was forked; "
+                "make the loader here, where it is used"
+            )
         self.close()
-        running = self._running = _ReadAhead(self)
+        running = self._running = ReadAhead(self._produce(self._place), self.read_ahead, self._clock)
+        began = perf_counter()
         try:
-            for epoch, batch, value in running:
-                self._epoch, self._batch = (epoch, batch + 1) if batch + 1 < len(self) else (epoch + 1, 0)
-                yield value
-            self._first_epoch = self._epoch
+            for place, batch in running:
+                self._place = place
+                self._delivered[0] += 1
+                self._delivered[1] += len(batch.rows)
+                now = perf_counter()
+                self._clock.add("all", now - began)
+                began = now
+                yield batch
+            self._place = replace(self._place, first_epoch=self._place.epoch)
         finally:
             running.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader is, after the batch delivered last: a small JSON-able dict."""
+        """Where the loader is, after the batch delivered last: a small JSON-able dict.
+
+        It counts the batches of all ranks together, which have to be in step: it can be taken from any one of them.
+        """
         return {
             "version": STATE_VERSION,
             "fingerprint": self.store.fingerprint,
-            "settings": self._settings(),
+            "settings": self._settings(self.plan),
             "world_size": self.world_size,
-            "first_epoch": self._first_epoch,
-            "epoch": self._epoch,
-            "batch": self._batch,
+            **asdict(self._place),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the batch at which `state` was taken, bit for bit.
 
-        Raises:
-            StateError: the state is of another version, store, world size or settings; the message says which.
-        """
-        if state.get("version") != STATE_VERSION:
-            raise StateError(f"a loader state of version {state.get('version')!r}; this actcache knows {STATE_VERSION}")
-        if state["fingerprint"] != self.store.fingerprint:
-            raise StateError(
-                f"the loader state belongs to another store (fingerprint {state['fingerprint']}), "
-                f"{self.store.path} has {self.store.fingerprint}; open the store it was saved with"
-            )
-        if state["world_size"] != self.world_size:
-            raise StateError(
-                f"the loader state was saved with world_size={state['world_size']}, "
-                f"this loader has {self.world_size}; use as many ranks as before"
-            )
-        mine, theirs = self._settings(), state["settings"]
-        if mine.get("rows") != theirs.get("rows"):
-            raise StateError(
-                f"the loader state was saved with {_choice(theirs)}, this loader has {_choice(mine)}; "
-                "give the rows= that it was saved with"
-            )
-        differences = [
-            f"{k}: saved {theirs.get(k)!r}, now {mine.get(k)!r}"
-            for k in sorted({*mine, *theirs})
-            if mine.get(k) != theirs.get(k)
-        ]
-        if differences:
-            raise StateError("the loader state was saved with other settings: " + "; ".join(differences))
-        self.close()
-        self._first_epoch, self._epoch, self._batch = state["first_epoch"], state["epoch"], state["batch"]
+        The number of ranks may be another one: the order stays, lanes and windows being those of the state, and each
+        batch that is left of the epoch goes to one of the ranks that there are now.
 
-    def _settings(self) -> dict[str, Any]:
-        plan = self.plan
+        Raises:
+            StateError: the state is of another version, store or settings, or its windows take more memory here than
+            this loader may; the message says which.
+        """
+        state = checked_state(state, self.store.fingerprint, self.store.path)
+        settings, plan = state["settings"], self.plan
+        order = settings["lanes"], settings["chunks_per_window"]
+        elsewhere = (order[0], state["world_size"]) != (plan.lanes, self.world_size)
+        if plan.reading is None and elsewhere and self._lanes in (None, order[0]):
+            plan = self._continued(plan, *order)
+        check_settings(settings, self._settings(plan))
+        self.close()
+        if plan is not self.plan:
+            self.plan, self._buffers = plan, {}
+        self._place = self._begun(Place(**{name: state[name] for name in ("first_epoch", "epoch", "batch")}))
+
+    def _continued(self, plan: Plan, lanes: int, chunks_per_window: int) -> Plan:
+        """This plan with the lanes and windows of a state that other ranks have saved."""
+        possible = self._chunks_per_window(lanes)
+        if chunks_per_window > possible and plan.n_chunks > possible:
+            raise StateError(
+                f"the loader state has {lanes} lanes with windows of {chunks_per_window} chunks, of which this rank "
+                f"reads {len(self._share.lanes(lanes))} and has memory for {possible} chunks each; give it "
+                f"memory={-(-self._memory_bytes * chunks_per_window // possible)} or more"
+            )
+        return replace(plan, lanes=lanes, chunks_per_window=chunks_per_window)
+
+    def _begun(self, place: Place) -> Place:
+        """The place of the next batch: of an epoch with too few left for every rank, the one after it."""
+        if self.plan.n_batches - place.batch < self.world_size:
+            return Place(first_epoch=place.first_epoch, epoch=place.epoch + 1, batch=0)
+        return place
+
+    def _settings(self, plan: Plan) -> dict[str, Any]:
         return {
             "sites": self.sites,
             "batch_rows": plan.batch_rows,
             "seed": plan.seed,
             "chunks_per_window": plan.chunks_per_window,
+            "lanes": plan.lanes,
             "drop_last": plan.drop_last,
             "epochs": self.epochs,
             **({"rows": self._chosen.digest} if self._chosen else {}),
+            **({"order": self.order} if self.order == "sequence" else {}),
         }
 
-    def _produce(self, epoch_number: int, batch: int) -> Generator[tuple[int, int, Batch]]:
-        """Batches with their (epoch, batch) numbers, from the given ones on."""
-        import torch
-
-        logical = getattr(torch, self.store.spec.dtype)
-        gather = Gather(logical, self.dtype)
-        while len(self._buffers) < 2:
-            self._buffers.append(Window(self.store, self.sites, self.plan.most_window_rows))
-        last_epoch = None if self.epochs is None else self._first_epoch + self.epochs
-        if last_epoch is not None and epoch_number >= last_epoch:
-            return
-        first_window = self.plan.epoch(epoch_number).batch_windows(batch * self.world_size + self.rank).start
-        with (
-            Pools(self._threads, is_local=self.store.objects.is_local) as pools,
-            closing(windows(self.plan, (epoch_number, first_window), last_epoch, self._buffers, pools)) as stream,
-        ):
-            window: Window | None = next(stream)
-            while window is not None:
-                for number in range(batch, len(self)):
-                    value, window = self._batch_from(stream, window, number, gather)
-                    yield window.epoch.epoch, number, value
-                epoch, batch = window.epoch, 0
-                while window is not None and window.epoch is epoch:  # an incomplete last batch is left out
-                    window = next(stream, None)
-
-    def _batch_from(self, stream: Iterator[Window], window: Window, batch: int, gather: Gather) -> tuple[Batch, Window]:
-        """This rank's batch of that number, and the window that it ended in; `window` is where the stream stands."""
-        import torch
-
-        epoch, in_order = window.epoch, batch * self.world_size + self.rank
-        begin, end = epoch.batch_span(in_order)
-        quantised = window.scales if self.device.type != "cpu" else {}
-        acts, scales = self._batch_memory(end - begin, quantised)
-        rows = torch.empty(end - begin, dtype=torch.int64)
-        for wanted in epoch.batch_windows(in_order):
-            while window.number != wanted:  # windows that belong to other ranks' batches are passed by
-                window = next(stream)
-            piece = epoch.piece(in_order, wanted, window.order)
-            stop = piece.start + len(piece.places)
-            rows[piece.start : stop] = torch.from_numpy(window.row_ids[piece.places])
-            for site, target in acts.items():
-                if site in scales:  # multiplied out where the batch is going to live
-                    np.take(window.values[site], piece.places, axis=0, out=target[piece.start : stop].numpy())
-                    taken = window.scales[site][piece.places].view(np.int16)
-                    scales[site][piece.start : stop] = torch.from_numpy(taken).view(torch.bfloat16)
-                else:
-                    gather(window, site, piece.places, target[piece.start : stop])
-        if self.device.type != "cpu":
-            acts = {
-                site: dequantise_on(self.device, value, scales[site], window.exponents[site], self.dtype)
-                if site in scales
-                else value.to(self.device)
-                for site, value in acts.items()
+    def _produce(self, start: Place) -> Generator[tuple[Place, Batch]]:
+        """Batches, each with the place after it, from a place on."""
+        plan, share = self.plan, self._share
+        epoch_of = lru_cache(maxsize=2)(plan.epoch)
+        with Pools(self._threads, self._clock, is_local=self.store.objects.is_local) as pools:
+            streams = {
+                lane: LaneStream(self._windows(lane, start, epoch_of), self._buffers_of(lane), pools)
+                for lane in share.lanes(plan.lanes)
             }
-        return Batch(acts, rows), window
+            for number in self._epochs(start):
+                epoch, delivered = epoch_of(number), start.batch if number == start.epoch else 0
+                for batch in share.batches(plan.n_batches, delivered):
+                    in_lane, lane = divmod(batch, plan.lanes)
+                    value = self._maker.batch(epoch.lanes[lane], in_lane, streams[lane])
+                    delivered += self.world_size
+                    place = Place(first_epoch=start.first_epoch, epoch=number, batch=delivered)
+                    yield self._begun(place), value
 
-    def _batch_memory(
-        self, n_rows: int, quantised: Collection[str]
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Tensors for a batch's activations, and for the scales of sites that leave the CPU quantised."""
-        import torch
+    def _windows(self, lane: int, start: Place, epoch_of: Callable[[int], Epoch]) -> Iterator[tuple[Lane, int]]:
+        """The windows of a lane that this rank needs, from a place on."""
+        for number in self._epochs(start):
+            epoch, delivered = epoch_of(number), start.batch if number == start.epoch else 0
+            needed = self._share.windows(epoch, lane, delivered)
+            if not needed and not delivered:
+                return  # there are fewer batches than lanes, and so it is in every epoch
+            yield from ((epoch.lanes[lane], window) for window in needed)
 
-        widths = {site: self.store.spec.site(site).width for site in self.sites}
-        acts = {
-            site: self._memory.take(n_rows, width, torch.int8 if site in quantised else self.dtype)
-            for site, width in widths.items()
-        }
-        return acts, {site: torch.empty(n_rows, dtype=torch.bfloat16) for site in quantised}
+    def _epochs(self, start: Place) -> Iterable[int]:
+        return count(start.epoch) if self.epochs is None else range(start.epoch, start.first_epoch + self.epochs)
+
+    def _buffers_of(self, lane: int) -> list[Window]:
+        if lane not in self._buffers:
+            n_rows = self.plan.most_window_rows
+            self._buffers[lane] = [Window(self.store, self.sites, n_rows) for _ in range(2)]
+        return self._buffers[lane]
 
 
-def _choice(settings: Mapping[str, Any]) -> str:
-    """Which rows a state's settings are for, in words."""
-    return f"a choice of rows (digest {settings['rows']})" if "rows" in settings else "all rows"
-
-
-class _ReadAhead:
-    """Runs a loader's production in a thread, a bounded number of batches ahead of the consumer."""
-
-    def __init__(self, loader: Loader) -> None:
-        self._queue: queue.Queue[tuple[int, int, Batch] | BaseException | None] = queue.Queue(loader.read_ahead)
-        self._stopping = threading.Event()
-        self._loader = loader
-        self._start = (loader._epoch, loader._batch)
-        self._thread = threading.Thread(target=self._run, name="actcache-read-ahead", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        last: BaseException | None = None
-        production = self._loader._produce(*self._start)
-        try:
-            for item in production:
-                if not self._put(item):
-                    return
-        except BaseException as error:
-            last = error
-        finally:
-            production.close()
-        self._put(last)
-
-    def _put(self, item: tuple[int, int, Batch] | BaseException | None) -> bool:
-        """Queue an item; False when the consumer has gone."""
-        while not self._stopping.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def __iter__(self) -> Iterator[tuple[int, int, Batch]]:
-        while True:
-            item = self._queue.get()
-            if item is None:
-                return
-            if self._stopping.is_set():
-                raise ConfigError(
-                    "this iteration is over: the loader was closed, moved to a state, or iterated again meanwhile; "
-                    "make a loader of its own for each use"
-                )
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    def stop(self) -> None:
-        """End the thread and drop what it prefetched."""
-        self._stopping.set()
-        self._thread.join()
-        while not self._queue.empty():
-            self._queue.get_nowait()
-        self._queue.put_nowait(StopIteration())  # whoever still waits for a batch wakes up
+def _check(
+    store: Store, order: str, read_ahead: int, rank: int, world_size: int, optional: Mapping[str, int | None]
+) -> None:
+    """Raise what `Loader` says, for arguments that are none."""
+    if not store.sealed:
+        raise StoreIncompleteError(
+            f"{store.path} has {len(store.committed)} of {store.spec.n_shards} shards; finish 'actcache extract' first"
+        )
+    check_positive("loader", read_ahead=read_ahead, world_size=world_size)
+    for name, value in optional.items():
+        if value is not None:
+            check_positive("loader", **{name: value})
+    if order not in ORDERS:
+        raise ConfigError(f"loader: order must be one of {', '.join(ORDERS)}, got {order!r}")
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"loader: rank must be between 0 and world_size - 1 = {world_size - 1}, got {rank}")

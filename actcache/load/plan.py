@@ -1,12 +1,16 @@
 """Which rows make batch b of epoch e: pure integers, no disk, no threads.
 
-Chunks are permuted over the whole store and dealt into windows of nearly equal size; the rows of each window are
-permuted; batches are consecutive stretches of the resulting order. Every part is a function of (seed, epoch, window),
-so the order never depends on timing, prefetch depth, or on what was read before.
+Chunks are permuted over the whole store; the row sequence that they make is cut into lanes of whole batches, one after
+another; a lane's chunks are dealt into windows of nearly equal size; the rows of each window are permuted; a lane's
+batches are consecutive stretches of the resulting order. Batch b of the epoch is batch `b // lanes` of lane
+`b % lanes`, so that a process which is given every n-th batch needs the chunks of some lanes only. Every part is a
+function of (seed, epoch, lane, window): the order never depends on timing, prefetch depth, the number of processes, or
+on what was read before.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +24,16 @@ _CHUNK_ORDER, _ROW_ORDER = 1, 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """Whole sequences in reading order: one window is a shard, since its rows are shuffled when it is written."""
+
+    chunks_per_shard: int
+    """Chunks of a full shard."""
+    batch_starts: NDArray[np.int64]
+    """`(n_batches + 1,)` rows before each batch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """The sizes that, with a seed, decide the order of a whole training run."""
 
@@ -28,20 +42,24 @@ class Plan:
     n_rows: int
     """Rows of an epoch: all of the store, or those that are wanted."""
     chunks_per_window: int
-    """Chunks that are held, and shuffled together, at a time."""
+    """Chunks of a lane that are held, and shuffled together, at a time."""
     batch_rows: int
     """B, rows of a batch."""
     seed: int
     """Seed of the order."""
     drop_last: bool = True
     """Leave out the last, smaller batch of an epoch."""
+    lanes: int = 1
+    """L, stretches of the row sequence from which batches are taken in turn."""
+    reading: Reading | None = None
+    """Rows in reading order instead of shuffled ones."""
     chunk_table: NDArray[np.int64] | None = None
     """`(n_chunks, 2)` number and rows of each chunk that has any, in order; None where only the last is not full."""
     wanted: NDArray[np.uint8] | None = None
     """`(n_chunks, bytes)` a bit for each row of the chunks in `chunk_table`, which counts them; None for all rows."""
 
     def __post_init__(self) -> None:
-        names = ("rows_per_chunk", "n_rows", "chunks_per_window", "batch_rows")
+        names = ("rows_per_chunk", "n_rows", "chunks_per_window", "batch_rows", "lanes")
         check_positive("loader", **{name: getattr(self, name) for name in names})
         if self.wanted is not None and (self.chunk_table is None or len(self.chunk_table) != len(self.wanted)):
             raise ConfigError("loader: wanted rows need a chunk_table with a line for each line of theirs")
@@ -56,19 +74,24 @@ class Plan:
 
     @property
     def n_windows(self) -> int:
-        """Windows of an epoch."""
+        """Windows of an epoch, where there is one lane."""
         return -(-self.n_chunks // self.chunks_per_window)
 
     @property
     def n_batches(self) -> int:
         """Batches of an epoch."""
+        if self.reading is not None:
+            return len(self.reading.batch_starts) - 1
         whole, rest = divmod(self.n_rows, self.batch_rows)
         return whole + (rest > 0 and not self.drop_last)
 
     @property
     def most_window_rows(self) -> int:
         """Rows of the largest window that there can be."""
-        n_chunks = -(-self.n_chunks // self.n_windows)
+        if self.reading is not None:
+            return int(np.diff(self.epoch(0).lanes[0].starts).max())
+        n_chunks = -(-self.n_chunks // self.n_windows) if self.lanes == 1 else self.chunks_per_window
+        n_chunks = min(n_chunks, self.n_chunks)
         if self.chunk_table is None:
             return n_chunks * self.rows_per_chunk
         return int(np.sort(self.chunk_table[:, 1])[-n_chunks:].sum())
@@ -95,12 +118,45 @@ class Plan:
 
     def epoch(self, epoch: int) -> Epoch:
         """The order of one epoch."""
-        chunks = permutation(self.n_chunks, self.seed, _CHUNK_ORDER, epoch)
+        if self.reading is None:
+            chunks = permutation(self.n_chunks, self.seed, _CHUNK_ORDER, epoch)
+        else:
+            chunks = np.arange(self.n_chunks)
         if self.chunk_table is not None:
             chunks = self.chunk_table[chunks, 0]
-        windows = tuple(np.array_split(chunks, self.n_windows))  # sizes differ by one at most
-        rows = [int(self.chunk_rows(window).sum()) for window in windows]
-        return Epoch(plan=self, epoch=epoch, windows=windows, starts=np.concatenate([[0], np.cumsum(rows)]))
+        before = np.concatenate([[0], np.cumsum(self.chunk_rows(chunks))])
+        lanes = tuple(self._lane(epoch, lane, chunks, before) for lane in range(self.lanes))
+        return Epoch(plan=self, epoch=epoch, lanes=lanes)
+
+    def _lane(self, epoch: int, lane: int, chunks: NDArray[np.int64], before: NDArray[np.int64]) -> Lane:
+        """A lane, from all chunks in order and the rows before each of them."""
+        begin, end = self.lane_span(lane)
+        first = int(np.searchsorted(before, begin, side="right")) - 1
+        last = int(np.searchsorted(before, end, side="left"))
+        if self.reading is None:
+            n_windows = -(-(last - first) // self.chunks_per_window) if end > begin else 0
+            cuts = first + _nearly_equal(last - first, n_windows)
+        else:
+            cuts = np.flatnonzero(np.diff(chunks // self.reading.chunks_per_shard, prepend=-1, append=-1))
+        return Lane(
+            plan=self,
+            epoch=epoch,
+            number=lane,
+            chunks=chunks,
+            cuts=cuts,
+            skipped=begin - int(before[first]),
+            starts=np.clip(before[cuts], begin, end) - begin,
+        )
+
+    def lane_span(self, lane: int) -> tuple[int, int]:
+        """The stretch of the epoch's row sequence that is a lane's; the last, smaller batch is the next lane's turn."""
+        whole, rest = divmod(self.n_rows, self.batch_rows)
+        per_lane, with_rest = divmod(whole, self.lanes)
+        begin, end = (
+            (number * per_lane + min(number, with_rest)) * self.batch_rows + rest * (number > with_rest)
+            for number in (lane, lane + 1)
+        )
+        return begin, end
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,29 +170,78 @@ class Piece:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Epoch:
-    """One epoch's order: its windows of chunks, and where each window begins in the sequence of rows."""
+class Part:
+    """The rows of one chunk that are in a window."""
+
+    chunk: int
+    """The chunk's number."""
+    skipped: int
+    """Of its (wanted) rows, how many come before."""
+    start: int
+    """The window row at which they begin."""
+    stop: int
+    """The window row before which they end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lane:
+    """One lane of an epoch: its windows of chunks, and where each begins in the lane's sequence of rows."""
 
     plan: Plan
     epoch: int
-    windows: tuple[NDArray[np.int64], ...]
-    """Chunk numbers of each window."""
+    number: int
+    chunks: NDArray[np.int64]
+    """Numbers of all the epoch's chunks, in order."""
+    cuts: NDArray[np.int64]
+    """`(n_windows + 1,)` where in `chunks` each window begins."""
+    skipped: int
+    """Rows of its first chunk that belong to the lane before."""
     starts: NDArray[np.int64]
-    """`(n_windows + 1,)` rows before each window."""
+    """`(n_windows + 1,)` rows of the lane before each window."""
+
+    def window_chunks(self, window: int) -> NDArray[np.int64]:
+        """Chunk numbers of a window."""
+        return self.chunks[self.cuts[window] : self.cuts[window + 1]]
+
+    def parts(self, window: int) -> list[Part]:
+        """What a window holds, chunk by chunk; of the lane's first and last chunk perhaps not all."""
+        chunks, (low, high) = self.window_chunks(window), self.starts[window : window + 2].tolist()
+        ends = np.minimum(np.cumsum(self.plan.chunk_rows(chunks)) - self._before(window), high - low).tolist()
+        starts = [0, *ends[:-1]]
+        skipped = [self._before(window), *[0] * (len(ends) - 1)]
+        parts = zip(chunks.tolist(), skipped, starts, ends, strict=True)
+        return [Part(chunk=chunk, skipped=skip, start=start, stop=stop) for chunk, skip, start, stop in parts]
+
+    def _before(self, window: int) -> int:
+        """Rows of a window's first chunk that are another lane's."""
+        return self.skipped if window == 0 else 0
 
     def window_order(self, window: int) -> NDArray[np.int64]:
-        """The permutation of a window's rows; places count through the window's chunks in the order of `windows`."""
+        """The permutation of a window's rows; places count through the window's chunks in their order.
+
+        Reading order is not known from integers alone: the row table has it.
+        """
         n = int(self.starts[window + 1] - self.starts[window])
-        return permutation(n, self.plan.seed, _ROW_ORDER, self.epoch, window)
+        lane = () if self.plan.lanes == 1 else (self.number,)
+        return permutation(n, self.plan.seed, _ROW_ORDER, self.epoch, window, *lane)
 
     def row_ids(self, window: int) -> NDArray[np.int64]:
         """Row id of each place of a window."""
-        return self.plan.row_ids(self.windows[window])
+        first = self._before(window)
+        n = int(self.starts[window + 1] - self.starts[window])
+        return self.plan.row_ids(self.window_chunks(window))[first : first + n]
+
+    def batch_spans(self, batches: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The stretches of the lane's row sequence that some of its batches are: begins and ends."""
+        if self.plan.reading is not None:
+            return self.plan.reading.batch_starts[batches], self.plan.reading.batch_starts[batches + 1]
+        begin = batches * self.plan.batch_rows
+        return begin, np.minimum(begin + self.plan.batch_rows, self.starts[-1])
 
     def batch_span(self, batch: int) -> tuple[int, int]:
-        """The stretch of the epoch's row sequence that batch `batch` is."""
-        begin = batch * self.plan.batch_rows
-        return begin, min(begin + self.plan.batch_rows, self.plan.n_rows)
+        """The stretch that its batch `batch` is."""
+        begin, end = self.batch_spans(np.array([batch]))
+        return int(begin[0]), int(end[0])
 
     def batch_windows(self, batch: int) -> range:
         """Windows that a batch takes rows from (mostly one)."""
@@ -151,10 +256,72 @@ class Epoch:
         low, high = int(self.starts[window]), int(self.starts[window + 1])
         return Piece(places=order[max(begin, low) - low : min(end, high) - low], start=max(begin, low) - begin)
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Epoch:
+    """One epoch's order."""
+
+    plan: Plan
+    epoch: int
+    lanes: tuple[Lane, ...]
+
     def batch_row_ids(self, batch: int) -> NDArray[np.int64]:
         """Global row ids of a batch, from the integers alone; what the loader's batches must equal."""
-        parts = ((window, self.piece(batch, window, self.window_order(window))) for window in self.batch_windows(batch))
-        return np.concatenate([self.row_ids(window)[piece.places] for window, piece in parts])
+        number, lane = divmod(batch, self.plan.lanes)
+        of_lane = self.lanes[lane]
+        parts = ((window, of_lane.window_order(window)) for window in of_lane.batch_windows(number))
+        return np.concatenate(
+            [of_lane.row_ids(window)[of_lane.piece(number, window, order).places] for window, order in parts]
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """Which of an epoch's batches one of several processes gets: those whose number is its rank, modulo their number.
+
+    Every process gets as many: what is over at an epoch's end, fewer batches than there are processes, is left out.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+
+    def batches(self, n_batches: int, delivered: int) -> range:
+        """Numbers of this process's batches after the first `delivered`, which all of them together have had."""
+        first = delivered + (self.rank - delivered) % self.world_size
+        rounds = (n_batches - delivered) // self.world_size
+        return range(first, first + rounds * self.world_size, self.world_size)
+
+    def lanes(self, n_lanes: int) -> range:
+        """The lanes that those batches come from."""
+        common = math.gcd(self.world_size, n_lanes)
+        return range(self.rank % common, n_lanes, common)
+
+    def windows(self, epoch: Epoch, lane: int, delivered: int) -> list[int]:
+        """Those windows of one of its lanes that it needs, in order."""
+        plan = epoch.plan
+        numbers = self.batches(plan.n_batches, delivered)
+        apart = math.lcm(self.world_size, plan.lanes)
+        first = next((number for number in numbers[: apart // self.world_size] if number % plan.lanes == lane), None)
+        if first is None:
+            return []
+        in_lane = np.arange(first, numbers.stop, apart) // plan.lanes
+        of_lane = epoch.lanes[lane]
+        begin, end = of_lane.batch_spans(in_lane)
+        first_window = np.searchsorted(of_lane.starts, begin, side="right") - 1
+        last_window = np.searchsorted(of_lane.starts, end, side="left") - 1
+        changes = np.zeros(len(of_lane.starts), np.int64)
+        np.add.at(changes, first_window, 1)
+        np.add.at(changes, last_window + 1, -1)
+        needed: list[int] = np.flatnonzero(np.cumsum(changes)[:-1] > 0).tolist()
+        return needed
+
+
+def _nearly_equal(n: int, parts: int) -> NDArray[np.int64]:
+    """`(parts + 1,)` borders of parts of `range(n)` that differ by one at most, the larger ones first."""
+    numbers = np.arange(parts + 1)
+    size, larger = divmod(n, parts) if parts else (0, 0)
+    borders: NDArray[np.int64] = numbers * size + np.minimum(numbers, larger)
+    return borders
 
 
 def chunk_table(shard_n_rows: NDArray[np.int64], rows_per_shard: int, rows_per_chunk: int) -> NDArray[np.int64] | None:

@@ -1,0 +1,115 @@
+"""Several loaders as one: batches of each in proportion to a weight, in an order that is a function of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from actcache.errors import ConfigError, StateError
+from actcache.load.batch import Batch
+from actcache.load.loader import Loader
+from actcache.spec import check_positive
+
+STATE_VERSION = 1
+_STEP = 0x9E3779B97F4A7C15
+"""2**64 over the golden ratio: its multiples, modulo 2**64, are spread as evenly as can be at every length."""
+
+
+def turn(step: int, weights: Sequence[float], seed: int = 0) -> int:
+    """Whose batch a step has. Among any n steps, the one with weight w (of 1) has w * n, within about log(n)."""
+    place = ((step + 1 + seed) * _STEP) % (1 << 64) / (1 << 64) * sum(weights)
+    for number, weight in enumerate(weights[:-1]):
+        place -= weight
+        if place < 0:
+            return number
+    return len(weights) - 1
+
+
+class MixedLoader:
+    """Batches of several loaders, in proportion to their weights: each batch is of one, `batch.source` says which.
+
+    Args:
+        parts: (loader, weight), the weight being a share of the batches. The loaders must have the same sites and
+            batch_rows, and epochs=None: each goes on with its next epoch when it is through one.
+        n_batches: how many there are; None for ever.
+        seed: where in the order of turns to begin.
+
+    Raises:
+        ConfigError: there is no part, a weight is not positive, or the loaders do not go together.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Loader, float]], *, n_batches: int | None = None, seed: int = 0) -> None:
+        if not parts or any(not weight > 0 for _, weight in parts):
+            raise ConfigError("mixed loader: needs (loader, weight) of one loader at least, with weights above 0")
+        if n_batches is not None:
+            check_positive("mixed loader", n_batches=n_batches)
+        self.loaders, self.weights = [loader for loader, _ in parts], [float(weight) for _, weight in parts]
+        self.n_batches, self.seed = n_batches, seed
+        first = self.loaders[0]
+        self.sites, self.batch_rows = first.sites, first.batch_rows
+        for loader in self.loaders:
+            if loader.sites != self.sites or loader.batch_rows != self.batch_rows:
+                raise ConfigError(
+                    f"mixed loader: all need the same sites and batch_rows; {first.store.path} gives {self.batch_rows} "
+                    f"rows of {', '.join(self.sites)}, {loader.store.path} {loader.batch_rows} of "
+                    f"{', '.join(loader.sites)}"
+                )
+            if loader.epochs is not None:
+                raise ConfigError(
+                    f"mixed loader: the loader of {loader.store.path} ends after {loader.epochs} epochs; give each "
+                    "epochs=None, and n_batches to the mixed one"
+                )
+        self._step = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        iterators: dict[int, Iterator[Batch]] = {}
+        try:
+            while self.n_batches is None or self._step < self.n_batches:
+                number = turn(self._step, self.weights, self.seed)
+                if number not in iterators:
+                    iterators[number] = iter(self.loaders[number])
+                batch = next(iterators[number])
+                batch.source = number
+                self._step += 1
+                yield batch
+        finally:
+            self.close()
+
+    def __enter__(self) -> MixedLoader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop reading ahead; iterating again is allowed."""
+        for loader in self.loaders:
+            loader.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the mixture is, after the batch delivered last: JSON-able, the states of its loaders in it."""
+        return {
+            "version": STATE_VERSION,
+            "step": self._step,
+            "weights": self.weights,
+            "n_batches": self.n_batches,
+            "seed": self.seed,
+            "loaders": [loader.state_dict() for loader in self.loaders],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue after the batch at which `state` was taken, bit for bit.
+
+        Raises:
+            StateError: the state is of another version or mixture, or one of the loaders refuses its part.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise StateError(f"a mixture's state of version {state.get('version')!r}; known is {STATE_VERSION}")
+        for name in ("weights", "n_batches", "seed"):
+            if state[name] != getattr(self, name):
+                raise StateError(
+                    f"the mixture's state was saved with {name}={state[name]}, this one has {getattr(self, name)}"
+                )
+        for loader, part in zip(self.loaders, state["loaders"], strict=True):
+            loader.load_state_dict(part)
+        self._step = state["step"]

@@ -1,0 +1,52 @@
+"""Training and validation rows, divided by whole sequences."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.errors import ConfigError
+from actcache.store.rows import RowFilter
+
+if TYPE_CHECKING:
+    from actcache.store import Store
+
+
+def split_sequences(store: Store, validation: float = 0.05, seed: int = 0) -> tuple[RowFilter, RowFilter]:
+    """Filters for training and for validation: each sequence is all in one of them.
+
+    Rows of a sequence see the same text, so rows divided one by one would be validated on text that was trained on.
+    Where a sequence goes is a function of the seed and its number, so that it stays there when the store grows or is
+    made anew; the share is met by chance, within about `sqrt(validation / n_sequences)`.
+
+    Args:
+        store: whose sequences.
+        validation: share of the sequences, between 0 and 1.
+        seed: decides which.
+
+    Raises:
+        ConfigError: the share is none, or leaves one side without a sequence.
+    """
+    if not 0 < validation < 1:
+        raise ConfigError(f"split: validation must be a share between 0 and 1, got {validation!r}")
+    held_out = _fractions(store.spec.n_sequences, seed) < validation
+    if held_out.all() or not held_out.any():
+        raise ConfigError(
+            f"split: {validation} of {store.spec.n_sequences} sequences leaves one side without any; choose another "
+            "share or seed"
+        )
+    return RowFilter(sequences=np.flatnonzero(~held_out)), RowFilter(sequences=np.flatnonzero(held_out))
+
+
+def _fractions(n: int, seed: int) -> NDArray[np.float64]:
+    """A number from 0 to below 1 for each of n sequences, from its number and a seed alone (splitmix64)."""
+    start = int.from_bytes(hashlib.sha256(f"split,{seed}".encode()).digest()[:8], "little")
+    with np.errstate(over="ignore"):
+        words = np.uint64(start) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        words ^= words >> np.uint64(31)
+    return (words >> np.uint64(11)).astype(np.float64) / 2.0**53

@@ -1,0 +1,285 @@
+"""What is in a batch: where its rows come from, normalised values; and how a loader lives and dies."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_bits, random_blocks, spec_of, write_shards
+
+from actcache import kernels
+from actcache.errors import ConfigError
+from actcache.kernels import loops
+from actcache.load import Loader, gather, origin
+from actcache.load.gather import Normalization, normalise_on
+from actcache.load.sizes import memory_bytes
+from actcache.spec import Site
+from actcache.store import RowFilter, Store, export
+
+SITES = (
+    Site(name="a", shape=(12,)),
+    Site(name="b", shape=(12,), codec="int8"),
+    Site(name="c", shape=(6,), codec="raw"),
+)
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Store]:
+    """Rows with a mean far from 0; one store with rows left out."""
+    folder, blocks, found = tmp_path_factory.mktemp("batches"), random_blocks(45, 13), {}
+    for dtype in ("bfloat16", "float16", "float32"):
+        spec = replace(spec_of(blocks, dtype=dtype), sites=SITES)
+        bits = random_bits(replace(spec, dtype="float32"))
+        values = {site: (3 * value + 5).astype(np.float32) for site, value in bits.items()}
+        stored = {
+            site: (value.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bfloat16" else value.astype(dtype)
+            for site, value in values.items()
+        }
+        found[dtype] = write_shards(folder / f"{dtype}.zarr", spec, blocks, stored)
+    kept = np.random.default_rng(5).random(spec.n_rows) < 0.6
+    return {**found, "holes": export(found["bfloat16"], folder / "holes.zarr", rows=kept)}
+
+
+def loader_of(store: Store, **changes: object) -> Loader:
+    settings = {"batch_rows": 20, "memory": 4000, "seed": 3, "threads": 2, "drop_last": False}
+    return Loader(store, ["*"], **{**settings, **changes})
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:batches of .* rows are going to have")
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 20])
+@pytest.mark.parametrize("name", ["bfloat16", "holes"])
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_batches_know_where_their_rows_come_from(stores, monkeypatch, name, lanes, kept_bytes):
+    monkeypatch.setattr(origin, "_KEPT_BYTES", kept_bytes)
+    store = stores[name]
+    ids, table, documents = store.row_ids(), store.row_table(), store.tokens("document")
+    place = np.zeros(store.spec.n_rows, np.int64)
+    place[ids] = np.arange(len(ids))
+    n_rows = 0
+    for batch in list(loader_of(store, lanes=lanes)):  # all kept: windows have long been written over
+        at = place[batch.rows.numpy()]
+        n_rows += len(at)
+        assert batch.positions.dtype == batch.documents.dtype == torch.int64
+        assert batch.tokens.tolist() == table["token"][at].tolist()
+        assert batch.sequences.tolist() == table["sequence"][at].tolist()
+        assert batch.positions.tolist() == table["position"][at].tolist()
+        assert batch.documents.tolist() == documents[table["sequence"][at], table["position"][at]].tolist()
+        assert batch.tokens is batch.tokens
+    assert n_rows == len(ids)
+
+
+def test_each_row_table_is_read_once_and_only_when_it_is_asked_for(stores, monkeypatch):
+    store, read = stores["bfloat16"], []
+    monkeypatch.setattr(store, "shard_row_table", lambda s: (read.append(s), Store.shard_row_table(store, s))[1])
+    batches = list(loader_of(store))
+    assert not read
+    for batch in batches:
+        assert len(batch.tokens) == len(batch.sequences) == len(batch.rows)
+    assert sorted(read) == list(range(store.spec.n_shards))
+
+
+def normalised(values: np.ndarray, kind: str) -> np.ndarray:
+    mean = values.mean(0) if "center" in kind else 0
+    centred = values - mean
+    return centred / np.sqrt((centred**2).mean()) if "rms" in kind else centred
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("kind", ["rms", "center", "center-rms"])
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_normalised_rows_have_what_they_are_named_for_and_can_be_folded_back(
+    stores, monkeypatch, compiled, kind, name, dtype
+):
+    if not compiled:
+        for kernel in ("take_widened_normalised", "take_dequantised_normalised"):
+            monkeypatch.setattr(gather, kernel, lambda: None)
+    store = stores[name]
+    with loader_of(store, normalize=kind, dtype=dtype) as loader, loader_of(store) as plain:
+        for batch, raw in zip(loader, plain, strict=True):
+            for site in batch:
+                assert batch[site].dtype == dtype
+                done = loader.normalization[site]
+                back = batch[site].double().numpy() / done.scale + (0 if done.mean is None else done.mean)
+                step = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+                np.testing.assert_allclose(back, raw[site].double(), rtol=step, atol=8 * step)
+    for site in ("a", "c"):
+        got = torch.cat([batch[site] for batch in loader_of(store, normalize=kind)]).double().numpy()
+        rows = torch.cat([batch.rows for batch in loader_of(store)]).numpy()
+        expected = normalised(store.read(site, slice(None)).double().numpy(), kind)[rows]
+        np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_compiled_and_plain_normalising_give_the_same_bits(stores, monkeypatch):
+    assert kernels.take_widened_normalised() is loops.take_widened_normalised
+    fast = [dict(batch) for batch in loader_of(stores["bfloat16"], normalize="center-rms")]
+    for kernel in ("take_widened_normalised", "take_dequantised_normalised"):
+        monkeypatch.setattr(gather, kernel, lambda: None)
+    slow = [dict(batch) for batch in loader_of(stores["bfloat16"], normalize="center-rms")]
+    for left, right in zip(fast, slow, strict=True):
+        assert all(torch.equal(left[site], right[site]) for site in left)
+
+
+def test_statistics_for_normalising_are_those_of_the_chosen_rows(stores):
+    late = RowFilter(positions=slice(8, None))
+    with loader_of(stores["bfloat16"], rows=late, normalize="center-rms") as loader:
+        got = torch.cat([batch["a"] for batch in loader]).double()
+    assert got.mean(0).abs().max() < 1e-5
+    assert got.square().mean().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_normalising_on_the_device_gives_the_same_numbers():
+    rng = np.random.default_rng(0)
+    values = torch.from_numpy(rng.standard_normal((50, 6)).astype(np.float32)).to(torch.bfloat16)
+    done = Normalization(mean=rng.standard_normal(6).astype(np.float32), scale=0.37)
+    expected = (values.float().numpy() - done.mean) * np.float32(done.scale)
+    assert np.array_equal(normalise_on(values, done, torch.float32).numpy(), expected)
+
+
+def test_settings_that_are_none_are_refused(stores):
+    with pytest.raises(ConfigError, match=r"normalize must be one of rms, center, center-rms or None, got 'max'"):
+        loader_of(stores["bfloat16"], normalize="max")
+    for memory in ("1 apple", "", "-1GB", 0, True, "0GB", 1.5):
+        with pytest.raises(ConfigError, match="memory must be a number of bytes or text such as"):
+            loader_of(stores["bfloat16"], memory=memory)
+    with pytest.raises(ConfigError, match="lanes"):
+        loader_of(stores["bfloat16"], lanes=0)
+
+
+def test_memory_is_bytes_or_words():
+    expected = {"1GB": 10**9, "512MiB": 1 << 29, "1.5 gb": 1_500_000_000, "2g": 2 * 10**9, "300": 300, "1kib": 1024}
+    assert {words: memory_bytes(words) for words in expected} == expected
+    assert memory_bytes("10 B") == 10
+    assert memory_bytes(77) == 77
+
+
+def test_length_is_batches_of_an_epoch_and_epochs_go_on_for_ever(stores):
+    loader = loader_of(stores["bfloat16"], epochs=None)
+    assert len(loader) == 27
+    got = [batch.rows for _, batch in zip(range(3 * len(loader)), loader, strict=False)]
+    for epoch in range(3):
+        rows = torch.cat(got[len(loader) * epoch : len(loader) * (epoch + 1)])
+        assert len(set(rows.tolist())) == 540
+    loader.close()
+
+
+def test_speed_is_counted(stores):
+    loader = loader_of(stores["bfloat16"])
+    assert loader.stats().n_batches == 0
+    assert loader.stats().rows_per_s == loader.stats().gb_per_s == loader.stats().stall_fraction == 0
+    for batch in loader:
+        assert len(batch.rows)
+        time.sleep(0.005)
+    stats = loader.stats()
+    assert (stats.n_batches, stats.n_rows, stats.n_bytes) == (27, 540, 540 * 30 * 2)
+    assert 26 * 0.005 <= stats.seconds < 20
+    assert 0 < stats.wait_seconds < stats.seconds
+    assert stats.stall_fraction == stats.wait_seconds / stats.seconds < 0.9
+    assert stats.decode_seconds > 0 < stats.gather_seconds
+    assert stats.read_seconds >= 0
+    assert f"{stats.n_rows} rows in" in str(stats)
+    list(loader)
+    assert loader.stats().n_batches == 54
+
+
+OURS = ("actcache-read-ahead", "actcache-fetch")
+
+
+def reading_threads() -> list[str]:
+    return [
+        thread.name
+        for thread in threading.enumerate()
+        if thread.name in OURS or thread.name.startswith("actcache-decode")
+    ]
+
+
+@pytest.mark.parametrize("read_ahead", [1, 5])
+def test_no_thread_outlives_the_iteration(stores, read_ahead):
+    loader = loader_of(stores["bfloat16"], epochs=None, read_ahead=read_ahead)
+    with loader:
+        next(iter(loader))
+    assert not reading_threads()
+    for batch in loader:
+        assert len(batch.rows)
+        break
+    assert not reading_threads()
+    iterator = iter(loader)
+    next(iterator)
+    assert reading_threads()
+    del iterator
+    assert not reading_threads()
+
+
+def test_a_loader_stays_in_the_process_that_made_it(stores):
+    loader = loader_of(stores["bfloat16"])
+    with pytest.raises(ConfigError, match="belongs to the process that made it"):
+        pickle.dumps(loader)
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            next(iter(loader))
+        except ConfigError as error:
+            os.write(write_end, str(error).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert b"make the loader here, where it is used" in os.read(read_end, 4096)
+
+
+SCRIPT = """
+import sys, time
+from actcache.load import Loader
+from actcache.store import open_store
+loader = Loader(open_store(sys.argv[1]), ["*"], batch_rows=20, epochs=None)
+iterator = iter(loader)
+next(iterator)
+print("begun", flush=True)
+"""
+
+
+def run_script(store: Store, rest: str) -> subprocess.Popen[str]:
+    arguments = [sys.executable, "-W", "ignore", "-c", SCRIPT + rest, store.path]
+    folder = Path(__file__).parent.parent
+    return subprocess.Popen(
+        arguments, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def test_a_process_ends_though_its_loader_was_left_open(stores):
+    process = run_script(stores["bfloat16"], "")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, "begun\n", "")
+
+
+def test_an_interrupt_ends_the_loop_and_its_threads(stores):
+    process = run_script(
+        stores["bfloat16"],
+        """
+import threading
+try:
+    for batch in iterator:
+        time.sleep(0.01)
+except KeyboardInterrupt:
+    del iterator
+    loader.close()
+    print(sorted(t.name for t in threading.enumerate()), loader.state_dict()["epoch"] >= 0)
+""",
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, "['MainThread'] True\n", "")
