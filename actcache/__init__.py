@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from actcache.extraction import extract as extract
     from actcache.lm import load_lm as load_lm
     from actcache.load import Loader as Loader
+    from actcache.load import LoaderStats as LoaderStats
+    from actcache.load import MixedLoader as MixedLoader
+    from actcache.load import ShuffleReport as ShuffleReport
+    from actcache.load import split_sequences as split_sequences
     from actcache.report import write_report as write_report
     from actcache.source import read_chats as read_chats
     from actcache.source import read_documents as read_documents
@@ -47,7 +51,10 @@ _ROOMS = {
     "ActcacheError": "errors",
     "Context": "store",
     "Loader": "load",
+    "LoaderStats": "load",
+    "MixedLoader": "load",
     "RowFilter": "store",
+    "ShuffleReport": "load",
     "SparseMLP": "sparse",
     "Store": "store",
     "TrainConfig": "train",
@@ -70,6 +77,7 @@ _ROOMS = {
     "reconstruction": "evaluate",
     "repair": "store",
     "spliced_loss": "evaluate",
+    "split_sequences": "load",
     "token_blocks": "source",
     "verify": "store",
     "write_report": "report",
@@ -79,7 +87,10 @@ __all__ = [
     "ActcacheError",
     "Context",
     "Loader",
+    "LoaderStats",
+    "MixedLoader",
     "RowFilter",
+    "ShuffleReport",
     "SparseMLP",
     "Store",
     "TrainConfig",
@@ -102,6 +113,7 @@ __all__ = [
     "reconstruction",
     "repair",
     "spliced_loss",
+    "split_sequences",
     "token_blocks",
     "verify",
     "write_report",

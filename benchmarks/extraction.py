@@ -81,7 +81,7 @@ def one(lm: LanguageModel, blocks: TokenBlocks, patterns: list[str], codec: str,
         shutil.rmtree(folder)
 
 
-def figures(n_sequences: int = 2048, pairs: int = 3) -> list[Figure]:
+def figures(n_sequences: int = 1536, pairs: int = 3) -> list[Figure]:
     """All comparisons; those of models that are not here are left out."""
     small, blocks = embedded(n_sequences)
     everywhere, in_layer_2 = (
@@ -95,7 +95,7 @@ def figures(n_sequences: int = 2048, pairs: int = 3) -> list[Figure]:
     try:
         large = ac.load_lm(str(activations.smollm2_file()))
         few = ac.token_blocks(
-            ac.read_texts("stories-corpus"), large.tokenizer, length=256, count=max(12, n_sequences // 32), seed=0
+            ac.read_texts("stories-corpus"), large.tokenizer, length=256, count=max(12, n_sequences // 40), seed=0
         )
         four_layers = [f"blocks.{layer}.{name}" for layer in (3, 7, 11, 15) for name in ("mlp.hook_in", "hook_mlp_out")]
         work.append((large, few, four_layers, 8))

@@ -24,7 +24,7 @@ SITES = {
 }
 
 
-def figures(n_sequences: int = 2048, pairs: int = 2, time_budget_s: float = 10.0) -> list[Figure]:
+def figures(n_sequences: int = 1024, pairs: int = 2, time_budget_s: float = 10.0) -> list[Figure]:
     """All comparisons."""
     lm, blocks = embedded(n_sequences)
 
