@@ -42,7 +42,7 @@ def folder_of(peer: str) -> Path:
         _install(peer, made)
         (made / ".ready").write_text(wanted, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):  # another session was quicker, and put the same there
+        with suppress(OSError):  # another run was quicker, and put the same there
             made.rename(folder)
     finally:
         shutil.rmtree(made, ignore_errors=True)
