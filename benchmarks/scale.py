@@ -186,14 +186,16 @@ def page(*, n_sequences: int, pairs: int, seconds: float, model: str | None = No
     return "\n\n".join(
         [
             "# Scale",
-            f"Written by `python benchmarks/scale.py --out docs/scale.md` on {today}.",
+            f"Written by `python benchmarks/scale.py --sequences {n_sequences} --pairs {pairs} --seconds {seconds:g} "
+            f"--out docs/scale.md` on {today}.",
             f"Machine: {machine()}, distributed {version('distributed')}.",
             "## Workers on one machine / one process",
             f"Ours: {n_sequences:,} sequences of 256 tokens by workers of `--dask local:N`, which share this machine's "
             f"{cores} cores ({cores} threads with one worker, one each with {cores}); they are there and have opened "
             "the model, for that costs a few seconds once and not for each token. Baseline: `extract` in one process. "
             "What several workers gain is that they need not wait for each other's forward passes and encoding; what "
-            "they cost is that a task begins and ends with an empty queue. `lossless`.",
+            f"they cost is that a task begins and ends with an empty queue, which weighs the more the shorter a run is: here "
+            f"one has {-(-n_sequences // SETTINGS['sequences_per_shard'])} shards. `lossless`.",
             "\n".join(table),
             "## Requests 20 ms late / a folder",
             "One writer, defaults. Data, row table and commit record of every shard are put one after the other, by "
