@@ -194,8 +194,8 @@ def page(*, n_sequences: int, pairs: int, seconds: float, model: str | None = No
             f"{cores} cores ({cores} threads with one worker, one each with {cores}); they are there and have opened "
             "the model, for that costs a few seconds once and not for each token. Baseline: `extract` in one process. "
             "What several workers gain is that they need not wait for each other's forward passes and encoding; what "
-            f"they cost is that a task begins and ends with an empty queue, which weighs the more the shorter a run is: here "
-            f"one has {-(-n_sequences // SETTINGS['sequences_per_shard'])} shards. `lossless`.",
+            "they cost is that a task begins and ends with an empty queue, which weighs the more the shorter a run is: "
+            f"here one has {-(-n_sequences // SETTINGS['sequences_per_shard'])} shards. `lossless`.",
             "\n".join(table),
             "## Requests 20 ms late / a folder",
             "One writer, defaults. Data, row table and commit record of every shard are put one after the other, by "
