@@ -241,7 +241,7 @@ def test_recipe_opens_the_same_model_from_anywhere(
 ) -> None:
     monkeypatch.chdir(shared_assets)
     lm = load_lm("stories260K", dtype="bfloat16", device="cpu", autocast="bfloat16")
-    folder = str(shared_assets / "stories260K")
+    folder = str(Path.cwd() / "stories260K")
     assert lm.recipe == {"model": folder, "dtype": "bfloat16", "device": "cpu", "autocast": "bfloat16"}
     monkeypatch.chdir(tmp_path)
     again = load_lm(**json.loads(json.dumps(lm.recipe)))
