@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -304,7 +305,9 @@ def test_command_that_is_stopped_leaves_no_worker_and_goes_on_when_called_again(
         *("--dask", "local:2"),
     ]
     for by, enough in ((signal.SIGKILL, 5), (signal.SIGINT, 15)):
-        driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        # A process that a shell runs in its background ignores SIGINT, and so do its children unless told.
+        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
         wait_until(lambda enough=enough: n_committed(path) > enough, 60)
         workers = psutil.Process(driver.pid).children(recursive=True)
         driver.send_signal(by)

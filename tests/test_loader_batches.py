@@ -249,11 +249,22 @@ print("begun", flush=True)
 """
 
 
+def heed_interrupts() -> None:
+    """A process that a shell runs in its background ignores the signal, and so do its children unless told."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run_script(store: Store, rest: str) -> subprocess.Popen[str]:
     arguments = [sys.executable, "-W", "ignore", "-c", SCRIPT + rest, store.path]
     folder = Path(__file__).parent.parent
     return subprocess.Popen(
-        arguments, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        arguments,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heed_interrupts,
     )
 
 
