@@ -277,7 +277,7 @@ def test_a_terminal_shows_bars_speeds_and_sites_while_it_lasts(tmp_path):
     with on_a_terminal(*wanted, cwd=tmp_path) as (process, terminal):
         shown = read_until(terminal, "\0")
         assert process.wait(60) == 0, shown
-    assert re.search(r"Extract activations\s+━+\S*\s+\d+/512\s+[\d,]+ tokens/s \d:\d\d:\d\d left \d:\d\d:\d\d", shown)
+    assert re.search(r"Extract activations\s+━+\S*\s+\d+/512\s+[\d,]+ tokens/s\s+\d:\d\d:\d\d left \d:\d\d:\d\d", shown)
     assert re.search(r"[kM]B/s stored · .* so far · queue \d of \d shards", shown)
     live, _, result = shown.rpartition("store  ")
     assert re.search(r"  blocks\.3\.hook_mlp_out +\d", live)
