@@ -312,9 +312,7 @@ class TokenBlocks:
 
     def lengths(self, sequences: range) -> NDArray[np.int64]:
         """`(q,)` tokens of each of some sequences."""
-        there = np.asarray(self.document[sequences.start : sequences.stop]) != NO_DOCUMENT
-        lengths: NDArray[np.int64] = there.sum(axis=1, dtype=np.int64)
-        return lengths
+        return lengths_of(np.asarray(self.document[sequences.start : sequences.stop]))
 
     def digest(self) -> str:
         """sha256 (hex) of ids and documents: what a store and its verification go by."""
@@ -342,6 +340,12 @@ class TokenBlocks:
             document=self.document[part],
             description={**self.description, "taken": [part.start, part.stop, part.step]},
         )
+
+
+def lengths_of(document: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """`(q,)` tokens of each of some sequences, by the `(q, T)` document numbers of their positions."""
+    lengths: NDArray[np.int64] = (document != NO_DOCUMENT).sum(axis=1, dtype=np.int64)
+    return lengths
 
 
 def expand_names(patterns: Sequence[str], known: Sequence[str]) -> list[str]:

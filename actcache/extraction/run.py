@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from actcache.extraction.follow import Follower
 from actcache.extraction.sink import Sink
 from actcache.memory import keep_freed_memory
-from actcache.spec import NO_DOCUMENT, Progress, TokenBlocks, Watch
+from actcache.spec import Progress, TokenBlocks, Watch, lengths_of
 from actcache.store import Store, StoreWriter
 
 if TYPE_CHECKING:
@@ -51,11 +51,12 @@ class Run:
 
     def _make_shards(self) -> None:
         writer, spec = self.writer, self.writer.spec
-        pending = [shard for shard in writer.pending() if self.shards is None or shard in self.shards]
+        missing = writer.pending()
+        pending = [shard for shard in missing if self.shards is None or shard in self.shards]
         if not pending:
             return
         sites = self.lm.resolve([site.name for site in writer.sites], length=spec.sequence_length)
-        n_open = sum(len(spec.shard_sequences(shard)) for shard in writer.pending())
+        n_open = sum(len(spec.shard_sequences(shard)) for shard in missing)
         n_share = sum(len(spec.shard_sequences(shard)) for shard in pending)
         follower = Follower(writer, spec.n_sequences - n_open, n_share, self.progress, self.watch)
         batch_sequences = self.batch_sequences
@@ -89,7 +90,6 @@ def tokens_in(store: Store) -> ShardTokens:
     """A shard's tokens, of the store itself."""
 
     def tokens(shard: int) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        lengths = np.count_nonzero(store.shard_documents(shard) != NO_DOCUMENT, axis=1)
-        return store.shard_tokens(shard), lengths
+        return store.shard_tokens(shard), lengths_of(store.shard_documents(shard))
 
     return tokens
