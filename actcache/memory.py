@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 
+import numpy as np
+
 _MOST_MMAP_THRESHOLD = 32 << 20
 _SET_BY_ENVIRONMENT = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -24,3 +26,16 @@ def keep_freed_memory() -> None:
             mallopt(_M_MMAP_THRESHOLD, _MOST_MMAP_THRESHOLD)
             mallopt(_M_TRIM_THRESHOLD, 2 * _MOST_MMAP_THRESHOLD)
     torch.empty(31 << 20, dtype=torch.uint8)
+
+
+class Scratch:
+    """Bytes that are reused from call to call (one per thread): fresh memory is dear on hot paths."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+    def take(self, n_bytes: int) -> memoryview:
+        """`n_bytes` writable bytes, valid until the next call."""
+        if len(self._bytes) < n_bytes:
+            self._bytes = np.empty(n_bytes, np.uint8)
+        return self._bytes.data[:n_bytes]

@@ -17,6 +17,11 @@ def take_and_measure() -> Kernel | None:
     return _loop("take_and_measure")
 
 
+def split_planes() -> Kernel | None:
+    """Values of 16 bits split into their lower and their upper bytes."""
+    return _loop("split_planes")
+
+
 def take_widened() -> Kernel | None:
     """Rows of bfloat16 bits gathered as float32."""
     return _loop("take_widened")

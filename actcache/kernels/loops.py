@@ -152,6 +152,14 @@ def _measure_row_by_row(block, sums, squares, largest, scalars):
 
 
 @_compiled
+def split_planes(values, low, high):
+    """The lower and the upper bytes `(N,)` uint8 of `(N,)` uint16."""
+    for i in range(len(values)):
+        low[i] = np.uint8(values[i] & np.uint16(255))
+        high[i] = np.uint8(values[i] >> np.uint16(8))
+
+
+@_compiled
 def take_widened(values, places, out):
     """`out[i] = values[places[i]]`, bfloat16 bits `(N, D)` uint16 as the bits `(B, D)` uint32 of float32."""
     for i in range(len(places)):

@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import ConfigError
+from actcache.memory import Scratch
 from actcache.store.filters import FILTERS, SERIALIZERS, Filter, Pcodec, Transpose
 from actcache.store.quantise import dequantise_rows, feature_exponents, quantise_rows
-from actcache.store.steps import COMPRESSORS, DAMAGE, Blosc, Compressor, Shuffle, Zstd, configuration
+from actcache.store.steps import COMPRESSORS, DAMAGE, Blosc, Compressor, PlanesBlosc, Shuffle, Zstd, configuration
 
 __all__ = [
     "CRC_BYTES",
@@ -187,7 +188,7 @@ _ONE_BLOCK = 1 << 19
 PRESETS: dict[str, Chain] = {
     "raw": Chain(),
     "fast": Chain(compressors=(Blosc(cname="lz4", clevel=5, shuffle="bitshuffle"),)),
-    "lossless": Chain(compressors=(Blosc(cname="zstd", clevel=1, shuffle="shuffle", blocksize=_ONE_BLOCK),)),
+    "lossless": Chain(compressors=(PlanesBlosc(cname="zstd", clevel=1, shuffle="shuffle", blocksize=_ONE_BLOCK),)),
     "sparse": Chain(compressors=(Zstd(level=1),)),
     "int8": Chain(quantised=True),
 }
@@ -374,16 +375,3 @@ _RESIDUE = 0x48674BC7
 def is_whole(stored: bytes) -> bool:
     """True when a stored chunk matches the crc32c at its end. Of bytes, unlike arrays, it is taken without the GIL."""
     return len(stored) >= CRC_BYTES and bool(google_crc32c.value(stored) == _RESIDUE)
-
-
-class Scratch:
-    """Bytes that are reused from call to call (one per thread): fresh memory is dear on hot paths."""
-
-    def __init__(self) -> None:
-        self._bytes = np.empty(0, np.uint8)
-
-    def take(self, n_bytes: int) -> memoryview:
-        """`n_bytes` writable bytes, valid until the next call."""
-        if len(self._bytes) < n_bytes:
-            self._bytes = np.empty(n_bytes, np.uint8)
-        return self._bytes.data[:n_bytes]

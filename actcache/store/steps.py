@@ -22,6 +22,7 @@ from numcodecs import blosc, lz4, zstd
 from numpy.typing import NDArray
 
 from actcache.errors import ConfigError
+from actcache.store.planes import ITEMSIZES, compress_planes
 
 # Blosc with threads writes the blocks of a chunk in the order in which they happen to be finished, so that equal
 # values could give unequal bytes. zarr-python switches that off as well.
@@ -126,6 +127,17 @@ class Blosc:
             raise ValueError(f"its header announces {n_bytes} bytes where {len(into)} belong")
         blosc.decompress(payload, into)
         return n_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanesBlosc(Blosc):
+    """Zarr's `blosc` with shuffle and zstd, compressed by settings that suit floating-point values."""
+
+    def compress(self, data: Any, itemsize: int) -> Any:
+        """See `Compressor`."""
+        if itemsize not in ITEMSIZES:
+            return Blosc.compress(self, data, itemsize)
+        return compress_planes(np.frombuffer(data, np.uint8), itemsize, self.blocksize)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
