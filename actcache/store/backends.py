@@ -183,6 +183,9 @@ class FileBackend:
         self.store, self.root = store, store.root
         self._root = str(store.root)
         self.identity: Hashable = self._root
+        self.n_waits = 0
+        """Reads into memory that had to wait for a disk; about, since threads may miss each other's."""
+        self._tells_what_is_at_hand = hasattr(os, "RWF_NOWAIT") and hasattr(os, "posix_fadvise")
 
     def get(self, key: str) -> memoryview | None:
         descriptor = self._open(key)
@@ -207,9 +210,32 @@ class FileBackend:
         if descriptor is None:
             return -1
         try:
+            if self._tells_what_is_at_hand:
+                n_read = self._at_hand(descriptor, outs, offset)
+                if n_read == sum(map(len, outs)):
+                    return n_read
+                self.n_waits += 1
             return os.preadv(descriptor, outs, offset)
         finally:
             os.close(descriptor)
+
+    def _at_hand(self, descriptor: int, outs: tuple[memoryview, ...], offset: int) -> int:
+        """Read what the system has in memory; fewer bytes, or -1, where a disk would have to be waited for."""
+        try:
+            return os.preadv(descriptor, outs, offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return -1
+        except OSError:  # a file system that cannot tell
+            self._tells_what_is_at_hand = False
+            return -1
+
+    def expect(self, key: str, offset: int, n_bytes: int) -> None:
+        """Have the system begin to read a stretch into its memory, where it is not there yet."""
+        if (descriptor := self._open(key)) is not None:
+            try:
+                os.posix_fadvise(descriptor, offset, n_bytes, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
 
     def span(self, key: str, offset: int, n_bytes: int) -> memoryview | None:
         descriptor = self._open(key)

@@ -324,6 +324,13 @@ def index_bytes(spec: StoreSpec) -> int:
     return chunks_per_shard(spec) * _INDEX_ENTRY_BYTES + codecs.CRC_BYTES
 
 
+def record_object(spec: StoreSpec, column: str, shard: int, record: Record) -> tuple[str, bytes]:
+    """Key and bytes of a commit record as it is stored."""
+    length = record_length(spec, column)
+    data = np.frombuffer(record.to_bytes(length), np.uint8).reshape(1, length)
+    return commit_key(column, shard), encode_table(data)[1]
+
+
 def read_record(objects: Objects, spec: StoreSpec, column: str, shard: int) -> Record:
     """The commit record of a shard's column.
 

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,6 +27,8 @@ from actcache.store.lock import WriterLock
 from actcache.store.urls import first_line, open_url
 
 _UNFINISHED = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(PARTIAL)}$")
+_PUTS = 32
+"""Small objects written at a time."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _Names: TypeAlias = list[str]  # within the class, `list` is a method
 _DENIED = ("PermissionDeniedError", "UnauthenticatedError")
@@ -81,6 +84,16 @@ class Objects:
         n_bytes = sum(map(len, parts))
         with self.full_disk_explained(f"{key}: {n_bytes:,} bytes"), self._named("write", key):
             self.backend.put(key, *parts)
+
+    def put_all(self, objects: Sequence[tuple[str, bytes]]) -> None:
+        """Write several small objects in any order, all at once where each answer takes its time; raises like `put`."""
+        if self.is_local:
+            for key, data in objects:
+                self.put(key, data)
+            return
+        with ThreadPoolExecutor(_PUTS, thread_name_prefix="actcache-put") as pool:
+            for put in [pool.submit(self.put, key, data) for key, data in objects]:
+                put.result()
 
     @contextmanager
     def writing(self, key: str) -> Iterator[Callable[..., None]]:
@@ -168,6 +181,16 @@ class Objects:
             return self.backend.read_into(key, offset, outs)
         with self._named("read", key):
             return self.backend.read_into(key, offset, outs)
+
+    @property
+    def n_waits(self) -> int:
+        """How many reads into memory had to wait for a disk so far; 0 where that cannot be told."""
+        return self.backend.n_waits if isinstance(self.backend, FileBackend) else 0
+
+    def expect(self, key: str, offset: int, n_bytes: int) -> None:
+        """Say that a stretch is going to be read soon: a folder's disk then begins to."""
+        if isinstance(self.backend, FileBackend):
+            self.backend.expect(key, offset, n_bytes)
 
     def span(self, key: str, offset: int, n_bytes: int) -> memoryview | None:
         """Bytes of an object from `offset` on, fewer where it ends before; None when there is no object."""

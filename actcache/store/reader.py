@@ -192,6 +192,11 @@ class Store:
             raise self.corrupt(site, shard, f"is missing or too short to hold chunk {chunk} of {array}")
         self._check_chunk(site, array, shard, chunk, stored, problem)
 
+    def expect_chunk(self, site: str, shard: int, chunk: int, *, array: str = "acts") -> None:
+        """Say that an inner chunk is going to be read soon, so that a disk can begin to."""
+        offset, size = self._indexes.of(self, site, array, shard)[chunk].tolist()
+        self.objects.expect(layout.sharded_key(site, array, shard), offset, size)
+
     def fetch_chunk(self, site: str, shard: int, chunk: int, *, array: str = "acts") -> memoryview:
         """The stored bytes of one inner chunk, not yet checked: the part of `read_chunk` that waits for the storage."""
         offset, size = self._indexes.of(self, site, array, shard)[chunk].tolist()

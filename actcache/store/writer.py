@@ -37,6 +37,8 @@ _JOIN_PATIENCE_S = 60.0
 """And so long for one that has it alone: most likely it is being sealed."""
 _SEALING_PATIENCE_S = 60.0
 """Who has finished a shared store waits so long for others, that are about to end as well."""
+_WAITING_THREADS = 4
+"""Encoding threads more where objects are sent far away: each holds one site of one shard, compressed."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
 
 
@@ -51,7 +53,7 @@ class StoreWriter:
         blocks: the tokens of all its sequences; not needed for a store that exists and does not grow.
         grow: allow a store that holds a part of this already: fewer sequences, or fewer sites.
         shared: other writers that say so too may fill the store at the same time; see `claim`.
-        threads: encoding threads.
+        threads: encoding threads; where each answer of the storage takes its time, some more, which mostly wait.
         n_buffers: shards in memory.
         allocate: makes the buffers' arrays, of a shape and a dtype; `numpy.empty` by default.
         provenance: JSON-able, how the store came to be. Of the writer that makes it; a store that is there keeps its
@@ -99,7 +101,8 @@ class StoreWriter:
         except BaseException:
             self._lock.release()
             raise
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="actcache-encode")
+        waiting = 0 if self.objects.is_local else _WAITING_THREADS
+        self._pool = ThreadPoolExecutor(threads + waiting, thread_name_prefix="actcache-encode")
         self._free: queue.SimpleQueue[ShardBuffers] = queue.SimpleQueue()
         self._buffers_left = n_buffers
         self._running: list[Future[None]] = []
@@ -339,10 +342,7 @@ class StoreWriter:
         made = {name: part for name, part in sites.items() if part is not None}
         records = {layout.ROWS: self._write_rows(buffers, ids), **{name: record for name, (record, _) in made.items()}}
         missing = self.missing(buffers.shard)
-        for name in missing:
-            length = layout.record_length(self.spec, name)
-            data = np.frombuffer(records[name].to_bytes(length), np.uint8).reshape(1, length)
-            layout.put_table(self.objects, layout.commit_key(name, buffers.shard), data)
+        self.objects.put_all([layout.record_object(self.spec, name, buffers.shard, records[name]) for name in missing])
         for name in missing:
             self._committed[name].add(buffers.shard)
         with self._counting:
@@ -360,15 +360,16 @@ class StoreWriter:
             "position": position,
             "token": ids[sequence, position],
         }
-        checksums, n_bytes = [], 0
+        checksums, objects = [], []
         for name in layout.ROW_ARRAYS:
             padded = np.full(spec.rows_per_shard, layout.ABSENT_ROW, layout.UINT32)
             padded[: len(sequence)] = table[name]
             crc, data = layout.encode_table(padded)
-            if layout.ROWS in self.missing(shard):
-                self.objects.put(layout.row_key(name, shard), data)
             checksums.append(crc)
-            n_bytes += len(data)
+            objects.append((layout.row_key(name, shard), data))
+        if layout.ROWS in self.missing(shard):
+            self.objects.put_all(objects)
+        n_bytes = sum(len(data) for _, data in objects)
         record = layout.Record(n_rows=len(sequence), n_bytes=n_bytes, checksums=tuple(checksums))
         if layout.ROWS not in self.missing(shard) and record != layout.read_record(
             self.objects, spec, layout.ROWS, shard
