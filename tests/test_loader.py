@@ -19,7 +19,6 @@ from actcache.load.gather import BatchMemory
 from actcache.order import permutation
 from actcache.spec import Site
 from actcache.store import open_store
-from actcache.store.codecs import dequantise_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:batches of .* rows are going to have")
 GOLDEN = Path(__file__).parent / "golden" / "order.json"
@@ -117,18 +116,6 @@ def test_quantised_sites_are_delivered_close_to_what_was_written(quantised_store
                 assert (np.abs(batch[site].float().numpy() - values) <= 0.51 * step + 2**-8 * np.abs(values)).all()
                 # `read` rounds to the store's bfloat16, the loader to the dtype that is asked for.
                 np.testing.assert_allclose(batch[site].float(), read[site][batch.rows], rtol=2**-7)
-
-
-def test_multiplying_out_on_the_device_gives_the_same_numbers():
-    rng = np.random.default_rng(0)
-    q = rng.integers(-127, 128, (50, 6), dtype=np.int8)
-    scales = (rng.random(50, dtype=np.float32).view(np.uint32) >> 16).astype(np.uint16)
-    exponents = np.array([0, 5, 0, 0, 0, 1], np.int8)
-    expected = np.empty((50, 6), np.float32)
-    dequantise_rows(q, scales, expected, exponents)
-    sent = torch.from_numpy(q), torch.from_numpy(scales.view(np.int16)).view(torch.bfloat16)
-    there = gather.dequantise_on(torch.device("cpu"), *sent, exponents, torch.float32)
-    assert np.array_equal(there.numpy(), expected)
 
 
 def everything(loader):

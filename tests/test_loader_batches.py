@@ -21,7 +21,6 @@ from actcache import kernels
 from actcache.errors import ConfigError
 from actcache.kernels import loops
 from actcache.load import Loader, gather, origin
-from actcache.load.gather import Normalization, normalise_on
 from actcache.load.sizes import memory_bytes
 from actcache.spec import Site
 from actcache.store import RowFilter, Store, export
@@ -90,6 +89,9 @@ def test_each_row_table_is_read_once_and_only_when_it_is_asked_for(stores, monke
     assert sorted(read) == list(range(store.spec.n_shards))
 
 
+LOOPS = [name for name in vars(gather) if name.startswith("take_") or name == "round_to_bfloat16"]
+
+
 def normalised(values: np.ndarray, kind: str) -> np.ndarray:
     mean = values.mean(0) if "center" in kind else 0
     centred = values - mean
@@ -104,8 +106,8 @@ def test_normalised_rows_have_what_they_are_named_for_and_can_be_folded_back(
     stores, monkeypatch, compiled, kind, name, dtype
 ):
     if not compiled:
-        for kernel in ("take_widened_normalised", "take_dequantised_normalised"):
-            monkeypatch.setattr(gather, kernel, lambda: None)
+        for loop in LOOPS:
+            monkeypatch.setattr(gather, loop, lambda: None)
     store = stores[name]
     with loader_of(store, normalize=kind, dtype=dtype) as loader, loader_of(store) as plain:
         for batch, raw in zip(loader, plain, strict=True):
@@ -122,12 +124,15 @@ def test_normalised_rows_have_what_they_are_named_for_and_can_be_folded_back(
         np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
-def test_compiled_and_plain_normalising_give_the_same_bits(stores, monkeypatch):
-    assert kernels.take_widened_normalised() is loops.take_widened_normalised
-    fast = [dict(batch) for batch in loader_of(stores["bfloat16"], normalize="center-rms")]
-    for kernel in ("take_widened_normalised", "take_dequantised_normalised"):
-        monkeypatch.setattr(gather, kernel, lambda: None)
-    slow = [dict(batch) for batch in loader_of(stores["bfloat16"], normalize="center-rms")]
+@pytest.mark.parametrize("kind", [None, "center-rms"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_compiled_and_plain_loops_give_the_same_bits(stores, monkeypatch, kind, dtype):
+    assert len(LOOPS) == 5
+    assert all(getattr(kernels, name)() is getattr(loops, name) for name in LOOPS)
+    fast = [dict(batch) for batch in loader_of(stores["bfloat16"], normalize=kind, dtype=dtype)]
+    for name in LOOPS:
+        monkeypatch.setattr(gather, name, lambda: None)
+    slow = [dict(batch) for batch in loader_of(stores["bfloat16"], normalize=kind, dtype=dtype)]
     for left, right in zip(fast, slow, strict=True):
         assert all(torch.equal(left[site], right[site]) for site in left)
 
@@ -138,14 +143,6 @@ def test_statistics_for_normalising_are_those_of_the_chosen_rows(stores):
         got = torch.cat([batch["a"] for batch in loader]).double()
     assert got.mean(0).abs().max() < 1e-5
     assert got.square().mean().item() == pytest.approx(1, abs=1e-5)
-
-
-def test_normalising_on_the_device_gives_the_same_numbers():
-    rng = np.random.default_rng(0)
-    values = torch.from_numpy(rng.standard_normal((50, 6)).astype(np.float32)).to(torch.bfloat16)
-    done = Normalization(mean=rng.standard_normal(6).astype(np.float32), scale=0.37)
-    expected = (values.float().numpy() - done.mean) * np.float32(done.scale)
-    assert np.array_equal(normalise_on(values, done, torch.float32).numpy(), expected)
 
 
 def test_settings_that_are_none_are_refused(stores):

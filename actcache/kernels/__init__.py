@@ -42,6 +42,11 @@ def take_dequantised_normalised() -> Kernel | None:
     return _loop("take_dequantised_normalised")
 
 
+def round_to_bfloat16() -> Kernel | None:
+    """float32 bits rounded to bfloat16 bits."""
+    return _loop("round_to_bfloat16")
+
+
 def _loop(name: str) -> Kernel | None:
     try:
         from actcache.kernels import loops

@@ -196,3 +196,14 @@ def take_dequantised_normalised(values, scales, weights, places, out, mean, scal
         source, target, row_scale = values[places[i]], out[i], scales[i]
         for j in range(values.shape[1]):
             target[j] = ((np.float32(source[j]) * row_scale) * weights[j] - mean[j]) * scale
+
+
+@_compiled_exactly
+def round_to_bfloat16(bits, out):
+    """float32 bits `(B, D)` uint32 to bfloat16 bits `(B, D)` uint16, to the nearest, ties to even; NaN stays NaN."""
+    for i in range(bits.shape[0]):
+        for j in range(bits.shape[1]):
+            word = bits[i, j]
+            nearest = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            is_nan = (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+            out[i, j] = np.uint16(0x7FC0) if is_nan else np.uint16(nearest)

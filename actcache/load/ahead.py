@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import queue
 import threading
+import weakref
 from collections.abc import Generator, Iterator
 from time import perf_counter
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from actcache.errors import ConfigError
 from actcache.load.speed import Clock
 
 Item = TypeVar("Item")
+_running: weakref.WeakSet[ReadAhead[Any]] = weakref.WeakSet()
+
+
+os.register_at_fork(after_in_child=_running.clear)  # their threads stay behind in the parent
+
+
+@atexit.register
+def _stop_all() -> None:
+    """Before the interpreter goes: a thread that it ends within torch's code takes the whole process down."""
+    for running in list(_running):
+        running.stop()
 
 
 class ReadAhead(Generic[Item]):
@@ -22,6 +36,7 @@ class ReadAhead(Generic[Item]):
         self._stopping, self._clock = threading.Event(), clock
         self._production = production
         self._thread = threading.Thread(target=self._run, name="actcache-read-ahead", daemon=True)
+        _running.add(self)
         self._thread.start()
 
     def _run(self) -> None:

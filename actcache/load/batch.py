@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,12 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import torch
 
-    from actcache.load.origin import Origin
+
+class Origin(Protocol):
+    """Where some rows come from."""
+
+    def column(self, name: str) -> NDArray[np.int64]:
+        """One of `tokens`, `sequences`, `positions`, `documents`, for all of them."""
 
 
 class Batch(Mapping[str, "torch.Tensor"]):
@@ -36,6 +41,10 @@ class Batch(Mapping[str, "torch.Tensor"]):
         """Which of the loaders of a `MixedLoader` it comes from."""
         self._origins = origins
         self._columns: dict[str, torch.Tensor] = {}
+
+    def with_tensors(self, activations: dict[str, torch.Tensor], rows: torch.Tensor) -> Batch:
+        """The same rows in other tensors; it knows as much about where they come from."""
+        return Batch(activations, rows, self._origins, self.source)
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{site}: {tuple(acts.shape)}" for site, acts in self.activations.items())

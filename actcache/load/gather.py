@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from actcache.errors import ConfigError
 from actcache.kernels import (
     Kernel,
+    round_to_bfloat16,
     take_dequantised,
     take_dequantised_normalised,
     take_widened,
@@ -69,7 +70,7 @@ def normalization_of(kind: str, stats: SiteStats) -> Normalization:
     return Normalization(mean=mean, scale=1.0 if kind == "center" else float(np.float32(1 / np.sqrt(square))))
 
 
-_GATHER_BYTES = 1 << 17
+_GATHER_BYTES = 1 << 19
 """Rows gathered at a time: they stay in a core's cache until they are widened."""
 
 
@@ -79,6 +80,7 @@ _STORED = {
     "torch.float32": "<f4",
     "torch.float64": "<f8",
     "torch.int8": "|i1",
+    "torch.int64": "<i8",
 }
 
 
@@ -88,9 +90,13 @@ class BatchMemory:
     `torch.from_numpy` keeps the array alive for as long as any tensor shares its memory; each tensor gets an array
     object of its own (a view of a kept buffer), whose end of life returns the buffer. So a consumer may keep or modify
     whatever it got.
+
+    Args:
+        allocate: makes a buffer `(n_rows, width)`; by default in this process's own memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, allocate: Callable[[tuple[int, int], np.dtype[Any]], NDArray[Any]] = _aligned) -> None:
+        self._allocate = allocate
         self._free: dict[tuple[int, int, str], deque[NDArray[Any]]] = {}
 
     def take(self, n_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -102,7 +108,7 @@ class BatchMemory:
         try:
             kept = free.popleft()
         except IndexError:
-            kept = _aligned((n_rows, width), np.dtype(stored))
+            kept = self._allocate((n_rows, width), np.dtype(stored))
         handed_out = kept[:]
         weakref.finalize(handed_out, free.append, kept).atexit = False
         tensor = torch.from_numpy(handed_out)
@@ -112,112 +118,92 @@ class BatchMemory:
 class Gather:
     """Copies rows of a window to a stretch of a batch, in another dtype and normalised if need be.
 
-    Done with numpy on the calling thread, block by block in cache: torch would split each copy over a thread team of
-    its own, and two teams on the same cores (this one and the trainer's) wait for each other more than they work.
+    Done on the calling thread, in one pass over memory where there are compiled loops: torch would split each copy over
+    a thread team of its own, and two teams on the same cores (this one and the trainer's) wait for each other more than
+    they work. What is wider on the way than in the end goes block by block, in cache.
     """
 
     def __init__(
         self, logical: torch.dtype, out: torch.dtype, normalization: Mapping[str, Normalization] | None = None
     ) -> None:
+        import torch
+
         self.logical, self.out, self.normalization = logical, out, normalization or {}
+        self._is_bfloat16 = logical == torch.bfloat16
         self._scratch, self._wide = Scratch(), Scratch()
 
     def __call__(self, window: Window, site: str, places: NDArray[np.int64], target: torch.Tensor) -> None:
         """`target[i] = window row places[i]`."""
-        values, scales = window.values[site], window.scales.get(site)
-        if scales is None and self.out == self.logical and site not in self.normalization:
-            np.take(values, places, axis=0, out=_bits(target), mode="clip")
-        elif not self._in_one_pass(window, site, places, target):
-            self._in_blocks(window, site, places, target)
-
-    def _in_one_pass(self, window: Window, site: str, places: NDArray[np.int64], target: torch.Tensor) -> bool:
-        """The compiled loops, for what is asked for most; False where there is none."""
         import torch
 
-        values, scales, done = window.values[site], window.scales.get(site), self.normalization.get(site)
-        kernel = _kernel(scales is not None, done is not None)
-        if kernel is None or self.out != torch.float32 or (scales is None and self.logical != torch.bfloat16):
-            return False
-        after = () if done is None else (_shift(done, values.shape[1]), np.float32(done.scale))
-        if scales is None:
-            out = _bits(target) if after else _bits(target).view(np.uint32)
-            kernel(values, places, out, *after)
-        else:
-            wide = (scales[places].astype(np.uint32) << 16).view(np.float32)
-            kernel(values, wide, window.weights[site], places, _bits(target), *after)
-        return True
-
-    def _in_blocks(self, window: Window, site: str, places: NDArray[np.int64], target: torch.Tensor) -> None:
-        values, scales = window.values[site], window.scales.get(site)
-        block_rows = max(1, _GATHER_BYTES // (values.shape[1] * values.itemsize))
+        values = window.values[site]
+        if site not in window.scales and self.out == self.logical and site not in self.normalization:
+            np.take(values, places, axis=0, out=_bits(target), mode="clip")
+            return
+        kernel, width = self._kernel(window, site), values.shape[1]
+        in_place = self.out == torch.float32
+        block_rows = len(places) if in_place and kernel else max(1, _GATHER_BYTES // (4 * width))
         for start in range(0, len(places), block_rows):
             part = places[start : start + block_rows]
-            rows = self._take(values, part)
-            wide = target[start : start + len(part)]
-            if (done := self.normalization.get(site)) is not None:
-                self._normalise(rows, None if scales is None else scales[part], window.exponents.get(site), done, wide)
-            elif scales is None:
-                self._widen(rows, wide)
+            here = target[start : start + len(part)]
+            wide = _bits(here) if in_place else self._float32(self._wide, (len(part), width))
+            if kernel:
+                kernel(part, wide)
             else:
-                self._dequantise(rows, scales[part], window.exponents[site], wide)
+                self._as_float32(window, site, part, wide)
+            if not in_place:
+                self._narrow(wide, here)
 
-    def _take(self, values: NDArray[Any], places: NDArray[np.int64]) -> NDArray[Any]:
-        """Gathered rows in reused memory."""
-        width = values.shape[1]
-        rows = np.frombuffer(self._scratch.take(len(places) * width * values.itemsize), values.dtype)
-        return np.take(values, places, axis=0, out=rows.reshape(-1, width), mode="clip")
+    def _kernel(self, window: Window, site: str) -> Callable[[NDArray[np.int64], NDArray[np.float32]], None] | None:
+        """The compiled loop that gathers rows as float32; None where there is none."""
+        values, scales, done = window.values[site], window.scales.get(site), self.normalization.get(site)
+        loop = _loop(scales is not None, done is not None)
+        if loop is None or not (scales is not None or self._is_bfloat16):
+            return None
+        after = () if done is None else (_shift(done, values.shape[1]), np.float32(done.scale))
 
-    def _widen(self, rows: NDArray[Any], target: torch.Tensor) -> None:
-        import torch
+        def gather(places: NDArray[np.int64], wide: NDArray[np.float32]) -> None:
+            if scales is None:
+                loop(values, places, wide if after else wide.view(np.uint32), *after)
+            else:
+                row_scales = (scales[places].astype(np.uint32) << 16).view(np.float32)
+                loop(values, row_scales, window.weights[site], places, wide, *after)
 
-        if self.logical == torch.bfloat16 and self.out == torch.float32:
-            # bfloat16 bits are the upper half of the float32.
-            np.left_shift(rows, 16, out=target.view(torch.int32).numpy().view(np.uint32), dtype=np.uint32)
-        else:
-            narrow = torch.from_numpy(rows)
-            target.copy_(narrow.view(torch.bfloat16) if self.logical == torch.bfloat16 else narrow)
+        return gather
 
-    def _dequantise(
-        self,
-        rows: NDArray[np.int8],
-        scales: NDArray[np.uint16],
-        exponents: NDArray[np.int8] | None,
-        target: torch.Tensor,
-    ) -> None:
-        import torch
-
-        if self.out in (torch.float32, torch.bfloat16):
-            dequantise_rows(rows, scales, _bits(target), exponents)
-            return
-        wide = np.frombuffer(self._wide.take(4 * rows.size), np.float32).reshape(rows.shape)
-        dequantise_rows(rows, scales, wide, exponents)
-        target.copy_(torch.from_numpy(wide))
-
-    def _normalise(
-        self,
-        rows: NDArray[Any],
-        scales: NDArray[np.uint16] | None,
-        exponents: NDArray[np.int8] | None,
-        done: Normalization,
-        target: torch.Tensor,
-    ) -> None:
-        """In float32, rounded once at the end."""
-        import torch
-
-        wide = np.frombuffer(self._wide.take(4 * rows.size), np.float32).reshape(rows.shape)
+    def _as_float32(self, window: Window, site: str, places: NDArray[np.int64], wide: NDArray[np.float32]) -> None:
+        """What the compiled loops do, with numpy."""
+        values, scales, done = window.values[site], window.scales.get(site), self.normalization.get(site)
+        rows = np.frombuffer(self._scratch.take(wide.size * values.itemsize), values.dtype).reshape(wide.shape)
+        np.take(values, places, axis=0, out=rows, mode="clip")
         if scales is not None:
-            dequantise_rows(rows, scales, wide, exponents)
-        elif self.logical == torch.bfloat16:
+            dequantise_rows(rows, scales[places], wide, window.exponents[site])
+        elif self._is_bfloat16:
+            # bfloat16 bits are the upper half of the float32.
             np.left_shift(rows, 16, out=wide.view(np.uint32), dtype=np.uint32)
         else:
             np.copyto(wide, rows, casting="same_kind")
-        if done.mean is not None:
-            np.subtract(wide, done.mean, out=wide)
-        np.multiply(wide, np.float32(done.scale), out=wide)
-        target.copy_(torch.from_numpy(wide))
+        if done is not None:
+            if done.mean is not None:
+                np.subtract(wide, done.mean, out=wide)
+            np.multiply(wide, np.float32(done.scale), out=wide)
+
+    def _narrow(self, wide: NDArray[np.float32], target: torch.Tensor) -> None:
+        """Round once, at the end; or widen further."""
+        import torch
+
+        loop = round_to_bfloat16() if self.out == torch.bfloat16 else None
+        if loop is None:
+            target.copy_(torch.from_numpy(wide))
+        else:
+            loop(wide.view(np.uint32), _bits(target))
+
+    def _float32(self, memory: Scratch, shape: tuple[int, int]) -> NDArray[np.float32]:
+        """Reused memory, valid until it is asked for again."""
+        return np.frombuffer(memory.take(4 * shape[0] * shape[1]), np.float32).reshape(shape)
 
 
-def _kernel(quantised: bool, normalised: bool) -> Kernel | None:
+def _loop(quantised: bool, normalised: bool) -> Kernel | None:
     if quantised:
         return take_dequantised_normalised() if normalised else take_dequantised()
     return take_widened_normalised() if normalised else take_widened()
@@ -232,30 +218,3 @@ def _bits(target: torch.Tensor) -> NDArray[Any]:
     import torch
 
     return (target.view(torch.uint16) if target.dtype == torch.bfloat16 else target).numpy()
-
-
-def normalise_on(values: torch.Tensor, done: Normalization, out: torch.dtype) -> torch.Tensor:
-    """Rows `(B, D)` normalised in float32 on the device on which they are."""
-    import torch
-
-    wide = values.to(torch.float32)
-    if done.mean is not None:
-        wide = wide - torch.from_numpy(done.mean).to(wide.device)
-    return (wide * done.scale).to(out)
-
-
-def dequantise_on(
-    device: torch.device,
-    q: torch.Tensor,
-    scales: torch.Tensor,
-    exponents: NDArray[np.int8] | None,
-    out: torch.dtype,
-) -> torch.Tensor:
-    """Quantised rows `(B, D)` int8 and their `(B,)` bfloat16 scales, sent to a device and multiplied out there."""
-    import torch
-
-    wide = q.to(device).to(torch.float32)
-    wide.mul_(scales.to(device).to(torch.float32)[:, None])
-    if exponents is not None:
-        wide.mul_(torch.exp2(torch.from_numpy(exponents).to(device, torch.float32)))
-    return wide.to(out)

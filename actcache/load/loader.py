@@ -20,7 +20,7 @@ from actcache.load.ahead import ReadAhead
 from actcache.load.batch import Batch
 from actcache.load.chosen import chosen_rows
 from actcache.load.fetch import LaneStream, Pools, Window
-from actcache.load.gather import Normalization, normalization_of
+from actcache.load.gather import BatchMemory, Normalization, normalization_of
 from actcache.load.make import BatchMaker
 from actcache.load.origin import ShardTables, lookup, rows_per_sequence
 from actcache.load.plan import Epoch, Lane, Plan, Share, chunk_table
@@ -55,7 +55,7 @@ class Loader:
         seed: decides the order, together with the sizes.
         epochs: how many to deliver, None for ever.
         dtype: of the batches' tensors.
-        device: of the batches' tensors.
+        device: of the batches' tensors; windows lie there, too.
         memory: for the windows of decoded chunks, such as `"1GB"` or a number of bytes; larger windows shuffle better.
         read_ahead: batches made in advance.
         threads: decoding threads; by default one per core.
@@ -125,7 +125,7 @@ class Loader:
         self._maker = BatchMaker(store, self.sites, self.dtype, self.device, self.normalization, self._clock)
         self._buffers: dict[int, list[Window]] = {}
         self._place = Place()
-        self._running: ReadAhead[tuple[Place, Batch]] | None = None
+        self._running: ReadAhead[tuple[Place, Batch, Callable[[], None]]] | None = None
         self._warn_of_bad_shuffle()
 
     def _plan(self, lanes: int, seed: int, drop_last: bool) -> Plan:
@@ -236,6 +236,10 @@ class Loader:
             "can be pickled, and make the loader there"
         )
 
+    def make_batches_in(self, memory: BatchMemory) -> None:
+        """Make the batches of the next iteration in memory of the caller's: such as other processes read, too."""
+        self._maker.memory = memory
+
     def close(self) -> None:
         """Stop reading ahead; iterating again is allowed."""
         if self._running is not None:
@@ -252,7 +256,8 @@ class Loader:
         running = self._running = ReadAhead(self._produce(self._place), self.read_ahead, self._clock)
         began = perf_counter()
         try:
-            for place, batch in running:
+            for place, batch, hand_over in running:
+                hand_over()
                 self._place = place
                 self._delivered[0] += 1
                 self._delivered[1] += len(batch.rows)
@@ -329,8 +334,8 @@ class Loader:
             **({"order": self.order} if self.order == "sequence" else {}),
         }
 
-    def _produce(self, start: Place) -> Generator[tuple[Place, Batch]]:
-        """Batches, each with the place after it, from a place on."""
+    def _produce(self, start: Place) -> Generator[tuple[Place, Batch, Callable[[], None]]]:
+        """Batches from a place on, each with the place after it, and what to call before it is handed out."""
         plan, share = self.plan, self._share
         epoch_of = lru_cache(maxsize=2)(plan.epoch)
         with Pools(self._threads, self._clock, is_local=self.store.objects.is_local) as pools:
@@ -342,10 +347,10 @@ class Loader:
                 epoch, delivered = epoch_of(number), start.batch if number == start.epoch else 0
                 for batch in share.batches(plan.n_batches, delivered):
                     in_lane, lane = divmod(batch, plan.lanes)
-                    value = self._maker.batch(epoch.lanes[lane], in_lane, streams[lane])
+                    value, hand_over = self._maker.batch(epoch.lanes[lane], in_lane, streams[lane])
                     delivered += self.world_size
                     place = Place(first_epoch=start.first_epoch, epoch=number, batch=delivered)
-                    yield self._begun(place), value
+                    yield self._begun(place), value, hand_over
 
     def _windows(self, lane: int, start: Place, epoch_of: Callable[[int], Epoch]) -> Iterator[tuple[Lane, int]]:
         """The windows of a lane that this rank needs, from a place on."""
@@ -362,7 +367,7 @@ class Loader:
     def _buffers_of(self, lane: int) -> list[Window]:
         if lane not in self._buffers:
             n_rows = self.plan.most_window_rows
-            self._buffers[lane] = [Window(self.store, self.sites, n_rows) for _ in range(2)]
+            self._buffers[lane] = [self._maker.window(n_rows) for _ in range(2)]
         return self._buffers[lane]
 
 

@@ -21,11 +21,11 @@ class LoaderStats:
     wait_seconds: float
     """Of those, how long the consumer waited for batches."""
     read_seconds: float
-    """In which decoding threads waited for the storage (or for a core), summed over threads."""
+    """In which decoding threads waited for the storage (or a core, or a GPU's copies), summed over threads."""
     decode_seconds: float
     """In which they worked: checked, decompressed, copied out of the page cache; summed over threads."""
     gather_seconds: float
-    """In which the one gathering thread made batches of decoded rows."""
+    """In which the one gathering thread made batches of decoded rows; of a GPU, had it make them."""
 
     @property
     def rows_per_s(self) -> float:
