@@ -3,47 +3,62 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
 import torch
 
 MOST_STATE_BYTES = 2000
+READ_AHEAD = (0, 1, 5)
 
 
-def content(batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    return batch.rows, {site: batch[site] for site in batch}
+Content = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
-def assert_same(left: Any, right: Any) -> None:
+def content(batch: Any) -> Content:
+    """Row ids (of what other trainers iterate, which are dicts, they may be among the tensors) and tensors by name."""
+    return getattr(batch, "rows", torch.empty(0)), {name: batch[name] for name in batch}
+
+
+def assert_same(left: Content, right: Content) -> None:
     (rows, acts), (other_rows, other_acts) = left, right
     assert torch.equal(rows, other_rows)
     assert list(acts) == list(other_acts)
-    assert all(torch.equal(acts[site], other_acts[site]) for site in acts)
+    assert all(torch.equal(acts[name], other_acts[name]) for name in acts)
 
 
-def run_test_resume_at_every_batch(make: Callable[..., Any], *, most_state_bytes: int = MOST_STATE_BYTES) -> int:
-    """Break off after every batch, carry the state through JSON into a fresh iterator, and compare what is left.
+def run_test_resume_at_every_batch(make: Callable[..., Any]) -> int:
+    """Carry the state after every batch through JSON into fresh iterators, and compare all that is left.
 
     `make(read_ahead=n)` gives a fresh iterator of the same batches each time: iterable, with `state_dict`,
     `load_state_dict` and `close`, and with a definite end. Gives the number of batches.
     """
-    with closing(make(read_ahead=1)) as iterator:
-        unbroken = [content(batch) for batch in iterator]
-    for n_taken in range(len(unbroken) + 1):
-        read_ahead = (1, 2, 5)[n_taken % 3]
-        with closing(make(read_ahead=read_ahead)) as first:
-            taken: Iterator[Any] = iter(first)
-            for expected in unbroken[:n_taken]:
-                assert_same(content(next(taken)), expected)
-            text = json.dumps(first.state_dict())
-        assert len(text) < most_state_bytes
-        with closing(make(read_ahead=6 - read_ahead)) as second:
-            second.load_state_dict(json.loads(text))
-            assert json.dumps(second.state_dict()) == text
-            rest = [content(batch) for batch in second]
-        assert len(rest) == len(unbroken) - n_taken
-        for got, expected in zip(rest, unbroken[n_taken:], strict=True):
-            assert_same(got, expected)
+    (unbroken, states), *others = [batches_and_states(make(read_ahead=n)) for n in READ_AHEAD]
+    for batches, texts in others:
+        assert texts == states  # what was made in advance is in no state
+        assert_all_same(batches, unbroken)
+    for n_taken, text in enumerate(states):
+        assert len(text) < MOST_STATE_BYTES
+        for read_ahead in READ_AHEAD:
+            with closing(make(read_ahead=read_ahead)) as fresh:
+                fresh.load_state_dict(json.loads(text))
+                assert json.dumps(fresh.state_dict()) == text
+                assert_all_same([content(batch) for batch in fresh], unbroken[n_taken:])
     return len(unbroken)
+
+
+def batches_and_states(iterator: Any) -> tuple[list[Content], list[str]]:
+    """All batches; and the states before the first of them and after each."""
+    with closing(iterator):
+        batches, states = [], [json.dumps(iterator.state_dict())]
+        for batch in iterator:
+            batches.append(content(batch))
+            states.append(json.dumps(iterator.state_dict()))
+    return batches, states
+
+
+def assert_all_same(left: list[Content], right: list[Content]) -> None:
+    assert len(left) == len(right)
+    for one, other in zip(left, right, strict=True):
+        assert_same(one, other)

@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_bits, random_blocks, spec_of, write_shards
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from actcache.errors import ConfigError, CorruptShardError, SiteError, StateError, StoreIncompleteError
+from actcache.errors import ConfigError, CorruptShardError, SiteError, StoreIncompleteError
 from actcache.load import Loader, Plan, gather
 from actcache.load.gather import BatchMemory
 from actcache.order import permutation
@@ -22,31 +20,6 @@ from actcache.store import open_store
 
 pytestmark = pytest.mark.filterwarnings("ignore:batches of .* rows are going to have")
 GOLDEN = Path(__file__).parent / "golden" / "order.json"
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    rows_per_chunk=st.integers(1, 40),
-    n_rows=st.integers(1, 700),
-    chunks_per_window=st.integers(1, 9),
-    batch_rows=st.integers(1, 120),
-    seed=st.integers(0, 2**40),
-    epoch=st.integers(0, 5),
-)
-def test_every_row_exactly_once_per_epoch(rows_per_chunk, n_rows, chunks_per_window, batch_rows, seed, epoch):
-    batch_rows = min(batch_rows, n_rows)
-    plan = Plan(
-        rows_per_chunk=rows_per_chunk,
-        n_rows=n_rows,
-        chunks_per_window=chunks_per_window,
-        batch_rows=batch_rows,
-        seed=seed,
-        drop_last=False,
-    )
-    order = plan.epoch(epoch)
-    batches = [order.batch_row_ids(b) for b in range(plan.n_batches)]
-    assert all(len(batch) == batch_rows for batch in batches[:-1])
-    assert np.array_equal(np.sort(np.concatenate(batches)), np.arange(n_rows))
 
 
 def test_the_order_is_the_one_that_saved_states_rely_on():
@@ -154,18 +127,6 @@ def test_an_iterator_that_lost_its_loader_says_so_instead_of_waiting(small_store
             next(iterator)
 
 
-@pytest.mark.parametrize("lanes", [1, 3])
-def test_ranks_share_one_global_order(small_store, lanes):
-    whole = everything(small_loader(small_store, lanes=lanes, memory=3000 * lanes))
-    parts = [everything(small_loader(small_store, lanes=lanes, rank=r, world_size=3)) for r in range(3)]
-    per_epoch = len(whole) // 2
-    assert {len(part) for part in parts} == {2 * (per_epoch // 3)}
-    for epoch in range(2):
-        for b in range(per_epoch // 3 * 3):
-            got = parts[b % 3][epoch * (per_epoch // 3) + b // 3]
-            assert torch.equal(got[0], whole[epoch * per_epoch + b][0])
-
-
 def test_batches_may_be_kept_and_modified(small_store):
     site = small_store.sites[0]
     values = small_store.read(site, slice(None)).float()
@@ -191,25 +152,6 @@ def test_batch_memory_is_reused_only_when_nobody_holds_it():
     assert address in {memory.take(4, 3, torch.bfloat16).data_ptr() for _ in range(1)} | {
         t.data_ptr() for t in [memory.take(4, 3, torch.bfloat16) for _ in range(2)]
     }
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"version": 99}, "version 99"),
-        ({"fingerprint": "x"}, "another store"),
-    ],
-)
-def test_states_of_something_else_are_refused(small_store, change, message):
-    loader = small_loader(small_store)
-    with pytest.raises(StateError, match=message):
-        loader.load_state_dict({**loader.state_dict(), **change})
-
-
-def test_a_state_with_other_settings_says_which(small_store):
-    state = small_loader(small_store, batch_rows=40).state_dict()
-    with pytest.raises(StateError, match="batch_rows: saved 40, now 50"):
-        small_loader(small_store).load_state_dict(state)
 
 
 def test_bad_input_is_refused_when_the_loader_is_made(small_store, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import signal
@@ -219,27 +220,48 @@ def test_no_thread_outlives_the_iteration(stores, read_ahead):
     assert not reading_threads()
 
 
-def test_a_loader_stays_in_the_process_that_made_it(stores):
-    loader = loader_of(stores["bfloat16"])
+@pytest.mark.parametrize("read_ahead", [0, 2])
+def test_a_loader_stays_in_the_process_that_made_it(stores, read_ahead):
+    loader = loader_of(stores["bfloat16"], read_ahead=read_ahead, epochs=None)
     with pytest.raises(ConfigError, match="belongs to the process that made it"):
         pickle.dumps(loader)
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            next(iter(loader))
-        except ConfigError as error:
-            os.write(write_end, str(error).encode())
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert b"make the loader here, where it is used" in os.read(read_end, 4096)
+    with loader:
+        running = iter(loader)
+        first = next(running)
+        for use in (lambda: next(iter(loader)), lambda: next(running)):
+            read_end, write_end = os.pipe()
+            child = os.fork()
+            if child == 0:
+                try:
+                    use()
+                except ConfigError as error:
+                    os.write(write_end, str(error).encode())
+                loader.close()
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+            assert b"make the loader here, where it is used" in os.read(read_end, 4096)
+        assert not torch.equal(next(running).rows, first.rows)  # and nothing happened to it here
+
+
+def rows_in_a_child(store: Store) -> list[list[int]]:
+    with loader_of(store) as loader:
+        return [batch.rows.tolist() for batch in loader]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_store_goes_to_another_process_and_the_loader_is_made_there(stores, method):
+    store = stores["bfloat16"]
+    expected = rows_in_a_child(store)
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        assert pool.apply(rows_in_a_child, (store,)) == expected
 
 
 SCRIPT = """
 import sys, time
+import torch
 from actcache.load import Loader
 from actcache.store import open_store
-loader = Loader(open_store(sys.argv[1]), ["*"], batch_rows=20, epochs=None)
+loader = Loader(open_store(sys.argv[1]), ["*"], batch_rows=20, epochs=None, read_ahead=int(sys.argv[2]))
 iterator = iter(loader)
 next(iterator)
 print("begun", flush=True)
@@ -251,8 +273,8 @@ def heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def run_script(store: Store, rest: str) -> subprocess.Popen[str]:
-    arguments = [sys.executable, "-W", "ignore", "-c", SCRIPT + rest, store.path]
+def run_script(store: Store, rest: str, read_ahead: int) -> subprocess.Popen[str]:
+    arguments = [sys.executable, "-W", "ignore", "-c", SCRIPT + rest, store.path, str(read_ahead)]
     folder = Path(__file__).parent.parent
     return subprocess.Popen(
         arguments,
@@ -265,29 +287,40 @@ def run_script(store: Store, rest: str) -> subprocess.Popen[str]:
     )
 
 
-def test_a_process_ends_though_its_loader_was_left_open(stores):
-    process = run_script(stores["bfloat16"], "")
+@pytest.mark.parametrize("read_ahead", [0, 1000])
+def test_a_process_ends_though_its_loader_was_left_open(stores, read_ahead):
+    """With its thread in the middle of a batch, which it must not be killed in: it is within torch then."""
+    process = run_script(stores["bfloat16"], "", read_ahead)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "begun\n", "")
 
 
-def test_an_interrupt_ends_the_loop_and_its_threads(stores):
+@pytest.mark.parametrize("read_ahead", [0, 2])
+def test_an_interrupt_ends_the_loop_and_its_threads(stores, read_ahead):
+    """Wherever it comes: while a batch is waited for, made, or used."""
     process = run_script(
         stores["bfloat16"],
         """
 import threading
 try:
     for batch in iterator:
-        time.sleep(0.01)
+        delivered = batch.rows
 except KeyboardInterrupt:
+    place = loader.state_dict()
     del iterator
     loader.close()
-    print(sorted(t.name for t in threading.enumerate()), loader.state_dict()["epoch"] >= 0)
+    print(sorted(t.name for t in threading.enumerate()))
+    rows = [loader.plan.epoch(e).batch_row_ids(b) for e in range(place["epoch"] + 1) for b in range(len(loader))]
+    n_delivered = place["epoch"] * len(loader) + place["batch"]
+    # An interrupt may come when a batch was handed out and is not yet taken.
+    assert delivered.tolist() in [rows[n_delivered - 1].tolist(), rows[n_delivered - 2].tolist()]
+    assert next(iter(loader)).rows.tolist() == rows[n_delivered].tolist()
 """,
+        read_ahead,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (0, "['MainThread'] True\n", "")
+    assert (process.returncode, out, err) == (0, "['MainThread']\n", "")

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -19,45 +20,59 @@ from test_loader_rows import plan_of
 
 from actcache.errors import ConfigError, StateError
 from actcache.load import Loader, Plan
-from actcache.load.plan import Share
+from actcache.load.plan import Share, chunk_table
 from actcache.store import Store, open_store
 
 pytestmark = pytest.mark.filterwarnings("ignore:batches of .* rows are going to have")
 HERE = Path(__file__).parent
 
 
-def rows_of(share: Share, plan: Plan, epoch: int, delivered: int = 0) -> list[np.ndarray]:
-    order = plan.epoch(epoch)
-    return [order.batch_row_ids(number) for number in share.batches(plan.n_batches, delivered)]
+def shape_of(kind: str, n_rows: int, rows_per_chunk: int, seed: int, **sizes: object) -> tuple[Plan, np.ndarray]:
+    """A plan of a store whose rows are all full shards', or not, or of which some are wanted; and its row ids."""
+    rng = np.random.default_rng(seed)
+    if kind == "wanted":
+        mask = rng.random(n_rows) < rng.choice([0.001, 0.05, 0.5, 0.98, 1])
+        mask[rng.integers(n_rows)] = True
+        return plan_of(mask, rows_per_chunk, seed=seed, **sizes), np.flatnonzero(mask)
+    rows_of_shards, table = np.array([n_rows]), None
+    if kind == "partial shards":
+        rows_per_shard = rows_per_chunk * int(rng.integers(1, 5))
+        rows_of_shards = rng.integers(0, rows_per_shard + 1, -(-n_rows // rows_per_shard) + 1)
+        rows_of_shards[rng.integers(len(rows_of_shards))] = rows_per_shard
+        table = chunk_table(rows_of_shards, rows_per_shard, rows_per_chunk)
+        ids = np.concatenate([s * rows_per_shard + np.arange(n) for s, n in enumerate(rows_of_shards)])
+    else:
+        ids = np.arange(n_rows)
+    return Plan(n_rows=len(ids), rows_per_chunk=rows_per_chunk, chunk_table=table, seed=seed, **sizes), ids
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(
+    kind=st.sampled_from(["whole", "partial shards", "wanted"]),
     rows_per_chunk=st.integers(1, 30),
     n_rows=st.integers(1, 600),
-    chunks_per_window=st.integers(1, 7),
-    batch_rows=st.integers(1, 60),
+    chunks_per_window=st.integers(1, 9),
+    batch_rows=st.integers(1, 90),
     lanes=st.integers(1, 9),
     world_size=st.integers(1, 7),
-    share=st.sampled_from([None, 0.05, 0.7]),
     drop_last=st.booleans(),
     seed=st.integers(0, 2**40),
+    epoch=st.integers(0, 5),
 )
-def test_every_row_once_over_all_ranks_and_from_their_own_lanes(
-    rows_per_chunk, n_rows, chunks_per_window, batch_rows, lanes, world_size, share, drop_last, seed
+def test_every_row_once_an_epoch_over_all_ranks_and_from_their_own_lanes(
+    kind, rows_per_chunk, n_rows, chunks_per_window, batch_rows, lanes, world_size, drop_last, seed, epoch
 ):
-    mask = np.random.default_rng(seed).random(n_rows) < (share or 2)
-    mask[seed % n_rows] = True
-    batch_rows = min(batch_rows, int(mask.sum()))
-    sizes = {"chunks_per_window": chunks_per_window, "batch_rows": batch_rows, "seed": seed, "lanes": lanes}
-    plan = plan_of(mask, rows_per_chunk, drop_last=drop_last, **sizes)
-    order = plan.epoch(3)
+    sizes = {"chunks_per_window": chunks_per_window, "lanes": lanes, "drop_last": drop_last}
+    plan, ids = shape_of(kind, n_rows, rows_per_chunk, seed, batch_rows=1, **sizes)
+    plan = replace(plan, batch_rows=min(batch_rows, len(ids)))
+    order = plan.epoch(epoch)
     batches = [order.batch_row_ids(number) for number in range(plan.n_batches)]
-    assert [len(batch) for batch in batches[:-1]] == [batch_rows] * (plan.n_batches - 1)
-    union = np.concatenate(batches)
-    assert len(np.unique(union)) == len(union) == int(mask.sum()) - (int(mask.sum()) % batch_rows) * drop_last
-    assert mask[union].all()
+    assert [len(batch) for batch in batches[:-1]] == [plan.batch_rows] * (plan.n_batches - 1)
+    union, left_out = np.concatenate(batches), len(ids) % plan.batch_rows * drop_last
+    assert len(np.unique(union)) == len(union) == len(ids) - left_out
+    assert np.isin(union, ids).all()
     assert max(np.diff(lane.starts).max(initial=0) for lane in order.lanes) <= plan.most_window_rows
+    assert max(int(lane.starts[-1]) for lane in order.lanes) == plan.most_lane_rows
 
     ranks = [Share(rank=rank, world_size=world_size) for rank in range(world_size)]
     numbers = [rank.batches(plan.n_batches, 0) for rank in ranks]
@@ -124,6 +139,8 @@ def test_the_order_of_batches_is_that_of_the_lanes_whatever_the_ranks(store, lan
             for number in range(rounds * world_size):
                 got = parts[number % world_size][epoch * rounds + number // world_size]
                 assert got == whole[epoch * per_epoch + number]
+        first, second = (set(chain(*whole[per_epoch * e :][rounds * world_size : per_epoch])) for e in range(2))
+        assert first != second or per_epoch % world_size == 0  # what is over is left out, other rows in each epoch
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])

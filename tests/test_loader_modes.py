@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from conftest import random_bits, random_blocks, spec_of, write_shards
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from actcache.errors import ConfigError, StateError
 from actcache.load import Loader, MixedLoader, split_sequences
@@ -159,7 +163,82 @@ def test_what_does_not_mix_is_refused(stores):
     for change, message in [
         ({"version": 3}, "version 3"),
         ({"weights": [1.0, 2.0]}, r"saved with weights=\[1.0, 2.0\]"),
-        ({"loaders": state["loaders"][::-1]}, "another store"),
+        ({"n_batches": 9}, "saved with n_batches=9"),
+        ({"loaders": {}}, "is no state of a mixture"),
+        ({"loaders": {**state["loaders"], "each": {}}}, "loader 0 of the mixture, of .*another store"),
     ]:
         with pytest.raises(StateError, match=message):
             mixture.load_state_dict({**state, **change})
+
+
+def sixteen(stores: dict[str, Store], **of_the_eleventh: object) -> MixedLoader:
+    """Loaders of two stores, no two of which have the same settings."""
+    parts = []
+    for number in range(16):
+        store = stores["whole" if number % 3 else "grown"]
+        settings = {
+            "seed": 1000 + number,
+            "rows": RowFilter(sequences=range(number, 45)),
+            "memory": 3000 + 700 * number,
+        }
+        settings |= of_the_eleventh if number == 11 else {}
+        loader = loader_of(settings.pop("store", store), epochs=None, read_ahead=1, threads=1, **settings)
+        parts.append((loader, 1 / (3 + number)))
+    return MixedLoader(parts)
+
+
+def test_the_state_of_many_loaders_is_small_and_says_which_of_them_is_another(stores):
+    with sixteen(stores) as mixture:
+        for _ in zip(range(150), mixture, strict=False):
+            pass
+        text = json.dumps(mixture.state_dict())
+        assert len(text) < 2000
+        following = [(batch.source, batch.rows.tolist()) for _, batch in zip(range(40), mixture, strict=False)]
+    with sixteen(stores) as again:
+        again.load_state_dict(json.loads(text))
+        assert json.dumps(again.state_dict()) == text
+        assert [(b.source, b.rows.tolist()) for _, b in zip(range(40), again, strict=False)] == following
+    for change, message in [
+        ({"seed": 7}, "seed: saved 1011, now 7"),
+        ({"store": stores["holes"]}, "belongs to another store"),
+        ({"rows": RowFilter(sequences=range(5))}, "saved with a choice of rows .* has a choice of rows"),
+        ({"rows": None}, "saved with a choice of rows .* has all rows"),
+        ({"drop_last": False}, "drop_last: saved True, now False"),
+        ({"memory": 1}, "give it memory="),
+    ]:
+        other = sixteen(stores, **change)
+        before = other.state_dict()
+        with pytest.raises(StateError, match=f"loader 11 of the mixture, of .*{message}"):
+            other.load_state_dict(json.loads(text))
+        assert other.state_dict() == before  # those before it have not moved either
+
+
+def test_states_of_mixtures_that_had_those_of_their_loaders_whole_go_on(stores):
+    with sixteen(stores) as mixture, sixteen(stores) as again:
+        for _ in zip(range(30), mixture, strict=False):
+            pass
+        states = [loader.state_dict() for loader in mixture.loaders]
+        old = {**mixture.state_dict(), "version": 1, "loaders": states}
+        again.load_state_dict(json.loads(json.dumps(old)))
+        assert again.state_dict() == mixture.state_dict()
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    weights=st.lists(st.floats(0.05, 3), min_size=3, max_size=3),
+    batch_rows=st.integers(10, 60),
+    seed=st.integers(0, 99),
+)
+def test_every_row_of_each_store_comes_once_in_an_epoch_of_its_own(stores, weights, batch_rows, seed):
+    loaders = [
+        loader_of(store, batch_rows=batch_rows, seed=seed, epochs=None, drop_last=False, threads=1)
+        for store in stores.values()
+    ]
+    with MixedLoader(list(zip(loaders, weights, strict=True)), n_batches=90, seed=seed) as mixture:
+        batches = list(mixture)
+    for number, loader in enumerate(loaders):
+        rows = [batch.rows for batch in batches if batch.source == number]
+        for epoch in range(len(rows) // len(loader)):
+            whole = torch.cat(rows[epoch * len(loader) : (epoch + 1) * len(loader)])
+            assert np.array_equal(np.sort(whole.numpy()), loader.store.row_ids())
+        assert abs(len(rows) - 90 * weights[number] / sum(weights)) < 4

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from time import perf_counter
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import random_bits, random_blocks, spec_of, write_shards
 from resume import run_test_resume_at_every_batch
 
+from actcache.adapters.llamascopium import ActivationStream
+from actcache.adapters.torch_data import TorchDataset
 from actcache.errors import StateError
-from actcache.load import Loader, MixedLoader, Plan
-from actcache.load.plan import Share
-from actcache.store import RowFilter, Store, export
+from actcache.load import Loader, MixedLoader, plan
+from actcache.order import permutation
+from actcache.store import RowFilter, Store, export, open_store
+from actcache.store.layout import LEDGER_KEY, chunks_per_shard
+from actcache.store.objects import Objects
 
 MODES = {
     "plain": {},
@@ -68,34 +73,82 @@ def test_resume_at_every_batch(stores, name, mode):
 @pytest.mark.filterwarnings("ignore:batches of .* rows are going to have")
 def test_resume_of_a_mixture_at_every_batch(stores):
     def make(read_ahead: int) -> MixedLoader:
-        settings = {"read_ahead": read_ahead, "epochs": None}
+        settings = {"read_ahead": read_ahead, "epochs": None, "batch_rows": 60}
         parts = [(loader_of(stores["whole"], **settings), 0.7), (loader_of(stores["holes"], lanes=2, **settings), 0.3)]
-        return MixedLoader(parts, n_batches=50)
+        return MixedLoader(parts, n_batches=24)
 
-    assert run_test_resume_at_every_batch(make) == 50
+    assert run_test_resume_at_every_batch(make) == 24
 
 
-def test_the_first_batch_after_a_state_takes_no_time_in_a_store_of_a_million_chunks():
-    """Integers only: 255 million rows, at the end of an epoch; reading one window is the same in any store."""
-    rows_per_chunk, n_chunks = 255, 10**6
-    table = np.stack([np.arange(n_chunks), np.full(n_chunks, rows_per_chunk)], axis=1)
-    table[::1000, 1] -= 7
-    for chunk_table in (None, table):
-        n_rows = rows_per_chunk * n_chunks if chunk_table is None else int(table[:, 1].sum())
-        sizes = {"rows_per_chunk": rows_per_chunk, "n_rows": n_rows, "chunks_per_window": 512, "batch_rows": 4096}
-        for lanes, share in [(1, Share()), (8, Share(rank=3, world_size=8)), (8, Share(rank=0, world_size=3))]:
-            plan = Plan(**sizes, seed=0, lanes=lanes, chunk_table=chunk_table)
-            delivered = plan.n_batches - 100
-            began = perf_counter()
-            epoch = plan.epoch(5)
-            number = share.batches(plan.n_batches, delivered)[0]
-            lane = epoch.lanes[number % lanes]
-            window = share.windows(epoch, lane.number, delivered)[0]
-            order, rows, parts = lane.window_order(window), lane.row_ids(window), lane.parts(window)
-            piece = lane.piece(number // lanes, window, order)
-            assert len(rows[piece.places]) > 0
-            assert len(parts) <= 512
-            assert perf_counter() - began < 1
+@pytest.mark.filterwarnings("ignore:batches of .* rows are going to have")
+@pytest.mark.parametrize("adapter", [TorchDataset, ActivationStream])
+def test_resume_of_what_other_trainers_iterate_at_every_batch(stores, adapter):
+    def make(read_ahead: int) -> TorchDataset | ActivationStream:
+        found = adapter(loader_of(stores["whole"], batch_rows=50, read_ahead=read_ahead))
+        found.close = found.loader.close
+        return found
+
+    assert run_test_resume_at_every_batch(make) == 20
+
+
+@pytest.mark.filterwarnings("ignore:batches of .* rows are going to have")
+def test_going_on_makes_and_reads_nothing_that_was_before(stores, monkeypatch):
+    """From the last batch of a later epoch on: its windows, and the one that is read while they are in use."""
+    store = open_store(stores["whole"].path)
+    loader = loader_of(store, epochs=None, read_ahead=0)
+    last = len(loader) - 1
+    lane, following = (loader.plan.epoch(epoch).lanes[0] for epoch in (7, 8))
+    windows = [(lane, window) for window in lane.batch_windows(last)] + [(following, 0)]
+    assert len(lane.starts) > 10
+    orders = {(loader.plan.n_chunks, 3, 1, epoch) for epoch in (7, 8)}
+    orders |= {(int(of.starts[window + 1] - of.starts[window]), 3, 2, of.epoch, window) for of, window in windows}
+    chunks = {divmod(part.chunk, chunks_per_shard(store.spec)) for of, window in windows for part in of.parts(window)}
+    expected, read_chunk = loader.plan.epoch(7).batch_row_ids(last), store.read_chunk
+    made, read = set(), set()
+
+    def permuted(n: int, *key: int) -> np.ndarray:
+        made.add((n, *key))
+        return permutation(n, *key)
+
+    def counted(site: str, shard: int, chunk: int, *rest: object, **array: str) -> None:
+        read.add((shard, chunk))
+        read_chunk(site, shard, chunk, *rest, **array)
+
+    monkeypatch.setattr(plan, "permutation", permuted)
+    monkeypatch.setattr(store, "read_chunk", counted)
+    loader.load_state_dict({**loader.state_dict(), "epoch": 7, "batch": last})
+    with loader:
+        assert next(iter(loader)).rows.tolist() == expected.tolist()
+    assert made <= orders
+    assert read <= chunks
+
+
+@pytest.mark.filterwarnings("ignore:batches of .* rows are going to have")
+def test_a_larger_store_takes_no_more_objects_until_the_first_batch(tmp_path, monkeypatch):
+    """Three windows at most, and of the shards of their chunks record and index; the ledger knows of all others."""
+    opened: list[str] = []
+    for name in ("get", "tail", "read_into"):
+        monkeypatch.setattr(Objects, name, _counted(getattr(Objects, name), opened))
+    for n_shards in (12, 120):
+        blocks = random_blocks(8 * n_shards, 13)
+        spec = spec_of(blocks)
+        path = tmp_path / f"{n_shards}.zarr"
+        write_shards(path, spec, blocks, random_bits(spec))
+        opened.clear()
+        with loader_of(open_store(path), memory=8000, epochs=None, read_ahead=0) as loader:
+            loader.load_state_dict({**loader.state_dict(), "epoch": 7, "batch": len(loader) - 2})
+            next(iter(loader))
+        assert {"zarr.json", LEDGER_KEY} <= set(opened)
+        assert loader.plan.chunks_per_window == 5
+        assert len(opened) <= 2 + 3 * 5 * 3 * len(loader.sites)
+
+
+def _counted(work: Callable[..., Any], opened: list[str]) -> Callable[..., Any]:
+    def counted(self: Objects, key: str, *rest: Any) -> Any:
+        opened.append(key)
+        return work(self, key, *rest)
+
+    return counted
 
 
 @pytest.mark.parametrize(
@@ -109,7 +162,10 @@ def test_the_first_batch_after_a_state_takes_no_time_in_a_store_of_a_million_chu
         ({"settings": {"sites": ["x"]}}, "sites: saved"),
         ({"settings": {"epochs": None}}, "epochs: saved None, now 2"),
         ({"settings": {"rows": "abc"}}, "saved with a choice of rows"),
-        ({"settings": {"chunks_per_window": 1000}}, "chunks_per_window: saved 1000"),
+        ({"settings": {"chunks_per_window": 1000}}, "windows of 1000 chunks"),
+        ({"batch": -1}, "its batch is -1"),
+        ({"epoch": "1"}, "its epoch is '1'"),
+        ({"settings": {"lanes": None}}, "its lanes is None"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:batches of .* rows are going to have")

@@ -38,32 +38,6 @@ def plan_of(mask: np.ndarray, rows_per_chunk: int, **sizes: int) -> Plan:
     return Plan(rows_per_chunk=rows_per_chunk, n_rows=int(mask.sum()), chunk_table=table, wanted=bits, **sizes)
 
 
-@settings(max_examples=300, deadline=None)
-@given(
-    rows_per_chunk=st.integers(1, 40),
-    n_rows=st.integers(1, 700),
-    share=st.sampled_from([0.001, 0.05, 0.5, 0.98, 1.0]),
-    chunks_per_window=st.integers(1, 9),
-    batch_rows=st.integers(1, 120),
-    seed=st.integers(0, 2**40),
-    epoch=st.integers(0, 5),
-)
-def test_every_wanted_row_exactly_once_per_epoch_and_no_other(
-    rows_per_chunk, n_rows, share, chunks_per_window, batch_rows, seed, epoch
-):
-    rng = np.random.default_rng(seed)
-    mask = rng.random(n_rows) < share
-    mask[rng.integers(n_rows)] = True
-    batch_rows = min(batch_rows, int(mask.sum()))
-    sizes = {"chunks_per_window": chunks_per_window, "batch_rows": batch_rows, "seed": seed}
-    plan = plan_of(mask, rows_per_chunk, drop_last=False, **sizes)
-    order = plan.epoch(epoch)
-    batches = [order.batch_row_ids(b) for b in range(plan.n_batches)]
-    assert all(len(batch) == batch_rows for batch in batches[:-1])
-    assert np.array_equal(np.sort(np.concatenate(batches)), np.flatnonzero(mask))
-    assert max(np.diff(order.lanes[0].starts)) <= plan.most_window_rows
-
-
 def test_wanting_every_row_is_the_order_without_a_choice():
     sizes = {"chunks_per_window": 4, "batch_rows": 16, "seed": 5}
     wanted, whole = plan_of(np.ones(100, bool), 7, **sizes), Plan(rows_per_chunk=7, n_rows=100, **sizes)
@@ -93,7 +67,8 @@ def some(store: Store, share: float, seed: int = 0) -> np.ndarray:
 
 def small(store: Store, **changes: object) -> Loader:
     settings = {"batch_rows": 1, "memory": 6000, "drop_last": False, "epochs": 2, "seed": 3, "threads": 2}
-    return Loader(store, ["*"], **{**settings, **changes})
+    settings |= {"sites": ["*"]} | changes
+    return Loader(store, settings.pop("sites"), **settings)
 
 
 @settings(max_examples=40, deadline=None)
@@ -103,14 +78,15 @@ def small(store: Store, **changes: object) -> Loader:
     batch_rows=st.integers(1, 60),
     memory=st.sampled_from([1, 3000, 20_000, 1 << 20]),
     seed=st.integers(0, 1000),
+    sites=st.sampled_from([["*"], ["blocks.1*"], ["blocks.1.hook_mlp_out"], ["*hook_z", "blocks.0*"]]),
 )
-def test_batches_are_the_wanted_rows_of_every_site(stores, name, share, batch_rows, memory, seed):
+def test_batches_are_the_wanted_rows_of_every_site(stores, name, share, batch_rows, memory, seed, sites):
     store = stores[name]
     mask = some(store, share, seed)
     values = {site: store.read(site, slice(None)).float() for site in store.sites}
     place = np.cumsum(np.isin(np.arange(store.spec.n_rows), store.row_ids())) - 1
     batch_rows = min(batch_rows, int(mask.sum()))
-    with small(store, rows=mask, batch_rows=batch_rows, memory=memory, seed=seed) as loader:
+    with small(store, sites=sites, rows=mask, batch_rows=batch_rows, memory=memory, seed=seed) as loader:
         batches = list(loader)
         assert len(batches) == 2 * len(loader) == 2 * -(-int(mask.sum()) // batch_rows)
     for epoch in (batches[: len(loader)], batches[len(loader) :]):
@@ -187,12 +163,13 @@ def test_chunks_without_a_wanted_row_are_not_read(stores, monkeypatch):
     assert sorted(read) == sorted((*names, *place) for names in arrays for place in [(0, 0), (2, 1)])
 
 
-def test_only_shards_with_chosen_sequences_have_their_row_table_read(stores):
+def test_of_the_row_table_only_what_tells_the_chosen_rows_is_read(stores):
     store, read = open_store(stores["whole"].path), []
     get = store.objects.get
     store.objects.get = lambda key: (read.append(key), get(key))[1]  # type: ignore[method-assign]
     small(store, rows=RowFilter(sequences=[9, 14, 33]))
-    assert {key for key in read if key.startswith("rows/token")} == {layout.row_key("token", s) for s in (1, 4)}
+    tables = {key for key in read if key.startswith("rows/") and not key.startswith("rows/commit")}
+    assert tables == {layout.row_key("sequence", shard) for shard in (1, 4)}
 
 
 @elsewhere

@@ -97,22 +97,38 @@ class BatchMemory:
 
     def __init__(self, allocate: Callable[[tuple[int, int], np.dtype[Any]], NDArray[Any]] = _aligned) -> None:
         self._allocate = allocate
-        self._free: dict[tuple[int, int, str], deque[NDArray[Any]]] = {}
+        self._free: dict[tuple[int, int, str], list[NDArray[Any]]] = {}
+        self._lent: dict[int, _Lent] = {}
+        self._returned: deque[weakref.ref[NDArray[Any]]] = deque()
 
     def take(self, n_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised `(n_rows, width)` tensor."""
         import torch
 
+        self._take_back()
         stored = _STORED[str(dtype)]
-        free = self._free.setdefault((n_rows, width, stored), deque())
-        try:
-            kept = free.popleft()
-        except IndexError:
-            kept = self._allocate((n_rows, width), np.dtype(stored))
+        free = self._free.setdefault((n_rows, width, stored), [])
+        kept = free.pop() if free else self._allocate((n_rows, width), np.dtype(stored))
         handed_out = kept[:]
-        weakref.finalize(handed_out, free.append, kept).atexit = False
+        # What is called then is no function of Python's: an interrupt in one would be lost, like all errors there.
+        lent = _Lent(handed_out, self._returned.append)
+        lent.kept, lent.free = kept, free
+        self._lent[id(lent)] = lent
         tensor = torch.from_numpy(handed_out)
         return tensor.view(torch.bfloat16) if dtype == torch.bfloat16 else tensor
+
+    def _take_back(self) -> None:
+        """Buffers of tensors that are gone are free again."""
+        while self._returned:
+            lent = self._lent.pop(id(self._returned.popleft()))
+            lent.free.append(lent.kept)
+
+
+class _Lent(weakref.ref[NDArray[Any]]):
+    """A buffer that tensors lie in."""
+
+    kept: NDArray[Any]
+    free: list[NDArray[Any]]
 
 
 class Gather:

@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from actcache.errors import ConfigError, StateError, StoreIncompleteError
-from actcache.load.ahead import ReadAhead
+from actcache.load.ahead import ReadAhead, check_process
 from actcache.load.batch import Batch
 from actcache.load.chosen import chosen_rows
 from actcache.load.fetch import LaneStream, Pools, Window
@@ -26,9 +26,9 @@ from actcache.load.origin import ShardTables, lookup, rows_per_sequence
 from actcache.load.plan import Epoch, Lane, Plan, Share, chunk_table
 from actcache.load.quality import ShuffleReport, batches_to_look_at, shuffle_report
 from actcache.load.reading import in_reading_order
-from actcache.load.sizes import GOOD_RATIO, Budget, expected_ratio, memory_bytes
+from actcache.load.sizes import GOOD_RATIO, Budget, expected_ratio, memory_bytes, sized
 from actcache.load.speed import Clock, LoaderStats
-from actcache.load.state import STATE_VERSION, Place, check_settings, checked_state
+from actcache.load.state import STATE_VERSION, Place, check_settings, checked_state, named
 from actcache.spec import DTYPE_BYTES, check_positive, expand_names
 from actcache.store.layout import array_dtype
 
@@ -57,7 +57,7 @@ class Loader:
         dtype: of the batches' tensors.
         device: of the batches' tensors; windows lie there, too.
         memory: for the windows of decoded chunks, such as `"1GB"` or a number of bytes; larger windows shuffle better.
-        read_ahead: batches made in advance.
+        read_ahead: batches made in advance, by a thread; 0 to make each one when it is asked for.
         threads: decoding threads; by default one per core.
         drop_last: leave out the smaller batch at an epoch's end.
         rows: which rows an epoch has: a `RowFilter`, row ids (each once, in any order), a mask over all ids, or a
@@ -131,17 +131,18 @@ class Loader:
     def _plan(self, lanes: int, seed: int, drop_last: bool) -> Plan:
         store, spec, chosen = self.store, self.store.spec, self._chosen
         all_chunks = chunk_table(store.shard_n_rows, spec.rows_per_shard, spec.rows_per_chunk)
-        return Plan(
+        plan = Plan(
             rows_per_chunk=spec.rows_per_chunk,
             n_rows=chosen.n_rows if chosen else store.n_rows,
             chunk_table=chosen.chunk_table if chosen else all_chunks,
             wanted=chosen.bits if chosen else None,
-            chunks_per_window=self._chunks_per_window(lanes),
+            chunks_per_window=1,
             batch_rows=self.batch_rows,
             seed=seed,
             drop_last=drop_last,
             lanes=lanes,
         )
+        return sized(plan, spec, self._most_chunks(lanes))
 
     @property
     def _row_bytes(self) -> int:
@@ -149,26 +150,25 @@ class Loader:
         spec = self.store.spec
         return sum(site.width * array_dtype(spec, site, "acts").itemsize for site in map(spec.site, self.sites))
 
-    def _chunks_per_window(self, lanes: int, n_bytes: int | None = None) -> int:
-        budget = Budget(
-            n_bytes=n_bytes or self._memory_bytes,
-            row_bytes=self._row_bytes,
-            lanes=lanes,
-            lanes_here=len(self._share.lanes(lanes)),
-        )
-        return budget.chunks_per_window(self.store.n_rows, self.store.spec.rows_per_chunk, self._chosen)
+    def _most_chunks(self, lanes: int) -> int:
+        """Chunks of a window that the memory has room for."""
+        lanes_here = len(self._share.lanes(lanes))
+        budget = Budget(n_bytes=self._memory_bytes, row_bytes=self._row_bytes, lanes_here=lanes_here)
+        return budget.most_chunks(self.store.spec.rows_per_chunk, self._chosen)
 
     def _warn_of_bad_shuffle(self) -> None:
-        ratio, plan = expected_ratio(self.plan, self.store.spec), self.plan
+        plan, spec = self.plan, self.store.spec
+        ratio = expected_ratio(plan, spec)
         if ratio >= GOOD_RATIO or plan.reading is not None:
             return
-        by_memory = self._chunks_per_window(plan.lanes, n_bytes=1 << 62) > plan.chunks_per_window
-        wider = f"more than memory={self._memory_bytes}, or " if by_memory else ""
+        wider = sized(plan, spec, most_chunks=plan.n_chunks).chunks_per_window > plan.chunks_per_window
+        by_memory = f"more than memory={self._memory_bytes}, or " if wider else ""
+        by_lanes = "fewer lanes, or " if plan.lanes > 1 else ""
         warnings.warn(
             f"batches of {self.batch_rows:,} rows are going to have about {ratio:.2f} of the distinct sequences that a "
             f"shuffle of all rows would give (good: {GOOD_RATIO}): windows have {plan.chunks_per_window} chunks of "
-            f"{plan.rows_per_chunk} rows; give the loader {wider}fewer rows a batch, or make the store with more "
-            "sequences_per_shard or smaller chunks",
+            f"{plan.rows_per_chunk} rows; give the loader {by_memory}{by_lanes}fewer rows a batch, or make the store "
+            "with more sequences_per_shard or smaller chunks",
             stacklevel=3,
         )
 
@@ -247,23 +247,18 @@ class Loader:
             self._running = None
 
     def __iter__(self) -> Iterator[Batch]:
-        if os.getpid() != self._process:
-            raise ConfigError(
-                "a loader belongs to the process that made it: its threads did not follow when this one was forked; "
-                "make the loader here, where it is used"
-            )
+        check_process(self._process)
         self.close()
         running = self._running = ReadAhead(self._produce(self._place), self.read_ahead, self._clock)
         began = perf_counter()
         try:
             for place, batch, hand_over in running:
                 hand_over()
-                self._place = place
                 self._delivered[0] += 1
                 self._delivered[1] += len(batch.rows)
                 now = perf_counter()
                 self._clock.add("all", now - began)
-                began = now
+                began, self._place = now, place
                 yield batch
             self._place = replace(self._place, first_epoch=self._place.epoch)
         finally:
@@ -294,19 +289,20 @@ class Loader:
         """
         state = checked_state(state, self.store.fingerprint, self.store.path)
         settings, plan = state["settings"], self.plan
-        order = settings["lanes"], settings["chunks_per_window"]
-        elsewhere = (order[0], state["world_size"]) != (plan.lanes, self.world_size)
-        if plan.reading is None and elsewhere and self._lanes in (None, order[0]):
-            plan = self._continued(plan, *order)
-        check_settings(settings, self._settings(plan))
+        mine, theirs = self._settings(plan), {name: settings[name] for name in ("lanes", "chunks_per_window")}
+        if plan.reading is None and self._lanes in (None, theirs["lanes"]):
+            mine |= theirs
+        check_settings(settings, mine)
+        if mine != self._settings(plan):
+            plan = self._continued(plan, **theirs)
         self.close()
         if plan is not self.plan:
             self.plan, self._buffers = plan, {}
         self._place = self._begun(Place(**{name: state[name] for name in ("first_epoch", "epoch", "batch")}))
 
     def _continued(self, plan: Plan, lanes: int, chunks_per_window: int) -> Plan:
-        """This plan with the lanes and windows of a state that other ranks have saved."""
-        possible = self._chunks_per_window(lanes)
+        """This plan with the lanes and windows of a state that other ranks, or with another memory, have saved."""
+        possible = self._most_chunks(lanes)
         if chunks_per_window > possible and plan.n_chunks > possible:
             raise StateError(
                 f"the loader state has {lanes} lanes with windows of {chunks_per_window} chunks, of which this rank "
@@ -323,7 +319,7 @@ class Loader:
 
     def _settings(self, plan: Plan) -> dict[str, Any]:
         return {
-            "sites": self.sites,
+            "sites": named(self.sites),
             "batch_rows": plan.batch_rows,
             "seed": plan.seed,
             "chunks_per_window": plan.chunks_per_window,
@@ -379,7 +375,9 @@ def _check(
         raise StoreIncompleteError(
             f"{store.path} has {len(store.committed)} of {store.spec.n_shards} shards; finish 'actcache extract' first"
         )
-    check_positive("loader", read_ahead=read_ahead, world_size=world_size)
+    check_positive("loader", world_size=world_size)
+    if type(read_ahead) is not int or read_ahead < 0:
+        raise ConfigError(f"loader: read_ahead must be an integer from 0 on, got {read_ahead!r}")
     for name, value in optional.items():
         if value is not None:
             check_positive("loader", **{name: value})

@@ -8,9 +8,10 @@ from typing import Any
 from actcache.errors import ConfigError, StateError
 from actcache.load.batch import Batch
 from actcache.load.loader import Loader
+from actcache.load.state import packed, unpacked
 from actcache.spec import check_positive
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 _STEP = 0x9E3779B97F4A7C15
 """2**64 over the golden ratio: its multiples, modulo 2**64, are spread as evenly as can be at every length."""
 
@@ -87,29 +88,43 @@ class MixedLoader:
             loader.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the mixture is, after the batch delivered last: JSON-able, the states of its loaders in it."""
+        """Where the mixture is, after the batch delivered last: JSON-able, about 100 bytes for each of its loaders."""
         return {
             "version": STATE_VERSION,
             "step": self._step,
             "weights": self.weights,
             "n_batches": self.n_batches,
             "seed": self.seed,
-            "loaders": [loader.state_dict() for loader in self.loaders],
+            "loaders": packed([loader.state_dict() for loader in self.loaders]),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the batch at which `state` was taken, bit for bit.
 
         Raises:
-            StateError: the state is of another version or mixture, or one of the loaders refuses its part.
+            StateError: the state is of another version or mixture, or one of the loaders refuses its part: the message
+                says which and why, and all of them stay where they are.
         """
-        if state.get("version") != STATE_VERSION:
-            raise StateError(f"a mixture's state of version {state.get('version')!r}; known is {STATE_VERSION}")
+        if state.get("version") not in (1, STATE_VERSION):
+            raise StateError(
+                f"a mixture's state of version {state.get('version')!r}; this actcache knows 1 and {STATE_VERSION}"
+            )
         for name in ("weights", "n_batches", "seed"):
-            if state[name] != getattr(self, name):
+            if state.get(name) != getattr(self, name):
                 raise StateError(
-                    f"the mixture's state was saved with {name}={state[name]}, this one has {getattr(self, name)}"
+                    f"the mixture's state was saved with {name}={state.get(name)}, this one has {getattr(self, name)}"
                 )
-        for loader, part in zip(self.loaders, state["loaders"], strict=True):
-            loader.load_state_dict(part)
-        self._step = state["step"]
+        mine = [loader.state_dict() for loader in self.loaders]
+        try:
+            theirs = state["loaders"] if state["version"] == 1 else unpacked(state["loaders"], mine)
+            step = int(state["step"])
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise StateError("this is no state of a mixture; load one that state_dict() gave") from None
+        for number, loader in enumerate(self.loaders):
+            try:
+                loader.load_state_dict(theirs[number])
+            except StateError as error:
+                for moved, before in zip(self.loaders[:number], mine, strict=False):
+                    moved.load_state_dict(before)
+                raise StateError(f"loader {number} of the mixture, of {loader.store.path}: {error}") from error
+        self._step = step

@@ -93,8 +93,13 @@ class Plan:
         n_chunks = -(-self.n_chunks // self.n_windows) if self.lanes == 1 else self.chunks_per_window
         n_chunks = min(n_chunks, self.n_chunks)
         if self.chunk_table is None:
-            return n_chunks * self.rows_per_chunk
-        return int(np.sort(self.chunk_table[:, 1])[-n_chunks:].sum())
+            return min(self.most_lane_rows, n_chunks * self.rows_per_chunk)
+        return min(self.most_lane_rows, int(np.sort(self.chunk_table[:, 1])[-n_chunks:].sum()))
+
+    @property
+    def most_lane_rows(self) -> int:
+        """Rows of the longest lane."""
+        return max(end - begin for begin, end in map(self.lane_span, range(self.lanes)))
 
     def chunk_rows(self, chunks: NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows of each of these chunks."""
@@ -108,8 +113,8 @@ class Plan:
         """Row ids of these chunks' rows, chunk by chunk."""
         if self.chunk_table is None or self.wanted is None:
             sizes = self.chunk_rows(chunks)
-            offsets = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-            rows: NDArray[np.int64] = np.repeat(chunks * self.rows_per_chunk, sizes) + offsets
+            rows: NDArray[np.int64] = np.repeat(chunks * self.rows_per_chunk - np.cumsum(sizes) + sizes, sizes)
+            rows += np.arange(len(rows))
             return rows
         bits = self.wanted[np.searchsorted(self.chunk_table[:, 0], chunks)]
         line, byte = np.nonzero(bits)  # few, where few rows of many chunks are wanted
@@ -122,9 +127,11 @@ class Plan:
             chunks = permutation(self.n_chunks, self.seed, _CHUNK_ORDER, epoch)
         else:
             chunks = np.arange(self.n_chunks)
-        if self.chunk_table is not None:
-            chunks = self.chunk_table[chunks, 0]
-        before = np.concatenate([[0], np.cumsum(self.chunk_rows(chunks))])
+        if self.chunk_table is None:
+            sizes = self.chunk_rows(chunks)
+        else:
+            chunks, sizes = self.chunk_table[chunks].T
+        before = np.concatenate([[0], np.cumsum(sizes)])
         lanes = tuple(self._lane(epoch, lane, chunks, before) for lane in range(self.lanes))
         return Epoch(plan=self, epoch=epoch, lanes=lanes)
 

@@ -6,7 +6,9 @@ In: an open store. Out: offsets and sizes that can be read and allocated by, eve
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,26 +18,68 @@ from actcache.store import codecs, layout
 if TYPE_CHECKING:
     from actcache.store.reader import Store
 
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+_INDEX_BYTES = 64 << 20
+"""Of indexes that are kept: 20 bytes a chunk, so 3.3 million chunks."""
 
-class Indexes:
-    """Those of a store that have been read so far."""
 
-    def __init__(self) -> None:
-        self._read: dict[tuple[str, str, int], NDArray[np.uint64]] = {}
-        self._guards: dict[tuple[str, str, int], threading.Lock] = {}
+class Kept(Generic[Key, Value]):
+    """Values that have been read, the latest ones that fit; what is found costs no lock."""
 
-    def of(self, store: Store, site: str, array: str, shard: int) -> NDArray[np.uint64]:
-        """`(n_chunks, 2)` offset and stored size of each chunk; CorruptShardError when they are not as written."""
-        key = (site, array, shard)
-        if key not in self._read:
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes, self._n_bytes = most_bytes, 0
+        self._values: dict[Key, tuple[Value, int]] = {}
+        self._guards: dict[Key, threading.Lock] = {}
+        self._changing = threading.Lock()
+
+    def get(self, key: Key, read: Callable[[], tuple[Value, int]]) -> Value:
+        """The value of a key, and if need be from `read`, which says how many bytes of memory it takes."""
+        if (found := self._values.get(key)) is None:
             # Of many threads that need it at once, one asks for it: that is what takes long where a store is far away.
             with self._guards.setdefault(key, threading.Lock()):
-                if key not in self._read:
-                    self._read[key] = _read_index(store, site, array, shard)
-        return self._read[key]
+                if (found := self._values.get(key)) is None:
+                    found = read()
+                    self._keep(key, found)
+        return found[0]
+
+    def _keep(self, key: Key, found: tuple[Value, int]) -> None:
+        with self._changing:
+            self._values[key] = found
+            self._n_bytes += found[1]
+            while self._n_bytes > self._most_bytes and len(self._values) > 1:
+                oldest = next(iter(self._values))
+                self._n_bytes -= self._values.pop(oldest)[1]
+                self._guards.pop(oldest, None)
 
 
-def _read_index(store: Store, site: str, array: str, shard: int) -> NDArray[np.uint64]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Index:
+    """Where the chunks of a sharded object lie, and what their checksums are to be."""
+
+    spans: NDArray[np.uint64]
+    """`(n_chunks, 2)` offset and stored size of each."""
+    checksums: NDArray[np.uint32]
+    """`(n_chunks,)` the crc32c that was committed for each."""
+
+
+class Indexes:
+    """Those of a store that were read last."""
+
+    def __init__(self) -> None:
+        self._kept = Kept[tuple[str, str, int], Index](_INDEX_BYTES)
+
+    def of(self, store: Store, site: str, array: str, shard: int) -> Index:
+        """The index of a sharded object; CorruptShardError when it is not as written."""
+
+        def read() -> tuple[Index, int]:
+            index = _read_index(store, site, array, shard)
+            return index, index.spans.nbytes + index.checksums.nbytes
+
+        return self._kept.get((site, array, shard), read)
+
+
+def _read_index(store: Store, site: str, array: str, shard: int) -> Index:
     record, n_chunks = store.record(site, shard), layout.chunks_per_shard(store.spec)
     key, n_bytes = layout.sharded_key(site, array, shard), layout.index_bytes(store.spec)
     stored = store.objects.tail(key, n_bytes)
@@ -51,7 +95,8 @@ def _read_index(store: Store, site: str, array: str, shard: int) -> NDArray[np.u
     problem = problem or _implausible(store, index, record.n_rows, site, array, shard)
     if problem:
         raise store.corrupt(site, shard, f"is damaged: the index of {array} {problem}")
-    return index
+    first = layout.checksum_place(store.spec, array, 0)
+    return Index(spans=index, checksums=np.array(record.checksums[first:place], np.uint32))
 
 
 def _implausible(

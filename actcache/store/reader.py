@@ -6,7 +6,7 @@ shard's commit record lists, so that whole but misplaced objects (swapped, stale
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from actcache.spec import StoreSpec, TokenBlocks, expand_names
 from actcache.store import codecs, layout, tables, views
 from actcache.store.context import Context, context
 from actcache.store.covariance import covariance
-from actcache.store.indexes import Indexes
+from actcache.store.indexes import Index, Indexes, Kept
 from actcache.store.objects import Objects
 from actcache.store.rows import Rows, checked_rows, row_ids
 from actcache.store.stats import SiteStats
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     import dask.array
     import torch
     import xarray
+
+_RECORD_BYTES = 32 << 20
+"""Of commit records that are kept."""
 
 
 def open_store(path: str | Path | Objects) -> Store:
@@ -62,7 +65,7 @@ class Store:
         self.use_ledger = True
         self._columns = layout.columns(self.spec)
         self._sites = {site.name: site for site in self.spec.sites}
-        self._records: dict[tuple[str, int], layout.Record] = {}
+        self._records = Kept[tuple[str, int], layout.Record](_RECORD_BYTES)
         self._indexes = Indexes()
         self._tokens = TokenArrays(objects, root.spec)
 
@@ -144,18 +147,22 @@ class Store:
         Raises:
             CorruptShardError: it is missing or damaged. StoreIncompleteError: the shard is not committed yet.
         """
-        if (column, shard) not in self._records:
-            if not self.sealed and self.objects.size(layout.commit_key(column, shard)) < 0:
-                raise StoreIncompleteError(
-                    f"shard {shard} of {self.path} is not written yet; finish 'actcache extract'"
-                )
-            record = layout.read_record(self.objects, self.spec, column, shard)
-            if self.sealed and self.use_ledger:
-                head = record.to_bytes(layout.record_length(self.spec, column))[: layout.HEAD_BYTES]
-                if head != self.ledger[shard, self._columns.index(column)].tobytes():
-                    raise self.corrupt(column, shard, "has a commit record that differs from the ledger")
-            self._records[column, shard] = record
-        return self._records[column, shard]
+
+        def read() -> tuple[layout.Record, int]:
+            record = self._read_record(column, shard)
+            return record, 500 + 40 * len(record.checksums)  # of Python's integers
+
+        return self._records.get((column, shard), read)
+
+    def _read_record(self, column: str, shard: int) -> layout.Record:
+        if not self.sealed and self.objects.size(layout.commit_key(column, shard)) < 0:
+            raise StoreIncompleteError(f"shard {shard} of {self.path} is not written yet; finish 'actcache extract'")
+        record = layout.read_record(self.objects, self.spec, column, shard)
+        if self.sealed and self.use_ledger:
+            head = record.to_bytes(layout.record_length(self.spec, column))[: layout.HEAD_BYTES]
+            if head != self.ledger[shard, self._columns.index(column)].tobytes():
+                raise self.corrupt(column, shard, "has a commit record that differs from the ledger")
+        return record
 
     def corrupt(self, column: str, shard: int, reason: str) -> CorruptShardError:
         """The error that names a shard's column and what is wrong with it."""
@@ -176,7 +183,8 @@ class Store:
         Raises:
             CorruptShardError: anything about the chunk is not as it was written.
         """
-        offset, size = self._indexes.of(self, site, array, shard)[chunk].tolist()
+        index = self._indexes.of(self, site, array, shard)
+        offset, size = index.spans[chunk].tolist()
         key, chain = layout.sharded_key(site, array, shard), layout.array_chain(self._sites[site], array)
         if chain.is_raw and size == out.nbytes + codecs.CRC_BYTES:
             # Nothing to decode: the values are read where they belong, their checksum beside them.
@@ -190,16 +198,16 @@ class Store:
             problem = chain.decode_into(stored, out) if n_read == size else ""
         if n_read != size:
             raise self.corrupt(site, shard, f"is missing or too short to hold chunk {chunk} of {array}")
-        self._check_chunk(site, array, shard, chunk, stored, problem)
+        self._check_chunk(site, array, shard, chunk, stored, index, problem)
 
     def expect_chunk(self, site: str, shard: int, chunk: int, *, array: str = "acts") -> None:
         """Say that an inner chunk is going to be read soon, so that a disk can begin to."""
-        offset, size = self._indexes.of(self, site, array, shard)[chunk].tolist()
+        offset, size = self._indexes.of(self, site, array, shard).spans[chunk].tolist()
         self.objects.expect(layout.sharded_key(site, array, shard), offset, size)
 
     def fetch_chunk(self, site: str, shard: int, chunk: int, *, array: str = "acts") -> memoryview:
         """The stored bytes of one inner chunk, not yet checked: the part of `read_chunk` that waits for the storage."""
-        offset, size = self._indexes.of(self, site, array, shard)[chunk].tolist()
+        offset, size = self._indexes.of(self, site, array, shard).spans[chunk].tolist()
         stored = self.objects.span(layout.sharded_key(site, array, shard), offset, size)
         if stored is None or len(stored) != size:
             raise self.corrupt(site, shard, f"is missing or too short to hold chunk {chunk} of {array}")
@@ -210,13 +218,12 @@ class Store:
     ) -> None:
         """Check and decode what `fetch_chunk` gave: the part of `read_chunk` that works the processor."""
         problem = layout.array_chain(self._sites[site], array).decode_into(stored, out)
-        self._check_chunk(site, array, shard, chunk, stored, problem)
+        self._check_chunk(site, array, shard, chunk, stored, self._indexes.of(self, site, array, shard), problem)
 
     def _check_chunk(
-        self, site: str, array: str, shard: int, chunk: int, stored: memoryview, problem: str | None
+        self, site: str, array: str, shard: int, chunk: int, stored: memoryview, index: Index, problem: str | None
     ) -> None:
-        place = layout.checksum_place(self.spec, array, chunk)
-        if problem is None and codecs.checksum_of(stored) != self.record(site, shard).checksums[place]:
+        if problem is None and codecs.checksum_of(stored) != index.checksums[chunk]:
             problem = "is not the one that was committed"
         if problem:
             raise self.corrupt(site, shard, f"is damaged: chunk {chunk} of {array} {problem}")
@@ -228,13 +235,13 @@ class Store:
             CorruptShardError: a byte, or the length, is not as it was written.
         """
         index = self._indexes.of(self, site, array, shard)
-        chunks = np.flatnonzero(index[:, 1] != layout.ABSENT_CHUNK)
-        key, spans = layout.sharded_key(site, array, shard), index[chunks].tolist()
+        chunks = np.flatnonzero(index.spans[:, 1] != layout.ABSENT_CHUNK)
+        key, spans = layout.sharded_key(site, array, shard), index.spans[chunks].tolist()
         for chunk, (_, size), stored in zip(chunks.tolist(), spans, self.objects.pieces(key, spans), strict=True):
             problem = "is cut short" if len(stored) != size else None
             if problem is None and not codecs.is_whole(stored):
                 problem = "does not match its checksum"
-            self._check_chunk(site, array, shard, chunk, memoryview(stored), problem)
+            self._check_chunk(site, array, shard, chunk, memoryview(stored), index, problem)
         if self.objects.size(key) != sum(size for _, size in spans) + layout.index_bytes(self.spec):
             raise self.corrupt(site, shard, f"is damaged: {key} is not as long as its chunks and its index")
 
@@ -304,9 +311,9 @@ class Store:
 
     # --- tables ------------------------------------------------------------------------------------------------
 
-    def shard_row_table(self, shard: int) -> dict[str, NDArray[np.uint32]]:
-        """`sequence`, `position` and `token` of each row of a shard, in row order."""
-        return tables.shard_row_table(self, shard)
+    def shard_row_table(self, shard: int, arrays: Collection[str] = layout.ROW_ARRAYS) -> dict[str, NDArray[np.uint32]]:
+        """`sequence`, `position` and `token` of each row of a shard, or those that are named, in row order."""
+        return tables.shard_row_table(self, shard, arrays)
 
     def kept_rows(self, shard: int) -> NDArray[np.bool_] | None:
         """`(q * rows_per_sequence,)` which rows of the shard's sequences there are, in reading order; None for all."""

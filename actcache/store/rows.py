@@ -81,16 +81,28 @@ class RowFilter:
         here = np.array(store.spec.shard_sequences(shard))
         if n_rows == 0 or not _chosen(here, self.sequences, store.spec.n_sequences).any():
             return np.zeros(n_rows, bool)
-        table = store.shard_row_table(shard)
-        wanted = _chosen(table["sequence"], self.sequences, store.spec.n_sequences)
-        wanted &= _chosen(table["position"], self.positions, store.spec.sequence_length)
-        wanted &= _chosen(table["token"], self.only_tokens, 1 << 32)
+        wanted, table = np.ones(n_rows, bool), store.shard_row_table(shard, self._arrays())
+        if self.sequences is not None:
+            wanted &= _chosen(table["sequence"], self.sequences, store.spec.n_sequences)
+        if self.positions is not None:
+            wanted &= _chosen(table["position"], self.positions, store.spec.sequence_length)
+        if self.only_tokens is not None:
+            wanted &= _chosen(table["token"], self.only_tokens, 1 << 32)
         if self.exclude_tokens:
             wanted &= ~_chosen(table["token"], self.exclude_tokens, 1 << 32)
         if self.documents is not None:
             document = store.shard_documents(shard)[table["sequence"].astype(np.int64) - here[0], table["position"]]
             wanted &= _chosen(document, self.documents, 1 << 32)
         return wanted
+
+    def _arrays(self) -> set[str]:
+        """The arrays of the row table that tell."""
+        needed = {
+            "sequence": self.sequences is not None or self.documents is not None,
+            "position": self.positions is not None or self.documents is not None,
+            "token": self.only_tokens is not None or bool(self.exclude_tokens),
+        }
+        return {name for name, is_needed in needed.items() if is_needed}
 
 
 def _numbers(name: str, values: Any) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ In: an open store. Out: its tables, every byte checked against the commit record
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,21 +23,23 @@ _THREADS = 2
 """That read rows to be measured."""
 
 
-def shard_row_table(store: Store, shard: int) -> dict[str, NDArray[np.uint32]]:
-    """`sequence`, `position` and `token` of each row of a shard, in row order."""
+def shard_row_table(
+    store: Store, shard: int, arrays: Collection[str] = layout.ROW_ARRAYS
+) -> dict[str, NDArray[np.uint32]]:
+    """Those of `sequence`, `position` and `token` that are named, for each row of a shard, in row order."""
     record, spec = store.record(layout.ROWS, shard), store.spec
     shape, table = (spec.rows_per_shard,), {}
     for name, expected in zip(layout.ROW_ARRAYS, record.checksums, strict=False):
+        if name not in arrays:
+            continue
         values, crc = layout.get_table(store.objects, layout.row_key(name, shard), shape, layout.UINT32)
         if crc != expected:
             raise store.corrupt(layout.ROWS, shard, f"is damaged: {name} is not the one that was committed")
         table[name] = values[: record.n_rows]
-    sequences, position = spec.shard_sequences(shard), table["position"]
-    if record.n_rows and (
-        not sequences.start <= table["sequence"].min() <= table["sequence"].max() < sequences.stop
-        or not spec.skip_first <= position.min() <= position.max() < spec.sequence_length
-    ):
-        raise store.corrupt(layout.ROWS, shard, "lists rows of sequences or positions that it cannot have")
+    possible = {"sequence": spec.shard_sequences(shard), "position": range(spec.skip_first, spec.sequence_length)}
+    for name in possible.keys() & table.keys():
+        if record.n_rows and not possible[name].start <= table[name].min() <= table[name].max() < possible[name].stop:
+            raise store.corrupt(layout.ROWS, shard, f"lists rows of a {name} that it cannot have")
     return table
 
 
