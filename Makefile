@@ -35,7 +35,7 @@ benchmarks: $(READY)  ## measure this machine and rewrite docs/{benchmarks,scale
 	$(BIN)/python benchmarks/chunk_codecs.py --out docs/codecs.md
 
 clean:
-	rm -rf $(VENV) .venv-s3 .venv-tl3 .venv-peers .venv-zarr-latest runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-s3 .venv-tl3 .venv-peers .venv-zarr-latest .venv-annbatch runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

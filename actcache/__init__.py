@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from actcache.load import ShuffleReport as ShuffleReport
     from actcache.load import split_sequences as split_sequences
     from actcache.report import write_report as write_report
+    from actcache.share import ServedBatches as ServedBatches
+    from actcache.share import serve_batches as serve_batches
+    from actcache.share import share_batches as share_batches
     from actcache.source import read_chats as read_chats
     from actcache.source import read_documents as read_documents
     from actcache.source import read_texts as read_texts
@@ -54,6 +57,7 @@ _ROOMS = {
     "LoaderStats": "load",
     "MixedLoader": "load",
     "RowFilter": "store",
+    "ServedBatches": "share",
     "ShuffleReport": "load",
     "SparseMLP": "sparse",
     "Store": "store",
@@ -76,6 +80,8 @@ _ROOMS = {
     "read_tokens": "source",
     "reconstruction": "evaluate",
     "repair": "store",
+    "serve_batches": "share",
+    "share_batches": "share",
     "spliced_loss": "evaluate",
     "split_sequences": "load",
     "token_blocks": "source",
@@ -90,6 +96,7 @@ __all__ = [
     "LoaderStats",
     "MixedLoader",
     "RowFilter",
+    "ServedBatches",
     "ShuffleReport",
     "SparseMLP",
     "Store",
@@ -112,6 +119,8 @@ __all__ = [
     "read_tokens",
     "reconstruction",
     "repair",
+    "serve_batches",
+    "share_batches",
     "spliced_loss",
     "split_sequences",
     "token_blocks",

@@ -15,6 +15,7 @@ ActcacheError
 ├── CorruptShardError(OSError)         what is on disk is not what was written
 ├── StorageFullError(OSError)          no room; the same command continues once there is
 ├── ClusterError(RuntimeError)         workers cannot be reached, or die or fail at the same work again and again
+├── ServingError(ConnectionError)      the server of batches is not there, refuses, or is gone
 ├── RunNotFoundError(FileNotFoundError)
 ├── TrainingError(RuntimeError)        the loss is not finite any more
 └── StateError(ValueError)             a saved state that belongs to something else
@@ -85,6 +86,10 @@ class StorageFullError(ActcacheError, OSError):
 
 class ClusterError(ActcacheError, RuntimeError):
     """The workers of a cluster cannot be reached, or die or fail at the same work again and again."""
+
+
+class ServingError(ActcacheError, ConnectionError):
+    """The server that a loader's batches come from is not there, refuses, or is gone."""
 
 
 class RunNotFoundError(ActcacheError, FileNotFoundError):

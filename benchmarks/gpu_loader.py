@@ -3,7 +3,7 @@
     python benchmarks/gpu_loader.py --out docs/gpu.md
     python benchmarks/gpu_loader.py --device cpu --small    # that it runs; nothing is measured
 
-Data: two sites of width 768, each six residual streams of the embedded model side by side, on its own corpus: 408,000
+Data: two sites of width 768, the residual streams of six tokens of the embedded model in a row side by side: 408,000
 rows, 1.25 GB of bfloat16. They lie on a local disk, in the page cache, in a store for each codec. Batches have 4,096
 rows of both sites, as float32 if nothing else is said.
 
@@ -30,11 +30,10 @@ from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 
-import numpy as np
 import torch
+from loader_data import STREAMS, wide
 from measure import HEADER, Figure, compare, machine, rate
 from store import write_store
-from store_data import Data, recorded
 from torch import Tensor
 from training import bare_loop
 
@@ -42,7 +41,7 @@ import actcache as ac
 from actcache.store import Store
 
 CODECS = ("raw", "lossless", "int8")
-SITES = ["early", "late"]
+SITES = [*STREAMS]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,16 +63,6 @@ class Sizes:
 
 SMALL = Sizes(n_sequences=24, batch_rows=256, expansion=1, n_epochs=1, n_steps=2, copied_bytes=1 << 20, pairs=1)
 """So that it runs anywhere."""
-
-
-def wide(n_sequences: int) -> Data:
-    """Rows of width 768: the first six of the recorded residual streams side by side, and the last six."""
-    data = recorded(n_sequences)
-    streams = list(data.rows.values())
-    parts = (streams[:6], streams[-6:])
-    return Data(
-        blocks=data.blocks, rows={site: np.concatenate(p, axis=1) for site, p in zip(SITES, parts, strict=True)}
-    )
 
 
 def wait_for(device: torch.device) -> None:
@@ -167,7 +156,7 @@ def pairs_of(batches: Iterable[ac.Batch]) -> Iterator[tuple[Tensor, Tensor]]:
 
 def figures(device: torch.device, sizes: Sizes, where: Path | None = None) -> Iterator[tuple[str, Figure]]:
     """Each comparison, with the section that it belongs to."""
-    data = wide(sizes.n_sequences)
+    data = wide(sizes.n_sequences, STREAMS)
     folder = Path(tempfile.mkdtemp(prefix="actcache-bench-", dir=where))
     try:
         stores = [write_store(data, data.spec(codec), folder / f"{codec}.zarr") for codec in CODECS]

@@ -14,7 +14,9 @@ from pathlib import Path
 import extraction
 import latency
 import loader
+import loader_cold
 import plan
+import sharing
 import training
 from measure import HEADER, machine
 
@@ -22,8 +24,10 @@ TARGET = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 TITLES = {
     "Extraction / bare forward of the same batches": extraction,
     "Plan / extraction": plan,
-    "Loader / random gather in memory": loader,
+    "Loader / rows in memory, a memory-mapped file, annbatch": loader,
+    "Loader, page cache cold / reading in order": loader_cold,
     "Loader, requests 20 ms late / loader in a folder": latency,
+    "One loader for K consumers / K loaders": sharing,
     "Training / bare torch loop of the same step": training,
 }
 

@@ -207,7 +207,7 @@ def scan_figures(store: Store, codec: str, pairs: int) -> list[Figure]:
             list(pool.map(lambda file: _read_whole(file, buffers, largest), files))
 
     def cold(way: Callable[[], None]) -> float:
-        _forget(files)
+        forget(files)
         return rate(amount, way)
 
     return [
@@ -241,7 +241,7 @@ def _read_whole(file: Path, buffers: threading.local, largest: int) -> None:
         os.close(descriptor)
 
 
-def _forget(files: list[Path]) -> None:
+def forget(files: list[Path]) -> None:
     """Drop the files from the page cache, where the system lets us say so."""
     if not hasattr(os, "posix_fadvise"):
         return

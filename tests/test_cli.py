@@ -23,7 +23,7 @@ from actcache.store import Store
 ROOT = Path(actcache.__file__).parent.parent
 SITE_IN, SITE_OUT = "blocks.3.mlp.hook_in", "blocks.3.hook_mlp_out"
 STORE_VERBS = ("extract", "info", "verify", "repair", "extend", "add-sites", "delete-sites", "export", "import")
-VERBS = ("demo", "sites", "plan", *STORE_VERBS, "train", "evaluate", "report")
+VERBS = ("demo", "sites", "plan", *STORE_VERBS, "serve", "train", "evaluate", "report")
 
 
 def run(*arguments: str, cwd: Path, **more: Any) -> subprocess.CompletedProcess[str]:

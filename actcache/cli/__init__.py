@@ -10,6 +10,7 @@ Exit codes: 0 fine, 1 something that the user can mend (said in one line), 2 uns
     stores.py      the verbs that make a store and look after it
     exchange.py    the verb `import`
     sites.py       the verb `sites`
+    serve.py       the verb `serve`
     verbs.py       the others
     train.py       the verb `train`, whose options need torch
 """
@@ -23,7 +24,7 @@ from collections.abc import Callable, Sequence
 from cyclopts import App, CycloptsError, Parameter
 
 from actcache import __version__
-from actcache.cli import exchange, sites, stores, verbs
+from actcache.cli import exchange, serve, sites, stores, verbs
 from actcache.cli.interrupts import INTERRUPTED
 from actcache.cli.screen import error_line
 from actcache.errors import ActcacheError, CorruptShardError
@@ -34,7 +35,7 @@ _HELP = """Cache a model's activations, serve them shuffled, learn sparse MLPs f
 
 Start with `actcache demo`. The parts: `sites`, `plan` and `extract` make a store; `info`, `verify` and `repair` look
 after it; `extend`, `add-sites`, `delete-sites` and `export` change it; `import` makes one of another tool's files;
-`train`, `evaluate` and `report` make and measure sparse MLPs.
+`serve` reads one for several trainers; `train`, `evaluate` and `report` make and measure sparse MLPs.
 """
 
 _EPILOGUE = """Every verb takes `--json`: then stdout has one JSON object, and stderr events, a JSON object a line. Exit
@@ -73,9 +74,10 @@ def build_app() -> App:
     for place, verb in enumerate([*making, *changing], 3):
         app.command(verb, sort_key=place, help_epilogue="")
     app.command(exchange.import_store, name="import", sort_key=19, help_epilogue="")
-    app.command("actcache.cli.train:train", sort_key=20, help=_TRAIN, help_epilogue="")
-    app.command(verbs.evaluate, sort_key=21, help_epilogue="")
-    app.command(verbs.report, sort_key=22, help_epilogue="")
+    app.command(serve.serve, sort_key=20, help_epilogue="")
+    app.command("actcache.cli.train:train", sort_key=21, help=_TRAIN, help_epilogue="")
+    app.command(verbs.evaluate, sort_key=22, help_epilogue="")
+    app.command(verbs.report, sort_key=23, help_epilogue="")
     return app
 
 

@@ -1,0 +1,11 @@
+"""One loader, many consumers: a sweep on one machine reads and decodes once.
+
+`threads` shares a loader within a process, `server` and `client` across processes, through shared
+`memory`; `copies` makes each consumer's batch its own.
+"""
+
+from actcache.share.client import ServedBatches
+from actcache.share.server import exact_dtype, serve_batches
+from actcache.share.threads import SharedBatches, share_batches
+
+__all__ = ["ServedBatches", "SharedBatches", "exact_dtype", "serve_batches", "share_batches"]

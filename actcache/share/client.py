@@ -1,0 +1,196 @@
+"""What a consumer in another process has of a server: its batches, copied out of shared memory."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.errors import ServingError, SiteError
+from actcache.load import Batch
+from actcache.load.origin import ShardTables, lookup
+from actcache.share.copies import Copies
+from actcache.share.memory import MappedMemory
+from actcache.share.messages import PROTOCOL, Lines, Message, State
+from actcache.spec import expand_names
+
+if TYPE_CHECKING:
+    import torch
+
+
+_TRY_EVERY_S = 0.05
+
+
+class ServedBatches(Iterator[Batch]):
+    """The batches that a server puts in shared memory: those of its loader, each a copy of this consumer's own.
+
+    Ends where the server's loader ends. Close it, or use it as a context manager, to be waited for no more; the end of
+    the process does the same, however it ends. `batch.tokens` and the like are read from the store, by this process.
+
+    Args:
+        path: of the server's socket (`serve_batches`, `actcache serve`).
+        sites: hook names or glob patterns of the sites that this consumer wants; others cost it nothing.
+        dtype: of the batches' tensors, float32 by default, as of a `Loader`.
+        device: of the batches' tensors.
+        state: go on after that batch: a `state_dict()` of this class or of a loader with the same settings.
+        wait_s: how long to wait for the server to come up.
+
+    Raises:
+        ServingError: no server is there, or it refuses this consumer, because of its state for one; while iterating:
+            the server has died, or its loader has failed.
+        SiteError: a pattern matches no site.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        sites: Sequence[str] = ("*",),
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        state: State | None = None,
+        wait_s: float = 60.0,
+    ) -> None:
+        import torch
+
+        self._path, self._messages, self._ended = Path(path), deque[Message](), False
+        self._lines = Lines(_connected(self._path, wait_s))
+        greeting, descriptor = self._introduced(state)
+        try:
+            self.sites = expand_names(sites, list(greeting["sites"]))
+        except SiteError:
+            self.close()
+            raise
+        self.batch_rows: int = greeting["batch_rows"]
+        self.epochs: int | None = greeting["epochs"]
+        self._n_batches: int = greeting["n_batches"]
+        self._state: State = greeting["state"]
+        self._rows_per_shard: int = greeting["rows_per_shard"]
+        self._tables = cache(partial(_tables_of, greeting["store"]))
+        self._widths, self._served_as = greeting["sites"], getattr(torch, greeting["dtype"])
+        self._memory = MappedMemory(descriptor, greeting["region_bytes"])
+        self._copies = Copies(dtype or torch.float32, torch.device(device))
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return self._n_batches
+
+    def __next__(self) -> Batch:
+        import torch
+
+        message: Message = {"end": True} if self._ended else self._heard()
+        if "end" in message:
+            self.close()
+            raise StopIteration
+        n_rows = message["n_rows"]
+        try:
+            rows = self._memory.tensor(message["rows"], (n_rows,), torch.int64).clone()
+            own = {
+                site: self._copies(self._memory.tensor(offset, (n_rows, width), self._served_as))
+                for (site, width), offset in zip(self._widths.items(), message["sites"], strict=True)
+                if site in self.sites
+            }
+        finally:
+            self._give_back(message["batch"])
+        self._state = {**self._state, **message["place"]}
+        return Batch(own, rows, [(_Origin(self._tables, self._rows_per_shard, rows.numpy().copy()), np.arange(n_rows))])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the server's loader after the batch that this consumer got last, as of `Loader.state_dict`."""
+        return dict(self._state)
+
+    def close(self) -> None:
+        """Take no more batches; the others go on."""
+        self._ended = True
+        self._lines.close()
+
+    def __enter__(self) -> ServedBatches:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _introduced(self, state: State | None) -> tuple[Message, int]:
+        """The server's greeting, and the descriptor of its memory that comes with it."""
+        try:
+            self._lines.send({"actcache": PROTOCOL, "process": os.getpid(), "state": state})
+            messages, descriptors = self._lines.receive_descriptor()
+        except OSError as error:
+            raise self._gone() from error
+        self._messages.extend(messages)
+        greeting = self._heard()
+        if not descriptors:
+            raise self._gone()
+        return greeting, descriptors[0]
+
+    def _heard(self) -> Message:
+        """What the server says next, unless it gives up."""
+        try:
+            while not self._messages:
+                self._messages.extend(self._lines.receive())
+        except OSError as error:
+            raise self._gone() from error
+        message = self._messages.popleft()
+        if "error" in message:
+            self.close()
+            raise ServingError(f"the server at {self._path} says: {message['error']}")
+        return message
+
+    def _give_back(self, number: int) -> None:
+        with suppress(OSError):  # a batch that is here counts; that the server has died is said by the next one
+            self._lines.send({"done": number})
+
+    def _gone(self) -> ServingError:
+        self.close()
+        return ServingError(
+            f"the server at {self._path} is gone, and said no word; start it again, and go on with "
+            "ServedBatches(path, state=...), the state being this consumer's state_dict()"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """Where the rows of a batch come from. It knows the store, and not the connection."""
+
+    tables: Callable[[], ShardTables]
+    rows_per_shard: int
+    rows: NDArray[np.int64]
+
+    def column(self, name: str) -> NDArray[np.int64]:
+        return lookup(self.tables(), self.rows_per_shard, self.rows, name)
+
+
+def _tables_of(path: str) -> ShardTables:
+    from actcache.store import open_store
+
+    return ShardTables(open_store(path))
+
+
+def _connected(path: Path, wait_s: float) -> socket.socket:
+    """A connection to the server at a path, which may be about to start."""
+    last = monotonic() + wait_s
+    connection = socket.socket(socket.AF_UNIX)
+    while True:
+        try:
+            connection.connect(str(path))
+            return connection
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            wrong: OSError = error
+        except OSError as error:
+            last, wrong = 0.0, error
+        if monotonic() >= last:
+            connection.close()
+            raise ServingError(
+                f"no server at {path} ({wrong}); start one with 'actcache serve --socket {path}'"
+            ) from wrong
+        sleep(_TRY_EVERY_S)

@@ -1,0 +1,54 @@
+"""From memory that others read too to a consumer's own: copied, widened on the way, sent to its device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.kernels import take_widened
+from actcache.load.gather import BatchMemory
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Copies:
+    """Copies tensors `(B, D)`, in a dtype, to a device; on the CPU into reused memory. For one thread."""
+
+    def __init__(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
+        self._dtype, self._device, self._memory = dtype, device, BatchMemory()
+        self._widen, self._places = take_widened(), np.empty(0, np.int64)
+
+    def __call__(self, source: torch.Tensor) -> torch.Tensor:
+        """The same values in memory that nobody else has. Nothing reads `source` any more when this returns."""
+        dtype, device = self._dtype or source.dtype, self._device or source.device
+        if device.type != "cpu" or source.device.type != "cpu":
+            # Widened where it is going to live: half as much is sent.
+            sent = source.to(device)
+            return sent.to(dtype, copy=sent is source)
+        n_rows, width = source.shape
+        target = self._memory.take(n_rows, width, dtype)
+        self._copy(source, target)
+        return target
+
+    def _copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """On the calling thread: torch would split it over a team of threads, and the trainer needs the cores."""
+        import torch
+
+        if source.dtype == target.dtype:
+            np.copyto(_bits(target), _bits(source))
+        elif self._widen and (source.dtype, target.dtype) == (torch.bfloat16, torch.float32):
+            if len(self._places) != source.shape[0]:
+                self._places = np.arange(source.shape[0])
+            self._widen(_bits(source), self._places, _bits(target).view(np.uint32))
+        else:
+            target.copy_(source)
+
+
+def _bits(tensor: torch.Tensor) -> NDArray[Any]:
+    """The tensor's memory as numpy sees it: bfloat16 as uint16."""
+    import torch
+
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

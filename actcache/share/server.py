@@ -1,0 +1,327 @@
+"""The process that reads for others: one loader, its batches in shared memory, consumers on a socket.
+
+One thread does it all, in turn: it takes a batch of the loader, which makes them in shared memory and reads ahead in
+threads of its own, tells every consumer where it is, and hears who has done with which, and who comes and goes.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+import stat
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actcache.errors import ConfigError, ServingError
+from actcache.load import Batch, Loader
+from actcache.load.gather import BatchMemory
+from actcache.load.state import check_settings, checked_state
+from actcache.share.memory import SharedMemory
+from actcache.share.messages import PROTOCOL, Lines, Message, State, how_far
+from actcache.spec import Progress, check_positive, expand_names
+from actcache.store.codecs import chain_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from actcache.store import Store
+
+Say = Callable[[str], None]
+
+_MOST_TOLD = 4
+"""Batches that a consumer knows of at a time: lines about them always fit the buffer of its socket."""
+_ROW_ID_BYTES = 8
+_PLACE = ("first_epoch", "epoch", "batch")
+"""What of a loader's state changes from batch to batch."""
+
+
+def serve_batches(
+    loader: Loader,
+    path: str | Path,
+    n_consumers: int,
+    *,
+    batches_ahead: int = 4,
+    progress: Progress | None = None,
+    say: Say | None = None,
+) -> None:
+    """Serve a loader's batches to other processes of this machine, which take them with `ServedBatches(path)`.
+
+    Waits until `n_consumers` are there, so that all get the same batches from the first one; one that comes later gets
+    those from then on. The fastest is at most `batches_ahead` batches ahead of the slowest, and waits for it then. One
+    that ends, however it ends, is waited for no more. Returns when all have taken the last batch, or have left.
+
+    Batches are made in shared memory, in the loader's dtype: `batches_ahead` of them, and those that the loader has
+    read ahead. Consumers widen them: `Loader(dtype=torch.bfloat16)` halves that memory, and is exact for sites that are
+    stored as bfloat16, neither quantised nor normalised.
+
+    Args:
+        loader: on the CPU. Consumers that bring no state begin where it stands; it begins at the earliest state.
+        path: of the socket, which only this user may connect to; that of a dead server is replaced.
+        n_consumers: how many to wait for.
+        batches_ahead: batches that are held for the slower consumers.
+        progress: told (batches, of how many); without an end, of those of the epochs begun.
+        say: told who comes and goes.
+
+    Raises:
+        ConfigError: an argument is none, or the loader is not on the CPU.
+        ServingError: a server is at that path, or something that is no socket. Else what reading raises: the consumers
+            are told.
+    """
+    check_positive("serve_batches", n_consumers=n_consumers, batches_ahead=batches_ahead)
+    if loader.device.type != "cpu":
+        raise ConfigError(
+            f'a loader on {loader.device} has its batches in no memory to share; make it with device="cpu", and '
+            "ServedBatches(path, device=...)"
+        )
+    with _listening(Path(path)) as listener, _Server(loader, listener, batches_ahead, say or _nothing) as server:
+        server.serve(n_consumers, progress or _nothing)
+
+
+def exact_dtype(store: Store, sites: Sequence[str], normalize: str | None = None) -> torch.dtype:
+    """The narrowest dtype for a loader in which a store's values stay what they are: its own, or else float32."""
+    import torch
+
+    of_sites = [store.spec.site(name) for name in expand_names(sites, store.sites)]
+    computed = normalize is not None or any(chain_of(site.codec).quantised for site in of_sites)
+    stored: torch.dtype = getattr(torch, store.spec.dtype)
+    return torch.float32 if computed else stored
+
+
+def _nothing(*_: object) -> None:
+    """Nobody wants to know."""
+
+
+@contextmanager
+def _listening(path: Path) -> Iterator[socket.socket]:
+    """A socket at a path that only this user may connect to; the path is free again at the end.
+
+    Raises:
+        ServingError: a server is there already, or something that is no socket, or there can be no socket.
+    """
+    _make_way(path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        try:
+            listener.bind(str(path))
+        except OSError as error:
+            raise ServingError(f"no socket can be made at {path}: {error}; give another path") from error
+        try:
+            path.chmod(0o600)  # nobody can connect before `listen`
+            listener.listen()
+            listener.setblocking(False)
+            yield listener
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _make_way(path: Path) -> None:
+    """Remove the socket of a server that is dead."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise ServingError(f"{path} is there and is no socket; give another path")
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink()
+            else:
+                raise ServingError(f"a server is at {path} already; connect to it, or give another path")
+
+
+@dataclass(eq=False)
+class _Consumer:
+    lines: Lines
+    process: int = 0
+    state: State | None = None
+    """After which batch it goes on; None for one that has not introduced itself yet."""
+    coming: deque[Message] = field(default_factory=deque)
+    n_told: int = 0
+
+
+@dataclass
+class _Offered:
+    """A batch that somebody still reads; its memory is used again when it is forgotten."""
+
+    batch: Batch
+    rows: torch.Tensor
+    readers: set[_Consumer]
+
+
+class _Server:
+    def __init__(self, loader: Loader, listener: socket.socket, n_held: int, say: Say) -> None:
+        self._loader, self._listener, self._n_held, self._say = loader, listener, n_held, say
+        self._widths = {site: loader.store.spec.site(site).width for site in loader.sites}
+        row_bytes = [width * loader.dtype.itemsize for width in self._widths.values()]
+        self._shared = SharedMemory([loader.batch_rows * n_bytes for n_bytes in (*row_bytes, _ROW_ID_BYTES)])
+        self._memory = BatchMemory(self._shared.allocate)
+        self._consumers: list[_Consumer] = []
+        self._offered: dict[int, _Offered] = {}
+        self._n_batches, self._begun = 0, False
+        self._state: State = loader.state_dict()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ)
+
+    def __enter__(self) -> _Server:
+        self._loader.make_batches_in(self._memory)
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        last = {"end": True} if error is None else {"error": str(error) or "it was interrupted"}
+        for consumer in list(self._consumers):
+            self._tell(consumer, last)
+            consumer.lines.close()
+        self._selector.close()
+        self._shared.close()
+        self._loader.close()
+        self._loader.make_batches_in(BatchMemory())
+
+    def serve(self, n_consumers: int, progress: Progress) -> None:
+        """Every batch to every consumer, once so many are there."""
+        while len(self._there()) < n_consumers:
+            self._listen()
+        self._loader.load_state_dict(min((c.state for c in self._there() if c.state), key=how_far))
+        self._state, self._begun = self._loader.state_dict(), True
+        for batch in self._loader:
+            self._offer(batch, self._loader.state_dict())
+            progress(*self._amounts())
+            if not self._there():
+                return
+        while self._offered:
+            self._listen()
+
+    def _there(self) -> list[_Consumer]:
+        return [consumer for consumer in self._consumers if consumer.state is not None]
+
+    def _amounts(self) -> tuple[int, int]:
+        """Batches so far, of all; of a loader without an end, of the epochs begun."""
+        epoch = self._state["epoch"] - self._state["first_epoch"]
+        done = epoch * len(self._loader) + self._state["batch"]
+        return done, (self._loader.epochs or -(-done // len(self._loader))) * len(self._loader)
+
+    def _offer(self, batch: Batch, state: State) -> None:
+        """Tell a batch to those who want it, once there is room for another one."""
+        self._listen(wait=False)
+        while len(self._offered) >= self._n_held:
+            self._listen()
+        self._n_batches, self._state = self._n_batches + 1, state
+        readers = {c for c in self._consumers if c.state and how_far(c.state) < how_far(state)}
+        if not readers:
+            return
+        rows = self._memory.take(len(batch.rows), 1, batch.rows.dtype)
+        rows[:, 0] = batch.rows
+        self._offered[self._n_batches] = _Offered(batch, rows, readers)
+        message = {
+            "batch": self._n_batches,
+            "n_rows": len(rows),
+            "place": {name: state[name] for name in _PLACE},
+            "rows": self._shared.offset_of(rows),
+            "sites": [self._shared.offset_of(tensor) for tensor in batch.values()],
+        }
+        for consumer in list(readers):
+            consumer.coming.append(message)
+            self._tell_coming(consumer)
+
+    def _listen(self, *, wait: bool = True) -> None:
+        """Hear everybody who has something to say; `wait` until there is somebody."""
+        for key, _ in self._selector.select(None if wait else 0):
+            if key.fileobj is self._listener:
+                connection, _ = self._listener.accept()
+                connection.setblocking(False)
+                consumer = _Consumer(Lines(connection))
+                self._consumers.append(consumer)
+                self._selector.register(connection, selectors.EVENT_READ, consumer)
+            elif key.data in self._consumers:
+                self._hear(key.data)
+
+    def _hear(self, consumer: _Consumer) -> None:
+        try:
+            for message in consumer.lines.receive():
+                if consumer.state is None:
+                    self._greet(consumer, message)
+                else:
+                    self._take_back(consumer, message)
+        except ValueError as error:
+            self._tell(consumer, {"error": str(error)})
+            self._forget(consumer)
+        except OSError:
+            self._forget(consumer)
+
+    def _greet(self, consumer: _Consumer, message: Message) -> None:
+        if message.get("actcache") != PROTOCOL or type(message.get("process")) is not int:
+            raise ValueError(f"this server speaks version {PROTOCOL} of actcache's protocol; use the same actcache")
+        consumer.state = self._state if message.get("state") is None else self._checked(message["state"])
+        consumer.process = message["process"]
+        loader = self._loader
+        greeting = {
+            "actcache": PROTOCOL,
+            "store": loader.store.path if "://" in loader.store.path else os.path.abspath(loader.store.path),
+            "rows_per_shard": loader.store.spec.rows_per_shard,
+            "sites": self._widths,
+            "region_bytes": self._shared.region_bytes,
+            "dtype": str(loader.dtype).removeprefix("torch."),
+            "batch_rows": loader.batch_rows,
+            "n_batches": len(loader),
+            "epochs": loader.epochs,
+            "state": consumer.state,
+        }
+        self._tell(consumer, greeting, self._shared.descriptor)
+        self._say(f"process {consumer.process} has joined; consumers: {len(self._there())}")
+
+    def _checked(self, state: Any) -> State:
+        """A state that a consumer brings, if it is one of what is served from now on."""
+        try:
+            found = checked_state(state, self._state["fingerprint"], self._loader.store.path)
+            check_settings(found["settings"], self._state["settings"])
+            is_place = all(type(found[name]) is int and found[name] >= 0 for name in _PLACE)
+        except (KeyError, TypeError, AttributeError):
+            is_place = False
+        if not is_place:
+            raise ValueError(f"{str(state)[:60]!r} is no state of a loader")
+        if self._begun and how_far(found) < how_far(self._state):
+            raise ValueError(
+                f"the state is that of epoch {found['epoch']}, batch {found['batch']}, and the others are past it; "
+                "start the server and all consumers again, each with its state, or join without one"
+            )
+        return {**found, "version": self._state["version"]}
+
+    def _take_back(self, consumer: _Consumer, message: Message) -> None:
+        number = message.get("done")
+        offered = self._offered.get(number) if type(number) is int else None
+        if offered is None or consumer not in offered.readers:
+            raise ValueError(f"{str(number)[:40]} is no batch that this consumer has")
+        offered.readers.remove(consumer)
+        self._drop_read()
+        consumer.n_told -= 1
+        self._tell_coming(consumer)
+
+    def _drop_read(self) -> None:
+        """Forget the batches that nobody reads any more, so that their memory is used again."""
+        self._offered = {number: offered for number, offered in self._offered.items() if offered.readers}
+
+    def _tell_coming(self, consumer: _Consumer) -> None:
+        while consumer.coming and consumer.n_told < _MOST_TOLD:
+            consumer.n_told += 1
+            self._tell(consumer, consumer.coming.popleft())
+
+    def _tell(self, consumer: _Consumer, message: Message, *descriptors: int) -> None:
+        try:
+            consumer.lines.send(message, *descriptors)
+        except OSError:
+            self._forget(consumer)
+
+    def _forget(self, consumer: _Consumer) -> None:
+        """Wait for a consumer no more."""
+        if consumer not in self._consumers:
+            return
+        self._consumers.remove(consumer)
+        self._selector.unregister(consumer.lines)
+        consumer.lines.close()
+        for offered in self._offered.values():
+            offered.readers.discard(consumer)
+        self._drop_read()
+        if consumer.state is not None:
+            self._say(f"process {consumer.process} has left; consumers: {len(self._there())}")
