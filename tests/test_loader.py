@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from conftest import random_bits, random_blocks, spec_of, write_shards
 from actcache.errors import ConfigError, CorruptShardError, SiteError, StoreIncompleteError
 from actcache.load import Loader, Plan, gather
 from actcache.load.gather import BatchMemory
+from actcache.load.mix import turn
+from actcache.load.plan import chunk_table
 from actcache.order import permutation
 from actcache.spec import Site
 from actcache.store import open_store
@@ -28,8 +31,21 @@ def test_the_order_is_the_one_that_saved_states_rely_on():
     assert permutation(10, 1, 2, 3).tolist() == golden["permutation_10_key_1_2_3"]
     plan = Plan(rows_per_chunk=7, n_rows=100, chunks_per_window=4, batch_rows=16, seed=5)
     for epoch in (0, 1):
-        got = [plan.epoch(epoch).batch_row_ids(b).tolist() for b in range(plan.n_batches)]
-        assert got == golden[f"epoch_{epoch}"]
+        assert rows_of(plan, epoch) == golden[f"epoch_{epoch}"]
+    lanes = replace(plan, chunks_per_window=3, lanes=2, drop_last=False)
+    assert rows_of(lanes, 1) == golden["two_lanes"]
+    table = chunk_table(np.array([9, 0, 28, 15]), 28, 7)
+    partial = replace(plan, n_rows=52, chunks_per_window=3, chunk_table=table)
+    assert rows_of(partial, 0) == golden["shards_of_9_0_28_15_rows"]
+    mask = np.arange(105).reshape(-1, 7) % 3 == 0
+    table, bits = np.stack([np.arange(15), mask.sum(1)], axis=1), np.packbits(mask, axis=1)
+    wanted = replace(plan, n_rows=int(mask.sum()), chunk_table=table, wanted=bits)
+    assert rows_of(wanted, 0) == golden["every_third_of_105_rows"]
+    assert [turn(step, [3, 1, 2], 7) for step in range(24)] == golden["turns_of_weights_3_1_2"]
+
+
+def rows_of(plan: Plan, epoch: int) -> list[list[int]]:
+    return [plan.epoch(epoch).batch_row_ids(number).tolist() for number in range(plan.n_batches)]
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():

@@ -195,13 +195,33 @@ def test_lanes_that_were_asked_for_are_not_given_up_for_a_state(store):
         loader_of(store, lanes=3).load_state_dict(state)
 
 
+@pytest.mark.parametrize("order", ["shuffled", "sequence"])
+def test_a_state_goes_on_with_more_memory_in_the_order_that_it_was_begun_in(store, order):
+    settings = {"memory": 6000 if order == "shuffled" else 24_000, "epochs": 2, "order": order, "lanes": 1}
+    saved = loader_of(store, **settings)
+    whole, state = taken(loader_of(store, **settings)), None
+    begun = taken(saved, 11)
+    state = json.loads(json.dumps(saved.state_dict()))
+    roomy = loader_of(store, **{**settings, "memory": "1GB", "lanes": None})
+    assert order == "sequence" or roomy.plan.chunks_per_window > saved.plan.chunks_per_window
+    roomy.load_state_dict(state)
+    assert roomy.state_dict() == state
+    assert begun + taken(roomy) == whole
+
+
 def test_windows_of_a_state_that_do_not_fit_say_what_they_take(store):
     row_bytes, roomy = 24, 2 * 16 * 24 * 12
     saved = loader_of(store, memory=roomy, rank=0, world_size=2).state_dict()
     assert saved["settings"]["chunks_per_window"] == 12
     one = loader_of(store, memory=roomy)
-    with pytest.raises(StateError, match=r"reads 2 and has memory for 6 chunks each; give it memory=18432 or"):
+    with pytest.raises(
+        StateError,
+        match=r"of 12 chunks, and memory=9216 has room for 6, .* 2 of 2 lanes; .* memory=18432 or more",
+    ):
         one.load_state_dict(saved)
+    assert taken(one, 2) == taken(loader_of(store, memory=roomy), 2)  # refused, and nothing has changed
+    with pytest.raises(StateError, match="batch_rows: saved 32, now 30"):  # comes first: no memory would help
+        loader_of(store, memory=roomy, batch_rows=30).load_state_dict(saved)
     enough = loader_of(store, memory=18432)
     enough.load_state_dict(saved)
     assert enough.plan.most_window_rows * row_bytes * 2 * 2 <= 18432

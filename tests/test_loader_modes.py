@@ -204,7 +204,7 @@ def test_the_state_of_many_loaders_is_small_and_says_which_of_them_is_another(st
         ({"rows": RowFilter(sequences=range(5))}, "saved with a choice of rows .* has a choice of rows"),
         ({"rows": None}, "saved with a choice of rows .* has all rows"),
         ({"drop_last": False}, "drop_last: saved True, now False"),
-        ({"memory": 1}, "give it memory="),
+        ({"memory": 1}, "give the loader memory="),
     ]:
         other = sixteen(stores, **change)
         before = other.state_dict()

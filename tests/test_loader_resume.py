@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import random_bits, random_blocks, spec_of, write_shards
-from resume import run_test_resume_at_every_batch
+from resume import MOST_STATE_BYTES, run_test_resume_at_every_batch
 
 from actcache.adapters.llamascopium import ActivationStream
 from actcache.adapters.torch_data import TorchDataset
 from actcache.errors import StateError
 from actcache.load import Loader, MixedLoader, plan
 from actcache.order import permutation
+from actcache.spec import Site
 from actcache.store import RowFilter, Store, export, open_store
 from actcache.store.layout import LEDGER_KEY, chunks_per_shard
 from actcache.store.objects import Objects
@@ -166,6 +168,7 @@ def _counted(work: Callable[..., Any], opened: list[str]) -> Callable[..., Any]:
         ({"batch": -1}, "its batch is -1"),
         ({"epoch": "1"}, "its epoch is '1'"),
         ({"settings": {"lanes": None}}, "its lanes is None"),
+        ({"settings": {"drop_last": False}}, "drop_last: saved False, now True"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:batches of .* rows are going to have")
@@ -176,3 +179,18 @@ def test_states_of_something_else_are_refused(stores, change, message):
         change = {"settings": {**state["settings"], **change["settings"]}}
     with pytest.raises(StateError, match=message):
         loader.load_state_dict({**state, **change})
+
+
+def test_a_state_of_many_sites_is_small_and_still_tells_them_apart(tmp_path):
+    blocks = random_blocks(9, 13)
+    spec = spec_of(blocks, sites=[Site(name=f"blocks.{layer}.hook_resid_post", shape=(2,)) for layer in range(60)])
+    store = write_shards(tmp_path / "s.zarr", spec, blocks, random_bits(spec))
+    saved, fewer = Loader(store, ["*"], batch_rows=20), Loader(store, store.sites[:59], batch_rows=20)
+    text = json.dumps(saved.state_dict())
+    assert len(text) < MOST_STATE_BYTES
+    Loader(store, ["*"], batch_rows=20).load_state_dict(json.loads(text))
+    whole = {**saved.state_dict(), "settings": {**saved.state_dict()["settings"], "sites": store.sites}}
+    Loader(store, ["*"], batch_rows=20).load_state_dict(whole)
+    for state in (json.loads(text), whole):
+        with pytest.raises(StateError, match=r"sites: saved '60 sites, sha256 .*', now '59 sites, sha256 .*'"):
+            fewer.load_state_dict(state)

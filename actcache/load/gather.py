@@ -170,6 +170,14 @@ class Gather:
             if not in_place:
                 self._narrow(wide, here)
 
+    def prepare(self, window: Window) -> None:
+        """Have the compiled loops loaded, which takes a second in a process that has none yet."""
+        import torch
+
+        for site, values in window.values.items():
+            if self._kernel(window, site):
+                self(window, site, np.zeros(1, np.int64), torch.empty((1, values.shape[1]), dtype=self.out))
+
     def _kernel(self, window: Window, site: str) -> Callable[[NDArray[np.int64], NDArray[np.float32]], None] | None:
         """The compiled loop that gathers rows as float32; None where there is none."""
         values, scales, done = window.values[site], window.scales.get(site), self.normalization.get(site)

@@ -56,7 +56,10 @@ class Loader:
         epochs: how many to deliver, None for ever.
         dtype: of the batches' tensors.
         device: of the batches' tensors; windows lie there, too.
-        memory: for the windows of decoded chunks, such as `"1GB"` or a number of bytes; larger windows shuffle better.
+        memory: for the windows of decoded chunks, two for each lane that is read, such as `"1GB"` or a number of bytes;
+            larger windows shuffle better, and they are no larger than a good shuffle needs. Beside them a loader holds
+            `read_ahead + 3` batches (made, handed out, not yet let go), 16 bytes for each row of the windows, two
+            chunks a thread, and about 100 bytes for each chunk of the store.
         read_ahead: batches made in advance, by a thread; 0 to make each one when it is asked for.
         threads: decoding threads; by default one per core.
         drop_last: leave out the smaller batch at an epoch's end.
@@ -302,14 +305,15 @@ class Loader:
 
     def _continued(self, plan: Plan, lanes: int, chunks_per_window: int) -> Plan:
         """This plan with the lanes and windows of a state that other ranks, or with another memory, have saved."""
-        possible = self._most_chunks(lanes)
-        if chunks_per_window > possible and plan.n_chunks > possible:
+        continued = replace(plan, lanes=lanes, chunks_per_window=chunks_per_window)
+        here, possible = len(self._share.lanes(lanes)), self._most_chunks(lanes)
+        needed = 2 * here * self._row_bytes * continued.most_window_rows
+        if chunks_per_window > possible and needed > self._memory_bytes:
             raise StateError(
-                f"the loader state has {lanes} lanes with windows of {chunks_per_window} chunks, of which this rank "
-                f"reads {len(self._share.lanes(lanes))} and has memory for {possible} chunks each; give it "
-                f"memory={-(-self._memory_bytes * chunks_per_window // possible)} or more"
+                f"the loader state has windows of {chunks_per_window} chunks, and memory={self._memory_bytes} has room "
+                f"for {possible}, as this rank reads {here} of {lanes} lanes; give the loader memory={needed} or more"
             )
-        return replace(plan, lanes=lanes, chunks_per_window=chunks_per_window)
+        return continued
 
     def _begun(self, place: Place) -> Place:
         """The place of the next batch: of an epoch with too few left for every rank, the one after it."""
@@ -339,6 +343,7 @@ class Loader:
                 lane: LaneStream(self._windows(lane, start, epoch_of), self._buffers_of(lane), pools)
                 for lane in share.lanes(plan.lanes)
             }
+            self._maker.prepare(self._buffers_of(next(iter(streams)))[0])
             for number in self._epochs(start):
                 epoch, delivered = epoch_of(number), start.batch if number == start.epoch else 0
                 for batch in share.batches(plan.n_batches, delivered):

@@ -52,6 +52,11 @@ class BatchMaker:
         """Room for a window, where batches can be made of it."""
         return Window(self._store, self._sites, n_rows, None if self._there is None else self._there.window(n_rows))
 
+    def prepare(self, window: Window) -> None:
+        """Do what takes time before the first batch, while a window is still being read."""
+        if window.there is None:
+            self._gather.prepare(window)
+
     def batch(self, lane: Lane, number: int, stream: LaneStream) -> tuple[Batch, Callable[[], None]]:
         """A lane's batch of that number, and what its consumer's thread has to call before it is its own."""
         import torch

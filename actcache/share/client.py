@@ -27,7 +27,6 @@ from actcache.spec import expand_names
 if TYPE_CHECKING:
     import torch
 
-
 _TRY_EVERY_S = 0.05
 
 
@@ -66,6 +65,7 @@ class ServedBatches(Iterator[Batch]):
         self._path, self._messages, self._ended = Path(path), deque[Message](), False
         self._lines = Lines(_connected(self._path, wait_s))
         greeting, descriptor = self._introduced(state)
+        self._memory = MappedMemory(descriptor, greeting["region_bytes"])
         try:
             self.sites = expand_names(sites, list(greeting["sites"]))
         except SiteError:
@@ -78,7 +78,6 @@ class ServedBatches(Iterator[Batch]):
         self._rows_per_shard: int = greeting["rows_per_shard"]
         self._tables = cache(partial(_tables_of, greeting["store"]))
         self._widths, self._served_as = greeting["sites"], getattr(torch, greeting["dtype"])
-        self._memory = MappedMemory(descriptor, greeting["region_bytes"])
         self._copies = Copies(dtype or torch.float32, torch.device(device))
 
     def __len__(self) -> int:
