@@ -10,10 +10,10 @@ checksums compared. Baselines, in turn with it:
 - in memory: all rows as one bfloat16 tensor, and `rows[index].float()` for each batch of a global permutation.
 - np.memmap: one file of the same bits, and `torch.from_numpy(rows[index]).view(torch.bfloat16).float()`, likewise.
   Sorting the index of a batch gains nothing.
-- annbatch: its `Loader` with the codecs of zarrs, in a process of its own, on a sharded Zarr array of the same rows in
-  the same order. The fastest way that was found is an array of the same bits, in chunks of 1,024 rows of which it holds
-  100, as many rows as our two windows have, each batch widened with numpy: uncompressed, or with lz4 and bitshuffle.
-  Its defaults are float32 values in chunks of 64 rows, lz4 and shuffle, 16,384 rows held.
+- annbatch 0.3.1: its `Loader` with the codecs of zarrs, in a process of its own, on a sharded Zarr array of the same
+  rows in the same order. The fastest way that was found is an array of the same bits, in chunks of 1,024 rows of which
+  it holds 100, as many rows as our two windows have, each batch widened with numpy: uncompressed, or with lz4 and
+  bitshuffle. Its defaults are float32 values in chunks of 64 rows, lz4 and shuffle, 16,384 rows held.
 """
 
 from __future__ import annotations

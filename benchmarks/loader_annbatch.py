@@ -87,9 +87,7 @@ class Peer:
             stdout=subprocess.PIPE,
             text=True,
         )
-        said = self._answer()
-        self.versions: dict[str, str] = said["versions"]
-        self.sum_of_bits: int = said["sum_of_bits"]
+        self.sum_of_bits: int = self._answer()["sum_of_bits"]
         """Of all values that an epoch delivered."""
 
     def epochs(self) -> float:

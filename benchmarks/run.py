@@ -1,15 +1,18 @@
 """Run every benchmark and write `docs/benchmarks.md`: the figures, the machine and the versions beside them.
 
     make benchmarks
+    python benchmarks/run.py loader training    # only these; the rest of the page stays, with the day it was taken
 
-Takes about a quarter of an hour on two cores. Each row compares two ways of doing the same work, run in turn on the
+Takes about half an hour on two cores. Each row compares two ways of doing the same work, run in turn on the
 same data; only ratios are meant to be carried to other machines.
 """
 
 from __future__ import annotations
 
 import datetime
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import extraction
 import latency
@@ -32,18 +35,43 @@ TITLES = {
 }
 
 
-def main() -> None:
-    """Measure and write."""
-    today = datetime.datetime.now(tz=datetime.UTC).date()
-    parts = ["# Benchmarks", f"Written by `make benchmarks` on {today}.", f"Machine: {machine()}."]
+def main(names: list[str]) -> None:
+    """Measure all, or the modules that are named, and write."""
+    unknown = set(names) - {module.__name__ for module in TITLES.values()}
+    if unknown:
+        raise SystemExit(
+            f"no benchmark {', '.join(unknown)}; there are {', '.join(m.__name__ for m in TITLES.values())}"
+        )
+    kept = sections(TARGET.read_text()) if names and TARGET.exists() else {}
     for title, module in TITLES.items():
-        doc = (module.__doc__ or "").split("\n\n")
-        found = module.figures()
-        parts += [f"## {title}", doc[-1].strip(), HEADER + "\n" + "\n".join(figure.row() for figure in found)]
-        print("\n\n".join(parts[-3:]), flush=True)
+        if names and module.__name__ not in names:
+            continue
+        kept[title] = section(module)
+        print(title, kept[title], sep="\n\n", flush=True)
+        write(kept)
+
+
+def section(module: ModuleType) -> str:
+    """A module's text and figures, and the day."""
+    today = datetime.datetime.now(tz=datetime.UTC).date()
+    what = (module.__doc__ or "").split("\n\n")[-1].strip()
+    rows = [figure.row() for figure in module.figures()]
+    return "\n\n".join([f"Taken on {today}.", what, "\n".join([HEADER, *rows])])
+
+
+def sections(page: str) -> dict[str, str]:
+    """The sections of a page that was written before, by title."""
+    parts = (part.split("\n\n", 1) for part in page.split("\n## ")[1:])
+    return {title: text.strip() for title, text in parts}
+
+
+def write(kept: dict[str, str]) -> None:
+    """The page, in the order of `TITLES`."""
+    parts = ["# Benchmarks", "Written by `make benchmarks`.", f"Machine: {machine()}."]
+    parts += [part for title in TITLES if title in kept for part in (f"## {title}", kept[title])]
     TARGET.parent.mkdir(exist_ok=True)
     TARGET.write_text("\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
