@@ -280,6 +280,22 @@ class TestLock:
         assert list(writable(place).list("")) == []
         assert list((tmp_path / "held").iterdir()) == []
 
+    @pytest.mark.parametrize("error", [FileExistsError, FileNotFoundError])
+    def test_a_folder_that_another_one_takes_away_meanwhile_is_made_again(self, tmp_path, monkeypatch, error):
+        makedirs, missed = os.makedirs, []
+
+        def makedirs_late(path: str, **options: Any) -> None:
+            if len(missed) < 3:
+                missed.append(path)
+                raise error(errno.EEXIST, "it was there, and is gone", path)
+            makedirs(path, **options)
+
+        monkeypatch.setattr(os, "makedirs", makedirs_late)
+        with writable(tmp_path / "acts.zarr").lock():
+            assert len(missed) == 3
+            with pytest.raises(StoreBusyError):
+                writable(tmp_path / "acts.zarr").lock().acquire()
+
     def test_a_killed_writer_s_file_is_removed_with_its_lock(self, tmp_path, hold):
         holder = hold(tmp_path)
         with pytest.raises(StoreBusyError, match="another process"):

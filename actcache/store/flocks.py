@@ -106,9 +106,11 @@ class Flocks:
                 with self._objects.full_disk_explained(f"{key}: an empty file"):
                     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             except FileExistsError as error:
-                raise NotADirectoryError(errno.ENOTDIR, "not a folder", error.filename) from None
-            except FileNotFoundError:  # another one has just taken the empty folder away
-                continue
+                if os.path.lexists(error.filename) and not os.path.isdir(error.filename):
+                    raise NotADirectoryError(errno.ENOTDIR, "not a folder", error.filename) from None
+            except FileNotFoundError:
+                pass
+            # Another one has just taken the empty folder away: before the file was made, or while `makedirs` looked.
 
     def _lock(self, key: str, mode: int) -> bool:
         """Lock a file; False when somebody else has it."""
