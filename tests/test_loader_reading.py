@@ -13,6 +13,7 @@ from conftest import random_bits, random_blocks, spec_of, write_shards
 
 from actcache.load import Loader
 from actcache.load.chunks import ChunkQueue, Wanted
+from actcache.load.fetch import Window
 from actcache.load.plan import Part
 from actcache.spec import Site
 from actcache.store import Store, open_store
@@ -79,6 +80,22 @@ def test_each_chunk_is_taken_by_one_thread(store, threads):
     with ThreadPoolExecutor(threads) as pool:
         taken = [pool.submit(list, queue) for _ in range(threads)]
     assert sorted(chunk.part.start for each in taken for chunk in each.result()) == list(range(5000))
+
+
+@pytest.mark.filterwarnings("ignore:batches of .* rows are going to have")
+def test_a_window_that_is_used_up_is_filled_before_the_one_after_it_is_waited_for(store, monkeypatch):
+    did: list[tuple[str, int]] = []
+    begin, wait = Window.begin, Window.wait
+    monkeypatch.setattr(Window, "begin", lambda self, *of: did.append(("begin", of[1])) or begin(self, *of))
+    monkeypatch.setattr(Window, "wait", lambda self: did.append(("wait", self.number)) or wait(self))
+    with Loader(store, list(store.sites), batch_rows=16, memory=200_000, epochs=1, read_ahead=0) as loader:
+        n_windows = loader.plan.n_windows
+        assert len(list(loader)) == len(loader)
+    assert n_windows > 4
+    expected = [("begin", 0)]
+    for number in range(n_windows):
+        expected += [("begin", number + 1)] * (number + 1 < n_windows) + [("wait", number)]
+    assert did == expected
 
 
 def test_a_chunk_that_lies_in_no_file_is_no_news_to_a_disk(store):

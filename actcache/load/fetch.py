@@ -72,12 +72,13 @@ class Window:
             for site in self.sites
             for array in arrays_of(self.store.spec.site(site))
         ]
+        # The order first: whoever waits for the window waits for it too, while threads may be at the next one already.
+        self.pending = [pools.decode.submit(self._shuffle, lane, number)]
         if pools.fetch is None:
             queue = ChunkQueue(self.store, wanted)
-            self.pending = [pools.decode.submit(self._decode_all, pools, queue) for _ in range(pools.threads)]
+            self.pending += [pools.decode.submit(self._decode_all, pools, queue) for _ in range(pools.threads)]
         else:
-            self.pending = [pools.fetch.submit(self._fetch, pools, chunk) for chunk in wanted]
-        self.pending.append(pools.decode.submit(self._shuffle, lane, number))
+            self.pending += [pools.fetch.submit(self._fetch, pools, chunk) for chunk in wanted]
 
     def wait(self) -> None:
         """Until everything is decoded, and asked to be sent; raises what went wrong."""
@@ -185,25 +186,25 @@ class Pools:
 class LaneStream:
     """The windows of a lane, each decoded while the one before it is in use, across the ends of epochs too.
 
-    `numbers` are (lane of an epoch, window) in order; the first begins to be decoded at once.
+    `numbers` are (lane of an epoch, window) in order; the first begins to be decoded at once. A window that nobody
+    uses any more is filled anew before the one after it is done, so that the threads are never without work in between.
     """
 
     def __init__(self, numbers: Iterator[tuple[Lane, int]], buffers: list[Window], pools: Pools) -> None:
         self._numbers, self._pools = numbers, pools
         self._current: Window | None = None
-        self._following, self._other = buffers
-        self._begin()
+        self._following, self._unused = buffers
+        self._begin(self._following)
 
     def window(self, lane: Lane, number: int) -> Window:
         """A window, valid until a later one is asked for; those before it are passed by."""
         while self._current is None or (self._current.lane.epoch, self._current.number) != (lane.epoch, number):
-            self._following.wait()
-            self._current, self._following = self._following, self._other
-            self._other = self._current
-            self._begin()
+            self._current, self._following = self._following, self._current or self._unused
+            self._begin(self._following)
+            self._current.wait()
         return self._current
 
-    def _begin(self) -> None:
+    def _begin(self, buffer: Window) -> None:
         coming = next(self._numbers, None)
         if coming:
-            self._following.begin(*coming, self._pools)
+            buffer.begin(*coming, self._pools)
