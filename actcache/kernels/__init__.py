@@ -22,24 +22,13 @@ def split_planes() -> Kernel | None:
     return _loop("split_planes")
 
 
-def take_widened() -> Kernel | None:
-    """Rows of bfloat16 bits gathered as float32."""
-    return _loop("take_widened")
+def take_rows(*, quantised: bool, normalised: bool, rounded: bool) -> Kernel | None:
+    """Rows gathered as float32, of bfloat16 bits or of int8; a mean taken from them, multiplied; rounded to bfloat16.
 
-
-def take_dequantised() -> Kernel | None:
-    """Rows of int8 gathered and multiplied out as float32."""
-    return _loop("take_dequantised")
-
-
-def take_widened_normalised() -> Kernel | None:
-    """Rows of bfloat16 bits gathered as float32, a mean taken from them, multiplied."""
-    return _loop("take_widened_normalised")
-
-
-def take_dequantised_normalised() -> Kernel | None:
-    """Rows of int8 gathered and multiplied out as float32, a mean taken from them, multiplied."""
-    return _loop("take_dequantised_normalised")
+    There is none for bfloat16 that are nothing but rounded: they are gathered as they are.
+    """
+    name = "take_dequantised" if quantised else "take_widened"
+    return _loop(name + "_normalised" * normalised + "_rounded" * rounded)
 
 
 def round_to_bfloat16() -> Kernel | None:

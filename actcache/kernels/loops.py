@@ -14,6 +14,8 @@ from numba import njit
 
 _BLOCK_ROWS = 256
 """Rows measured at a time: they stay in the cache from one step to the next."""
+_ROUNDED_ROWS = 16
+"""Rows rounded at a time, for the same reason."""
 _MAGNITUDE, _INFINITY = np.uint16(0x7FFF), np.uint16(0x7F80)
 """Of the bits of a bfloat16: all but the sign, and the smallest that are no finite number."""
 
@@ -207,3 +209,36 @@ def round_to_bfloat16(bits, out):
             nearest = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
             is_nan = (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
             out[i, j] = np.uint16(0x7FC0) if is_nan else np.uint16(nearest)
+
+
+@_compiled_exactly
+def take_dequantised_rounded(values, scales, weights, places, out):
+    """`take_dequantised`, into bfloat16 bits `(B, D)` uint16."""
+    wide = np.empty((_ROUNDED_ROWS, values.shape[1]), np.float32)
+    for start in range(0, len(places), _ROUNDED_ROWS):
+        here = slice(start, min(start + _ROUNDED_ROWS, len(places)))
+        some = wide[: here.stop - start]
+        take_dequantised(values, scales[here], weights, places[here], some)
+        round_to_bfloat16(some.view(np.uint32), out[here])
+
+
+@_compiled_exactly
+def take_widened_normalised_rounded(values, places, out, mean, scale):
+    """`take_widened_normalised`, into bfloat16 bits `(B, D)` uint16."""
+    wide = np.empty((_ROUNDED_ROWS, values.shape[1]), np.float32)
+    for start in range(0, len(places), _ROUNDED_ROWS):
+        here = slice(start, min(start + _ROUNDED_ROWS, len(places)))
+        some = wide[: here.stop - start]
+        take_widened_normalised(values, places[here], some, mean, scale)
+        round_to_bfloat16(some.view(np.uint32), out[here])
+
+
+@_compiled_exactly
+def take_dequantised_normalised_rounded(values, scales, weights, places, out, mean, scale):
+    """`take_dequantised_normalised`, into bfloat16 bits `(B, D)` uint16."""
+    wide = np.empty((_ROUNDED_ROWS, values.shape[1]), np.float32)
+    for start in range(0, len(places), _ROUNDED_ROWS):
+        here = slice(start, min(start + _ROUNDED_ROWS, len(places)))
+        some = wide[: here.stop - start]
+        take_dequantised_normalised(values, scales[here], weights, places[here], some, mean, scale)
+        round_to_bfloat16(some.view(np.uint32), out[here])

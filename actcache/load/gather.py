@@ -6,20 +6,14 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import ConfigError
-from actcache.kernels import (
-    Kernel,
-    round_to_bfloat16,
-    take_dequantised,
-    take_dequantised_normalised,
-    take_widened,
-    take_widened_normalised,
-)
+from actcache.kernels import round_to_bfloat16, take_rows
 from actcache.load.fetch import Window
 from actcache.store.codecs import Scratch, dequantise_rows
 
@@ -150,23 +144,25 @@ class Gather:
 
     def __call__(self, window: Window, site: str, places: NDArray[np.int64], target: torch.Tensor) -> None:
         """`target[i] = window row places[i]`."""
+        if site not in window.scales and self.out == self.logical and site not in self.normalization:
+            np.take(window.values[site], places, axis=0, out=_bits(target), mode="clip")
+        elif (loop := self._compiled(window, site, str(self.out))) is not None:
+            loop(places, _bits(target))
+        else:
+            self._block_by_block(window, site, places, target)
+
+    def _block_by_block(self, window: Window, site: str, places: NDArray[np.int64], target: torch.Tensor) -> None:
+        """As float32 first, and from there to what is asked for."""
         import torch
 
-        values = window.values[site]
-        if site not in window.scales and self.out == self.logical and site not in self.normalization:
-            np.take(values, places, axis=0, out=_bits(target), mode="clip")
-            return
-        kernel, width = self._kernel(window, site), values.shape[1]
-        in_place = self.out == torch.float32
-        block_rows = len(places) if in_place and kernel else max(1, _GATHER_BYTES // (4 * width))
+        in_place, width = self.out == torch.float32, target.shape[1]
+        widen = self._compiled(window, site, "torch.float32") or partial(self._as_float32, window, site)
+        block_rows = max(1, _GATHER_BYTES // (4 * width))
         for start in range(0, len(places), block_rows):
             part = places[start : start + block_rows]
             here = target[start : start + len(part)]
             wide = _bits(here) if in_place else self._float32(self._wide, (len(part), width))
-            if kernel:
-                kernel(part, wide)
-            else:
-                self._as_float32(window, site, part, wide)
+            widen(part, wide)
             if not in_place:
                 self._narrow(wide, here)
 
@@ -175,23 +171,28 @@ class Gather:
         import torch
 
         for site, values in window.values.items():
-            if self._kernel(window, site):
+            if self._compiled(window, site, "torch.float32"):
                 self(window, site, np.zeros(1, np.int64), torch.empty((1, values.shape[1]), dtype=self.out))
 
-    def _kernel(self, window: Window, site: str) -> Callable[[NDArray[np.int64], NDArray[np.float32]], None] | None:
-        """The compiled loop that gathers rows as float32; None where there is none."""
+    def _compiled(
+        self, window: Window, site: str, out: str
+    ) -> Callable[[NDArray[np.int64], NDArray[Any]], None] | None:
+        """The compiled loop that gathers rows as `out`; None where there is none."""
         values, scales, done = window.values[site], window.scales.get(site), self.normalization.get(site)
-        loop = _loop(scales is not None, done is not None)
-        if loop is None or not (scales is not None or self._is_bfloat16):
+        if out not in ("torch.float32", "torch.bfloat16") or not (scales is not None or self._is_bfloat16):
+            return None
+        rounded = out == "torch.bfloat16"
+        loop = take_rows(quantised=scales is not None, normalised=done is not None, rounded=rounded)
+        if loop is None:
             return None
         after = () if done is None else (_shift(done, values.shape[1]), np.float32(done.scale))
 
-        def gather(places: NDArray[np.int64], wide: NDArray[np.float32]) -> None:
-            if scales is None:
-                loop(values, places, wide if after else wide.view(np.uint32), *after)
-            else:
+        def gather(places: NDArray[np.int64], out: NDArray[Any]) -> None:
+            if scales is not None:
                 row_scales = (scales[places].astype(np.uint32) << 16).view(np.float32)
-                loop(values, row_scales, window.weights[site], places, wide, *after)
+                loop(values, row_scales, window.weights[site], places, out, *after)
+            else:
+                loop(values, places, out if after else out.view(np.uint32), *after)
 
         return gather
 
@@ -225,12 +226,6 @@ class Gather:
     def _float32(self, memory: Scratch, shape: tuple[int, int]) -> NDArray[np.float32]:
         """Reused memory, valid until it is asked for again."""
         return np.frombuffer(memory.take(4 * shape[0] * shape[1]), np.float32).reshape(shape)
-
-
-def _loop(quantised: bool, normalised: bool) -> Kernel | None:
-    if quantised:
-        return take_dequantised_normalised() if normalised else take_dequantised()
-    return take_widened_normalised() if normalised else take_widened()
 
 
 def _shift(done: Normalization, width: int) -> NDArray[np.float32]:

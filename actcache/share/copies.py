@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.kernels import take_widened
+from actcache.kernels import take_rows
 from actcache.load.gather import BatchMemory
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ class Copies:
 
     def __init__(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
         self._dtype, self._device, self._memory = dtype, device, BatchMemory()
-        self._widen, self._places = take_widened(), np.empty(0, np.int64)
+        self._widen, self._places = take_rows(quantised=False, normalised=False, rounded=False), np.empty(0, np.int64)
 
     def __call__(self, source: torch.Tensor) -> torch.Tensor:
         """The same values in memory that nobody else has. Nothing reads `source` any more when this returns."""

@@ -23,6 +23,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 
@@ -140,6 +141,7 @@ def write_root(objects: Objects, root: Root) -> None:
     objects.put("zarr.json", data)
 
 
+@lru_cache(maxsize=4096)  # asked for with every chunk
 def site_prefix(site: str) -> str:
     """Where a site's arrays lie. A hook name may hold anything: all that could make a path of it is percent-encoded."""
     name = quote(site, safe=":@+,=()[] ")
