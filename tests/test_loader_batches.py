@@ -127,6 +127,19 @@ def test_normalised_rows_have_what_they_are_named_for_and_can_be_folded_back(
         np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
+def test_the_first_batch_does_not_wait_for_compiled_loops_to_be_loaded(stores, monkeypatch):
+    did: list[str] = []
+    load_loops = gather.Gather.load_loops
+    monkeypatch.setattr(
+        gather.Gather, "load_loops", lambda self, window: did.append("load") or load_loops(self, window)
+    )
+    with loader_of(stores["bfloat16"], read_ahead=0) as loader:
+        for _ in range(2):
+            for _ in loader:
+                did.append("batch")
+    assert did == ["batch", "load", *["batch"] * (2 * len(loader) - 1)]
+
+
 @pytest.mark.parametrize("kind", [None, "center-rms"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_compiled_and_plain_loops_give_the_same_bits(stores, monkeypatch, kind, dtype):
@@ -265,7 +278,7 @@ from actcache.load import Loader
 from actcache.store import open_store
 loader = Loader(open_store(sys.argv[1]), ["*"], batch_rows=20, epochs=None, read_ahead=int(sys.argv[2]))
 iterator = iter(loader)
-next(iterator)
+delivered = next(iterator).rows
 print("begun", flush=True)
 """
 
@@ -297,9 +310,10 @@ def test_a_process_ends_though_its_loader_was_left_open(stores, read_ahead):
     assert (process.returncode, out, err) == (0, "begun\n", "")
 
 
+@pytest.mark.parametrize("after_s", [0.1, 2])
 @pytest.mark.parametrize("read_ahead", [0, 2])
-def test_an_interrupt_ends_the_loop_and_its_threads(stores, read_ahead):
-    """Wherever it comes: while a batch is waited for, made, or used."""
+def test_an_interrupt_ends_the_loop_and_its_threads(stores, read_ahead, after_s):
+    """Wherever it comes: while compiled loops are loaded, while a batch is waited for, made, or used."""
     process = run_script(
         stores["bfloat16"],
         """
@@ -322,7 +336,7 @@ except KeyboardInterrupt:
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
-    time.sleep(0.3)
+    time.sleep(after_s)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "['MainThread']\n", "")

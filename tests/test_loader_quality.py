@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -174,6 +175,16 @@ def test_windows_are_as_wide_as_a_good_shuffle_needs_where_the_memory_allows_it(
     with pytest.warns(UserWarning, match=f"chunks of 16 rows; give the loader more than memory={memory}, or"):
         less = Loader(store, ["*"], batch_rows=batch_rows, memory=memory, **settings)
     assert 2 * lanes * 44 * less.plan.most_window_rows <= memory
+
+
+def test_windows_of_many_small_chunks_have_no_more_than_a_shuffle_needs():
+    """A million chunks: a quarter of them would take seconds to read before the first batch."""
+    spec = spec_of(random_blocks(1, 129), n_sequences=125_000, sequences_per_shard=32)
+    plan = Plan(n_rows=16_000_000, rows_per_chunk=16, chunks_per_window=1, batch_rows=1024, seed=1)
+    for batch_rows, n_chunks in ((1024, 1024), (4096, 1950)):
+        found = sized(replace(plan, batch_rows=batch_rows), spec, most_chunks=10**6)
+        assert found.chunks_per_window == n_chunks
+        assert expected_ratio(found, spec) >= 0.97
 
 
 def test_lanes_too_short_to_shuffle_well_are_warned_of(store):

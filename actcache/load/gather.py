@@ -130,7 +130,8 @@ class Gather:
 
     Done on the calling thread, in one pass over memory where there are compiled loops: torch would split each copy over
     a thread team of its own, and two teams on the same cores (this one and the trainer's) wait for each other more than
-    they work. What is wider on the way than in the end goes block by block, in cache.
+    they work. What is wider on the way than in the end goes block by block, in cache. Numpy does the same, more slowly,
+    and has nothing to load first.
     """
 
     def __init__(
@@ -141,6 +142,8 @@ class Gather:
         self.logical, self.out, self.normalization = logical, out, normalization or {}
         self._is_bfloat16 = logical == torch.bfloat16
         self._scratch, self._wide = Scratch(), Scratch()
+        self.loops_loaded = False
+        """Whether compiled loops are used, where there are any."""
 
     def __call__(self, window: Window, site: str, places: NDArray[np.int64], target: torch.Tensor) -> None:
         """`target[i] = window row places[i]`."""
@@ -166,10 +169,11 @@ class Gather:
             if not in_place:
                 self._narrow(wide, here)
 
-    def prepare(self, window: Window) -> None:
-        """Have the compiled loops loaded, which takes a second in a process that has none yet."""
+    def load_loops(self, window: Window) -> None:
+        """Use compiled loops from now on. In a process that has none yet, loading them takes half a second."""
         import torch
 
+        self.loops_loaded = True
         for site, values in window.values.items():
             if self._compiled(window, site, "torch.float32"):
                 self(window, site, np.zeros(1, np.int64), torch.empty((1, values.shape[1]), dtype=self.out))
@@ -179,7 +183,11 @@ class Gather:
     ) -> Callable[[NDArray[np.int64], NDArray[Any]], None] | None:
         """The compiled loop that gathers rows as `out`; None where there is none."""
         values, scales, done = window.values[site], window.scales.get(site), self.normalization.get(site)
-        if out not in ("torch.float32", "torch.bfloat16") or not (scales is not None or self._is_bfloat16):
+        if (
+            not self.loops_loaded
+            or out not in ("torch.float32", "torch.bfloat16")
+            or not (scales is not None or self._is_bfloat16)
+        ):
             return None
         rounded = out == "torch.bfloat16"
         loop = take_rows(quantised=scales is not None, normalised=done is not None, rounded=rounded)

@@ -343,7 +343,6 @@ class Loader:
                 lane: LaneStream(self._windows(lane, start, epoch_of), self._buffers_of(lane), pools)
                 for lane in share.lanes(plan.lanes)
             }
-            self._maker.prepare(self._buffers_of(next(iter(streams)))[0])
             for number in self._epochs(start):
                 epoch, delivered = epoch_of(number), start.batch if number == start.epoch else 0
                 for batch in share.batches(plan.n_batches, delivered):
@@ -352,6 +351,7 @@ class Loader:
                     delivered += self.world_size
                     place = Place(first_epoch=start.first_epoch, epoch=number, batch=delivered)
                     yield self._begun(place), value, hand_over
+                    self._maker.load_loops(self._buffers_of(lane)[0])
 
     def _windows(self, lane: int, start: Place, epoch_of: Callable[[int], Epoch]) -> Iterator[tuple[Lane, int]]:
         """The windows of a lane that this rank needs, from a place on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -52,10 +53,12 @@ class BatchMaker:
         """Room for a window, where batches can be made of it."""
         return Window(self._store, self._sites, n_rows, None if self._there is None else self._there.window(n_rows))
 
-    def prepare(self, window: Window) -> None:
-        """Do what takes time before the first batch, while a window is still being read."""
-        if window.there is None:
-            self._gather.prepare(window)
+    def load_loops(self, window: Window) -> None:
+        """Use compiled loops for the batches to come; after the first one, which is there sooner without."""
+        if window.there is None and not self._gather.loops_loaded:
+            # In a thread that no interrupt reaches: a module that is half imported stays so.
+            with ThreadPoolExecutor(1, thread_name_prefix="actcache-loops") as apart:
+                apart.submit(self._gather.load_loops, window).result()
 
     def batch(self, lane: Lane, number: int, stream: LaneStream) -> tuple[Batch, Callable[[], None]]:
         """A lane's batch of that number, and what its consumer's thread has to call before it is its own."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -176,8 +177,7 @@ class Piece:
     """The batch row at which they begin."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """The rows of one chunk that are in a window."""
 
     chunk: int
@@ -216,8 +216,7 @@ class Lane:
         ends = np.minimum(np.cumsum(self.plan.chunk_rows(chunks)) - self._before(window), high - low).tolist()
         starts = [0, *ends[:-1]]
         skipped = [self._before(window), *[0] * (len(ends) - 1)]
-        parts = zip(chunks.tolist(), skipped, starts, ends, strict=True)
-        return [Part(chunk=chunk, skipped=skip, start=start, stop=stop) for chunk, skip, start, stop in parts]
+        return list(map(Part, chunks.tolist(), skipped, starts, ends))
 
     def _before(self, window: int) -> int:
         """Rows of a window's first chunk that are another lane's."""

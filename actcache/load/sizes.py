@@ -16,6 +16,8 @@ from actcache.spec import StoreSpec
 
 _WINDOWS_PER_EPOCH = 4
 _CHUNKS_THAT_SHUFFLE = 64
+_CHUNKS_ENOUGH = 1024
+"""Of a window; of more of them, which are small then, the first batch would only be later (`benchmarks/resume.py`)."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 GOOD_RATIO = 0.97
 """Distinct sequences in a batch, over what a permutation of all rows would give, from which on a shuffle is good."""
@@ -72,7 +74,7 @@ def sized(plan: Plan, spec: StoreSpec, most_chunks: int) -> Plan:
     if plan.wanted is not None:  # chunks have fewer rows each, so more of them are needed
         n_chunks = plan.n_chunks
         that_shuffle = -(-_CHUNKS_THAT_SHUFFLE * plan.rows_per_chunk * n_chunks // plan.n_rows)
-    several = max(that_shuffle, -(-n_chunks // (_WINDOWS_PER_EPOCH * plan.lanes)))
+    several = max(that_shuffle, min(_CHUNKS_ENOUGH, -(-n_chunks // (_WINDOWS_PER_EPOCH * plan.lanes))))
     found = replace(plan, chunks_per_window=min(most_chunks, several))
     for n_windows in range(-(-chunks_of_lane(plan) // several) - 1, 0, -1):
         wider = -(-chunks_of_lane(plan) // n_windows)

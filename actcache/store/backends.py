@@ -21,6 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from io import FileIO
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -191,8 +192,8 @@ class FileBackend:
         descriptor = self._open(key)
         if descriptor is None:
             return None
-        with os.fdopen(descriptor, "rb") as file:
-            return memoryview(file.read())
+        with FileIO(descriptor) as file:  # no buffer: most objects are small, and each is read once
+            return memoryview(file.readall())
 
     def _open(self, key: str) -> int | None:
         """The descriptor of a file; None when there is none. A folder is none, nor a pipe, which would make us wait."""
