@@ -74,7 +74,7 @@ def parts(data: Data, codec: str, folder: Path) -> list[tuple[str, float]]:
 
     def encode() -> None:
         for start in starts:
-            compressor.encode(rows[start : start + len(chunk)])
+            compressor.compress(rows[start : start + len(chunk)].view(np.uint8), rows.itemsize)
 
     def checksum() -> None:
         for payload in payloads:

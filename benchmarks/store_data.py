@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from actcache.spec import Site, StoreSpec, TokenBlocks
 from actcache.store import codecs
 from actcache.store.sizes import default_sizes
+from actcache.store.steps import Compressor
 
 SITES = ["blocks.*.hook_resid_mid", "blocks.*.hook_resid_post"]
 _BATCH_SEQUENCES = 32
@@ -69,8 +70,13 @@ def of_shard(data: Data, spec: StoreSpec, site: str, shard: int) -> NDArray[np.u
     return data.rows[site][rows.start : rows.stop]
 
 
-def compressor_of(spec: StoreSpec) -> Any:
-    """The preset's one compressor, as numcodecs itself offers it."""
-    step: Any = codecs.chain_of(spec.sites[0].codec).compressors[0]
+def compressor_of(spec: StoreSpec) -> Compressor:
+    """The preset's one compressor, as the store calls it."""
+    return codecs.chain_of(spec.sites[0].codec).compressors[0]
+
+
+def expander_of(spec: StoreSpec) -> Any:
+    """What expands its frames, as numcodecs itself offers it."""
+    step: Any = compressor_of(spec)
     shuffle = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}[step.shuffle]
     return numcodecs.Blosc(cname=step.cname, clevel=step.clevel, shuffle=shuffle, blocksize=step.blocksize)
