@@ -13,6 +13,7 @@ ActcacheError
 │   ├── StoreIncompleteError           not sealed yet
 │   └── StoreBusyError                 somebody else is writing it
 ├── CorruptShardError(OSError)         what is on disk is not what was written
+├── AuditError(ValueError)             what is stored is not what the model computes
 ├── StorageFullError(OSError)          no room; the same command continues once there is
 ├── ClusterError(RuntimeError)         workers cannot be reached, or die or fail at the same work again and again
 ├── ServingError(ConnectionError)      the server of batches is not there, refuses, or is gone
@@ -22,6 +23,9 @@ ActcacheError
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 
 class ActcacheError(Exception):
@@ -78,6 +82,15 @@ class StoreBusyError(StoreError):
 
 class CorruptShardError(ActcacheError, OSError):
     """What is on disk is not what was written; never answered with zeros or guesses."""
+
+
+class AuditError(ActcacheError, ValueError):
+    """What is stored is not what the model computes, as far as an audit has looked."""
+
+    def __init__(self, message: str, entry: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.entry = dict(entry or {})
+        """What the store's provenance keeps of the audit, JSON-able."""
 
 
 class StorageFullError(ActcacheError, OSError):

@@ -111,6 +111,41 @@ def digest_of(value: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Meaning:
+    """What the name of a site stands for in its model: enough to find the same value again without this package.
+
+    Equal meanings are equal values for the same model and tokens; a store is only continued under the same meaning.
+    """
+
+    module: str
+    """Path of a module in the plain model (empty for the model itself); with `transformer_lens`, a hook name of it."""
+    side: Literal["in", "out"] = "out"
+    """The module's first argument, or its output (of a tuple the first element; of named fields `logits`, or the first
+    tensor)."""
+    call: int = 0
+    """Of a module that runs several times in one forward pass, which of its runs, from 1 on; 0 where it runs once."""
+    transformer_lens: str = ""
+    """Version of transformer-lens, where only its instrumented model has the value; empty for a plain module."""
+
+    def __post_init__(self) -> None:
+        texts = isinstance(self.module, str) and isinstance(self.transformer_lens, str)
+        if not texts or self.side not in ("in", "out") or type(self.call) is not int or self.call < 0:
+            raise ConfigError(f"no meaning of a site: {self!r}")
+
+    def __str__(self) -> str:
+        if self.transformer_lens:
+            return f"hook {self.module} of transformer-lens {self.transformer_lens}"
+        module = f"module {self.module}" if self.module else "the whole model"
+        run = f", run {self.call} of several in one pass" if self.call else ""
+        return f"{module}, {'input' if self.side == 'in' else 'output'}{run}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form without what is not said; `Meaning(**plain)` is the inverse."""
+        optional = {"call": self.call, "transformer_lens": self.transformer_lens}
+        return {"module": self.module, "side": self.side, **{key: value for key, value in optional.items() if value}}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Site:
     """A place in the base model whose activations are kept."""
 
@@ -124,6 +159,8 @@ class Site:
     """Why `auto` chose that codec; empty when it was given."""
     feature_exponents: tuple[int, ...] = ()
     """Of a quantised site: powers of two, one a feature, that outlying features are divided by first; or empty."""
+    meaning: Meaning | None = None
+    """What the name stands for in the model; None for a store that does not say (imported, or of an early version)."""
 
     def __post_init__(self) -> None:
         self._check_name()
@@ -157,6 +194,18 @@ class Site:
     def width(self) -> int:
         """D, the number of values a row holds."""
         return math.prod(self.shape)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form, the inverse of `from_dict`; a store that does not say what a name means stays as it is."""
+        plain = {**asdict(self), "meaning": self.meaning and self.meaning.to_dict()}
+        return plain if self.meaning else {key: value for key, value in plain.items() if key != "meaning"}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Site:
+        """The site that `to_dict` wrote."""
+        tuples = {name: tuple(plain[name]) for name in ("shape", "feature_exponents")}
+        meaning = plain.get("meaning")
+        return cls(**{**plain, **tuples, "meaning": meaning and Meaning(**meaning)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -267,14 +316,13 @@ class StoreSpec:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, the inverse of `from_dict`."""
         plain = {name: getattr(self, name) for name in self.__slots__}
-        plain["sites"] = [asdict(site) for site in self.sites]
+        plain["sites"] = [site.to_dict() for site in self.sites]
         return json.loads(json.dumps(plain, default=dict))  # type: ignore[no-any-return]  # loads is untyped
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> StoreSpec:
         """The spec that `to_dict` wrote."""
-        tuples = ("shape", "feature_exponents")
-        sites = tuple(Site(**{**site, **{name: tuple(site[name]) for name in tuples}}) for site in plain["sites"])
+        sites = tuple(Site.from_dict(site) for site in plain["sites"])
         return cls(**{**plain, "sites": sites})
 
 
