@@ -11,6 +11,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from actcache.auditing import Audit as Audit
+    from actcache.auditing import audit as audit
     from actcache.errors import ActcacheError as ActcacheError
     from actcache.evaluate import reconstruction as reconstruction
     from actcache.evaluate import spliced_loss as spliced_loss
@@ -52,6 +54,7 @@ __version__ = "0.1.0"
 
 _ROOMS = {
     "ActcacheError": "errors",
+    "Audit": "auditing",
     "Context": "store",
     "Loader": "load",
     "LoaderStats": "load",
@@ -64,6 +67,7 @@ _ROOMS = {
     "TrainConfig": "train",
     "Trainer": "train",
     "add_sites": "extraction",
+    "audit": "auditing",
     "delete_sites": "store",
     "export": "store",
     "export_saelens": "exchange",
@@ -91,6 +95,7 @@ _ROOMS = {
 
 __all__ = [
     "ActcacheError",
+    "Audit",
     "Context",
     "Loader",
     "LoaderStats",
@@ -103,6 +108,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "add_sites",
+    "audit",
     "delete_sites",
     "export",
     "export_saelens",

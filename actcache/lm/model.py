@@ -84,6 +84,16 @@ class LanguageModel:
         return id_table(self._forward, self.module, self.device)
 
     @property
+    def autocast(self) -> torch.dtype | None:
+        """The type that forward passes are cast to on the fly; None: none."""
+        return self._autocast
+
+    @property
+    def spliced(self) -> bool:
+        """Whether a splice is in force."""
+        return bool(self._splices)
+
+    @property
     def quantization(self) -> str | None:
         """How the weights are stored, if not in a floating-point type: `bitsandbytes-8bit`, ..."""
         return quantization_of(self.module)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from actcache.errors import ConfigError
 from actcache.memory import Scratch
 from actcache.store.filters import FILTERS, SERIALIZERS, Filter, Pcodec, Transpose
-from actcache.store.quantise import dequantise_rows, feature_exponents, quantise_rows
+from actcache.store.quantise import dequantise_rows, feature_exponents, largest_rounding, quantise_rows
 from actcache.store.steps import COMPRESSORS, DAMAGE, Blosc, Compressor, PlanesBlosc, Shuffle, Zstd, configuration
 
 __all__ = [
@@ -99,6 +99,18 @@ class Chain:
         if self.serializer is not None:
             words["serializer"] = _metadata(self.serializer, dtypes[-1])
         return words
+
+    def largest_error(self, values: NDArray[np.float64], exponents: NDArray[Any] | None = None) -> NDArray[np.float64]:
+        """`(n, D)` the most by which storing may change each of some finite values `(n, D)`; zeros if it is lossless.
+
+        `exponents` are a quantised site's powers of two, one a feature.
+        """
+        error = np.zeros(values.shape)
+        if self.quantised:
+            error += largest_rounding(values, exponents)
+        for step in self.filters:
+            error += step.largest_error(values)
+        return error
 
     def encode(self, chunk: NDArray[Any]) -> tuple[Any, int]:
         """Encode one C-contiguous chunk; the payload (bytes-like) and its crc32c, which is stored right behind it.

@@ -41,6 +41,9 @@ class Filter(Protocol):
     def backward(self, encoded: NDArray[Any], out: NDArray[Any]) -> None:
         """Decode flat values into the C-contiguous `out`."""
 
+    def largest_error(self, values: NDArray[np.float64]) -> NDArray[np.float64] | float:
+        """The most that it changes each of some values by; 0 if it is lossless."""
+
 
 def _check_kind(step: Any, stored: np.dtype[Any], kinds: str) -> None:
     if stored.kind not in kinds:
@@ -90,6 +93,10 @@ class Delta:
         """See `Filter`."""
         np.add.accumulate(encoded, out=out.reshape(-1), dtype=out.dtype)
 
+    def largest_error(self, values: NDArray[np.float64]) -> float:
+        """See `Filter`."""
+        return 0.0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Transpose:
@@ -118,6 +125,10 @@ class Transpose:
         """See `Filter`."""
         turned = out.transpose(self.order)
         turned[...] = encoded.reshape(turned.shape)
+
+    def largest_error(self, values: NDArray[np.float64]) -> float:
+        """See `Filter`."""
+        return 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,6 +160,10 @@ class BitRound:
     def backward(self, encoded: NDArray[Any], out: NDArray[Any]) -> None:
         """See `Filter`."""
         out.reshape(-1)[:] = encoded
+
+    def largest_error(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """See `Filter`."""
+        return np.abs(values) * 2.0 ** -(self.keepbits + 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,6 +197,10 @@ class Quantize:
     def backward(self, encoded: NDArray[Any], out: NDArray[Any]) -> None:
         """See `Filter`."""
         out.reshape(-1)[:] = encoded
+
+    def largest_error(self, values: NDArray[np.float64]) -> float:
+        """See `Filter`."""
+        return 0.5 * 10.0**-self.digits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,6 +249,11 @@ class FixedScaleOffset:
         """See `Filter`."""
         with np.errstate(over="ignore", invalid="ignore"):
             out.reshape(-1)[:] = self._codec(out.dtype).decode(encoded)
+
+    def largest_error(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """See `Filter`. The offset is added and taken off in the stored dtype, which rounds it."""
+        rounding = np.finfo(np.float16 if self.dtype == "<f2" else np.float32).eps * abs(self.offset)
+        return np.full(values.shape, 0.5 / abs(self.scale) + 2 * rounding)
 
     def _codec(self, stored: np.dtype[Any]) -> Any:
         return NumcodecsFixedScaleOffset(self.offset, self.scale, stored, self.encoded_dtype(stored))

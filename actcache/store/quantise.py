@@ -24,6 +24,8 @@ LEVELS = 127
 _MAX_EXPONENT = 60
 NAN_SCALE = 0x7FC0
 """Bits of the bfloat16 that marks a row with values that are not finite."""
+_ROUNDED_UP = 1 + 2.0**-7
+"""By how much a scale may grow when it is rounded up to a bfloat16."""
 _BLOCK_VALUES = 1 << 15
 _UNSIGNED: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype("<u2"),
@@ -125,6 +127,13 @@ def dequantise_rows(
             bits += ((bits >> 16) & 1) + 0x7FFF
             bits >>= 16
             np.copyto(out[rows], bits, casting="unsafe")
+
+
+def largest_rounding(values: NDArray[np.float64], exponents: NDArray[Any] | None = None) -> NDArray[np.float64]:
+    """`(R, D)` the most that quantising changes each of some finite values `(R, D)`: half a step of its row."""
+    grow = np.ldexp(1.0, np.zeros(values.shape[1], int) if exponents is None else exponents.astype(int))
+    scales = np.abs(values / grow).max(axis=1, initial=0.0) / LEVELS * _ROUNDED_UP
+    return np.asarray(scales[:, None] / 2 * grow)
 
 
 def _scales(floats: NDArray[np.float32], magnitudes: NDArray[np.uint32]) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -1,0 +1,273 @@
+"""Run an audit: over a store that is there, or over what an extraction has just made, before it is sealed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from actcache.auditing.compare import Difference, FloatRows, likely_reasons, row_errors, say_lengths, tolerance_of
+from actcache.auditing.draw import StoredSequence, draw_sequences, stored_sequences
+from actcache.auditing.reference import Reference
+from actcache.auditing.result import Audit, SiteAudit, describe_site
+from actcache.errors import AuditError, ConfigError, SiteError, StoreIncompleteError, StoreMismatchError
+from actcache.lm import LanguageModel
+from actcache.spec import Meaning, Progress, Site, check_positive, expand_names
+from actcache.store import Store, open_store
+
+_FEWEST, _MOST, _ONE_OF = 4, 32, 300
+"""The audit that ends an extraction looks at one sequence of so many: alone, each takes about three times as long as in
+a batch, so that it is about a hundredth of the run."""
+_DECIDING = ("weights", "dtype", "autocast", "quantization")
+"""What of a model's identity decides values."""
+
+
+def audit(
+    store: Store | str | Path,
+    lm: LanguageModel,
+    n_sequences: int = 8,
+    seed: int = 0,
+    *,
+    sites: Sequence[str] | str = "*",
+    progress: Progress | None = None,
+) -> Audit:
+    """Hold rows of a store against what its model computes for their tokens.
+
+    Sequences are drawn over all shards, each is run alone, at its own length, through the whole plain model, and every
+    row that the store has of it is compared with what passes the module that the site's name stands for. A name that
+    only the instrumented model of transformer-lens has is compared with that model, once its logits and block outputs
+    have been seen to equal the plain model's for the same tokens.
+
+    Args:
+        store: a store, or where it lies; of an unfinished one the committed shards are looked at.
+        lm: the model that it was made from, opened as it was then (dtype, autocast).
+        n_sequences: sequences to look at.
+        seed: which ones: the same number and seed draw the same sequences.
+        sites: names or patterns of the sites to look at.
+        progress: called with (sequences done, sequences in all).
+
+    Returns:
+        One row a site: the largest error of a row relative to its norm, the tolerance (which follows from the dtypes
+        and the codec), the worst row, and what the values were compared with. `audit.sound` says whether all is well.
+
+    Raises:
+        StoreMismatchError: the store is of another model. SiteError: a pattern matches nothing. StoreIncompleteError:
+        no shard is there yet. CorruptShardError: the store is damaged. ConfigError: `n_sequences` is not positive.
+
+    Example:
+        >>> import actcache as ac
+        >>> lm = ac.load_lm("stories-4l")
+        >>> blocks = ac.token_blocks(ac.read_texts("stories-corpus"), lm.tokenizer, length=32, count=16)
+        >>> store = ac.extract(lm, blocks, ["blocks.2.hook_mlp_out"], "acts.zarr", audit=False)
+        >>> found = ac.audit(store, lm)
+        >>> found.sound, found.sites[0].n_rows
+        (True, 248)
+    """
+    check_positive("audit", n_sequences=n_sequences)
+    store = store if isinstance(store, Store) else open_store(store)
+    names = expand_names([sites] if isinstance(sites, str) else list(sites), store.sites)
+    return _audit(store, lm, names, n_sequences, seed, None, progress or _untold)
+
+
+def small_audit_size(n_sequences: int) -> int:
+    """Sequences that the audit at the end of an extraction of so many looks at."""
+    return min(n_sequences, _MOST, max(_FEWEST, n_sequences // _ONE_OF))
+
+
+def check_before_sealing(
+    lm: LanguageModel, of: str, sites: Sequence[str], sequences: range | None = None
+) -> Callable[[Store], Mapping[str, Any]]:
+    """A check for `StoreWriter.finish`: a small audit of what was made, whose result goes into the provenance.
+
+    Args:
+        lm: the model.
+        of: what made it: `extract`, `extend`, `add_sites`.
+        sites: which sites were made; empty for all.
+        sequences: which sequences were made; by default all.
+    """
+
+    def check(store: Store) -> Mapping[str, Any]:
+        n = len(sequences) if sequences is not None else store.spec.n_sequences
+        found = _audit(store, lm, list(sites) or store.sites, small_audit_size(n), 0, sequences, _untold)
+        entry = found.to_entry(of)
+        if not found.sound:
+            raise AuditError(_failure(found), entry)
+        return entry
+
+    return check
+
+
+def _failure(found: Audit) -> str:
+    lines = "\n  ".join(describe_site(site).removeprefix("FAIL ") for site in found.failed)
+    return (
+        f"{found.path} is not what {found.model} computes, as an audit of {len(found.sequences)} sequences shows:\n"
+        f"  {lines}\n"
+        "nothing was deleted, and the store was not sealed; if the difference is meant to be, the same command with "
+        "--no-audit (audit=False) seals it"
+    )
+
+
+@dataclass(slots=True)
+class _Line:
+    """What is known of a site so far."""
+
+    site: Site
+    tolerance: float
+    n_rows: int = 0
+    error: float = 0.0
+    worst: Mapping[str, int] | None = None
+    reasons: list[str] = field(default_factory=list)
+    sound_lengths: list[int] = field(default_factory=list)
+    failed_lengths: list[int] = field(default_factory=list)
+
+    def take(self, errors: np.ndarray, sequence: StoredSequence) -> bool:
+        """Count a sequence's rows in; whether all of them are within the tolerance."""
+        self.n_rows += len(errors)
+        sound = bool((errors <= self.tolerance).all())
+        (self.sound_lengths if sound else self.failed_lengths).append(len(sequence.ids))
+        worst = int(errors.argmax())
+        if self.worst is None or errors[worst] > self.error:
+            self.error, position = float(errors[worst]), int(sequence.positions[worst])
+            token = int(sequence.ids[position])
+            self.worst = {"sequence": sequence.sequence, "position": position, "token": token}
+        return sound
+
+
+def _audit(
+    store: Store,
+    lm: LanguageModel,
+    names: Sequence[str],
+    n_sequences: int,
+    seed: int,
+    within: range | None,
+    progress: Progress,
+) -> Audit:
+    _check_model(store, lm)
+    reference = Reference(lm, _meanings(store, lm, names))
+    drawn = draw_sequences(store, n_sequences, seed, within)
+    n_drawn = sum(len(sequences) for _, sequences in drawn)
+    if not n_drawn:
+        raise StoreIncompleteError(f"{store.path} has no rows yet that could be looked at; finish 'actcache extract'")
+    lines = {name: _Line(store.spec.site(name), tolerance_of(lm, store.spec, store.spec.site(name))) for name in names}
+    done: list[int] = []
+    for shard, sequences in drawn:
+        there = list(stored_sequences(store, shard, sequences))
+        stored = {name: _stored(store, name, there) for name in names}
+        for number, sequence in enumerate(there):
+            _compare(store, reference, lines, sequence, {name: stored[name][number] for name in names})
+            done.append(sequence.sequence)
+            progress(len(done), n_drawn)
+    for line in lines.values():
+        line.reasons += say_lengths(line.failed_lengths, line.sound_lengths)
+    return Audit(
+        path=store.path,
+        sites=tuple(_site_audit(name, line, reference) for name, line in lines.items()),
+        sequences=tuple(done),
+        seed=seed,
+        model=lm.name,
+        dtype=str(lm.autocast or lm.dtype).removeprefix("torch."),
+        device=str(lm.device),
+    )
+
+
+def _compare(
+    store: Store,
+    reference: Reference,
+    lines: Mapping[str, _Line],
+    sequence: StoredSequence,
+    stored: Mapping[str, FloatRows],
+) -> None:
+    found = reference.values(sequence.ids)
+    model = {name: _as_wide(store, name, rows) for name, rows in found.items() if not isinstance(rows, str)}
+    for name, line in lines.items():
+        rows, problem = model.get(name), found[name]
+        if rows is None or rows.shape[1] != line.site.width:
+            shape = "" if rows is None else f"it has {rows.shape[1]} values a token, the site has {line.site.width}"
+            line.take(np.full(len(sequence.rows), np.inf), sequence)
+            line.reasons = line.reasons or [problem if isinstance(problem, str) else shape]
+            continue
+        errors = row_errors(store.spec, line.site, rows[sequence.positions], stored[name])
+        if not line.take(errors, sequence) and not line.reasons:
+            same = {n: r for n, r in model.items() if r.shape == rows.shape}
+            difference = Difference(
+                spec=store.spec,
+                site=line.site,
+                tolerance=line.tolerance,
+                stored=stored[name],
+                positions=sequence.positions,
+                model=same,
+            )
+            line.reasons = likely_reasons(difference)
+
+
+def _as_wide(store: Store, name: str, rows: FloatRows) -> FloatRows:
+    """A pattern's rows with as many keys as the store's: behind the end of a shorter sequence there is no weight."""
+    site, length = store.spec.site(name), store.spec.sequence_length
+    n_heads, n_keys = site.shape[0], len(rows)
+    is_pattern = site.shape[1:] == (length,) and rows.shape[1] == n_heads * n_keys
+    if not is_pattern or n_keys == length:
+        return rows
+    fill = 0.0 if np.isfinite(rows).all() else -np.inf
+    wide = np.full((len(rows), n_heads, length), fill)
+    wide[:, :, :n_keys] = rows.reshape(len(rows), n_heads, n_keys)
+    return wide.reshape(len(rows), -1)
+
+
+def _stored(store: Store, name: str, sequences: Sequence[StoredSequence]) -> list[FloatRows]:
+    """`(n, D)` of each of some sequences of one shard, whose chunks are read once."""
+    values = store.read(name, np.concatenate([s.rows for s in sequences])).to(torch.float64).numpy()
+    return np.split(values, np.cumsum([len(s.rows) for s in sequences])[:-1])
+
+
+def _site_audit(name: str, line: _Line, reference: Reference) -> SiteAudit:
+    generic = "the model, a library under it, or what the name stands for has changed since the rows were made"
+    failed = line.error > line.tolerance
+    return SiteAudit(
+        site=name,
+        reference=reference.describe(name),
+        n_rows=line.n_rows,
+        max_relative_error=line.error,
+        tolerance=line.tolerance,
+        worst=line.worst,
+        reasons=tuple(line.reasons or ([generic] if failed else [])),
+    )
+
+
+def _meanings(store: Store, lm: LanguageModel, names: Sequence[str]) -> dict[str, Meaning]:
+    """What the store says each name stands for; where it does not say, what the model says today.
+
+    Raises:
+        SiteError: the model does not know a name that the store says nothing of.
+    """
+    meanings = {}
+    for name in names:
+        said = store.spec.site(name).meaning
+        if said is None:
+            said = lm.resolve([name], length=store.spec.sequence_length)[0].site.meaning
+        if said is None:
+            raise SiteError(f"neither {store.path} nor {lm.name} says what {name} stands for")
+        meanings[name] = said
+    return meanings
+
+
+def _check_model(store: Store, lm: LanguageModel) -> None:
+    if lm.spliced:
+        raise ConfigError(f"a splice is in force in {lm.name}: leave it before the audit")
+    made_by, mine = store.spec.model, lm.identity
+    differences = [
+        f"{key}: the store has {made_by[key]!r}, {lm.name} {mine.get(key)!r}"
+        for key in _DECIDING
+        if key in made_by and made_by[key] != mine.get(key)
+    ]
+    if differences:
+        raise StoreMismatchError(
+            f"{store.path} was not made from {lm.name} as it was opened here:\n  " + "\n  ".join(differences)
+        )
+
+
+def _untold(done: int, total: int) -> None:
+    """Nobody wants to know."""
