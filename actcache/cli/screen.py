@@ -109,7 +109,7 @@ class Screen:
 def results_table(layers: Sequence[Metrics]) -> Table:
     """One line a sparse MLP: losses, share recovered, L0, FVU, dead latents."""
     headings = ("layer", "clean", "zero-ablated", "spliced", "loss recovered", "L0", "FVU", "dead")
-    table = _table(headings)
+    table = empty_table(headings)
     for row in layers:
         losses = [formats.decimals(row.get(key)) for key in ("clean", "zero_ablated", "spliced")]
         recovered = f"[bold]{formats.percent(row.get('loss_recovered'))}[/]"
@@ -120,7 +120,7 @@ def results_table(layers: Sequence[Metrics]) -> Table:
 
 def stages_table(stages: Mapping[str, Metrics]) -> Table:
     """One line a stage: seconds and speeds."""
-    table = _table(("stage", "time", "speed"), left=("stage", "speed"))
+    table = empty_table(("stage", "time", "speed"), left=("stage", "speed"))
     for name, stage in stages.items():
         made = stage.get("made_in_s")
         note = f" [dim](reused{f', made in {formats.duration(made)}' if made else ''})[/]" if stage["reused"] else ""
@@ -137,7 +137,7 @@ def sites_table(sites: Mapping[str, Metrics]) -> RenderableType:
     tables = []
     for left_out in ((), ("codec", "of raw")):
         headings = [heading for heading in _SITE_HEADINGS if heading not in left_out]
-        table = _table(headings, left=("site", "codec"))
+        table = empty_table(headings, left=("site", "codec"))
         for line in lines:
             table.add_row(*(line[heading] for heading in headings))
         tables.append(table)
@@ -190,7 +190,8 @@ def store_lines(info: Metrics) -> Table:
         ("size", size),
         *_model_lines(spec["model"]),
         *_text_lines(spec),
-        ("made with", _listed(info["provenance"])),
+        ("made with", _listed({key: value for key, value in info["provenance"].items() if key != "audits"})),
+        *(("audit", line) for line in formats.audit_lines(info["provenance"])),
         ("fingerprint", info["fingerprint"] or "(when it is sealed)"),
     ]
     table = Table.grid(padding=(0, 2))
@@ -254,7 +255,8 @@ def error_text(message: str, *, json: bool = False) -> str:
     return event_line("error", message=message) if json else f"error: {message}"
 
 
-def _table(headings: Sequence[str], *, left: Sequence[str] = ()) -> Table:
+def empty_table(headings: Sequence[str], *, left: Sequence[str] = ()) -> Table:
+    """A table of the house style; columns are right-aligned but for those in `left`."""
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
     for heading in headings:
         # Where a terminal is too narrow, the names in the first column go on below themselves: numbers are never cut.

@@ -35,6 +35,7 @@ def extract(
     batch_sequences: Batch = None,
     part: str | None = None,
     dask: str | None = None,
+    no_audit: Flag = False,
     json: Flag = False,
 ) -> int:
     """Run the model over a text once and keep its activations in a store. Run again, it goes on where it stopped.
@@ -67,6 +68,9 @@ def extract(
     dask
         `local:N` for N processes of this machine, or the address of a dask scheduler (`tcp://host:8786`), whose workers
         then make the store.
+    no_audit
+        Seal the store without the small audit that holds some of its rows against the plain model (see "actcache
+        audit"). A store whose audit has failed is sealed by this alone.
     json
         Print one JSON object on stdout; events, one JSON object a line, go to stderr.
     """
@@ -88,6 +92,7 @@ def extract(
             "sequences_per_shard": sequences_per_shard,
             "rows_per_chunk": rows_per_chunk,
             "batch_sequences": batch_sequences,
+            "audit": not no_audit,
         }
         blocks = text.blocks(lm.tokenizer, screen)
         settings["watch"] = screen.watch("Extract activations")
@@ -110,6 +115,7 @@ def extend(
     model: Annotated[ModelOptions | None, Flat] = None,
     text: Annotated[TextOptions | None, Flat] = None,
     batch_sequences: Batch = None,
+    no_audit: Flag = False,
     json: Flag = False,
 ) -> int:
     """Append sequences to a store. Use --skip-documents, so that they are not those that it has.
@@ -120,6 +126,8 @@ def extend(
         A finished store, or one that is being extended with the same text.
     batch_sequences
         As for "actcache extract".
+    no_audit
+        As for "actcache extract".
     json
         Print one JSON object on stdout; progress stays on stderr.
     """
@@ -129,7 +137,7 @@ def extend(
         lm = (model or ModelOptions()).load()
         blocks = (text or TextOptions()).blocks(lm.tokenizer, screen)
         watch = screen.watch("Extract activations")
-        grown = extend_store(lm, store, blocks, batch_sequences=batch_sequences, watch=watch)
+        grown = extend_store(lm, store, blocks, batch_sequences=batch_sequences, audit=not no_audit, watch=watch)
         show_store(screen, grown.info())
     return 0
 
@@ -142,6 +150,7 @@ def add_sites(
     model: Annotated[ModelOptions | None, Flat] = None,
     codec: Strings = ("lossless",),  # type: ignore[assignment]
     batch_sequences: Batch = None,
+    no_audit: Flag = False,
     json: Flag = False,
 ) -> int:
     """Add sites to a store: the model runs over the store's own tokens once more, and only the new sites are kept.
@@ -156,6 +165,8 @@ def add_sites(
         As for "actcache extract".
     batch_sequences
         As for "actcache extract".
+    no_audit
+        As for "actcache extract".
     json
         Print one JSON object on stdout; progress stays on stderr.
     """
@@ -163,8 +174,9 @@ def add_sites(
 
     with Screen(json=json) as screen:
         lm = (model or ModelOptions()).load()
-        watch, codecs = screen.watch("Extract activations"), codecs_by_pattern(codec)
-        grown = add(lm, store, sites, codec=codecs, batch_sequences=batch_sequences, watch=watch)
+        settings: dict[str, Any] = {"codec": codecs_by_pattern(codec), "batch_sequences": batch_sequences}
+        watch = screen.watch("Extract activations")
+        grown = add(lm, store, sites, **settings, audit=not no_audit, watch=watch)
         show_store(screen, grown.info())
     return 0
 

@@ -15,13 +15,14 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from actcache.auditing import check_before_sealing
 from actcache.cluster.connect import Say, check_installed, connected, local_workers, model_threads
 from actcache.cluster.sums import Sums
 from actcache.cluster.worker import Report, Task, make_shards, where
 from actcache.errors import ActcacheError, ClusterError, ConfigError, StoreBusyError
 from actcache.extraction import begin
 from actcache.spec import TokenBlocks, Watch
-from actcache.store import Store, StoreWriter, open_store
+from actcache.store import Check, Store, StoreWriter, open_store
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -48,6 +49,7 @@ def extract_on_cluster(
     cluster: str | Client,
     threads: int | None = None,
     batch_sequences: Any = None,
+    audit: bool = True,
     watch: Watch | None = None,
     say: Say | None = None,
     **settings: Any,
@@ -65,6 +67,7 @@ def extract_on_cluster(
         cluster: `local:N` for N processes of this machine, a scheduler's address (`tcp://host:8786`), or a client.
         threads: encoding threads of each worker; by default its share of its machine's cores.
         batch_sequences: as for `extract`; `auto` is found out here, on the driver.
+        audit: whoever seals the store audits it first, as `extract` does.
         watch: called with a `Status` of all workers together, about twice a second.
         say: called with sentences for the user, such as where the dashboard is.
         settings: `codec`, `dtype`, `skip_first`, `seed`, `sequences_per_shard`, `rows_per_chunk`, as for `extract`.
@@ -99,9 +102,10 @@ def extract_on_cluster(
             threads=threads,
             model_threads=n_model_threads,
             workers_per_machine=1,
+            audit=audit,
         )
         Driver(client, task, watch or _unwatched).run()
-    return sealed(place)
+    return sealed(place, check_before_sealing(lm, "extract") if audit else None)
 
 
 class Driver:
@@ -257,17 +261,18 @@ def _next_group(left: deque[int], n_workers: int) -> tuple[int, ...]:
     return tuple(group)
 
 
-def sealed(path: str) -> Store:
-    """The finished store, sealed if the worker that made the last shard has not done so.
+def sealed(path: str, check: Check | None) -> Store:
+    """The finished store, sealed after this check if the worker that made the last shard has not done so.
 
     Raises:
+        AuditError: what the check raised.
         StoreBusyError: somebody else is still at work in it.
     """
     give_up_at = monotonic() + _PATIENCE_S
     store = open_store(path)
     while not store.sealed:
         with StoreWriter(path, store.spec, None, shared=True) as writer:
-            store = writer.finish()
+            store = writer.finish(check)
         if not store.sealed:
             if monotonic() > give_up_at:
                 raise StoreBusyError(

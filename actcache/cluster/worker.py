@@ -54,6 +54,8 @@ class Task:
     """Threads of the forward pass; None for as many as the worker was started with."""
     workers_per_machine: int
     """Most worker processes that share a machine."""
+    audit: bool
+    """Whether the worker that seals the store audits it first."""
 
 
 def make_shards(task: Task) -> Report:
@@ -102,6 +104,7 @@ def _fill(task: Task, worker: Worker, reporter: Reporter) -> None:
         task.shards,
         batch_sequences=task.batch_sequences,
         threads=task.threads or max(1, CPU_COUNT // task.workers_per_machine),
+        audit=task.audit,
         watch=reporter,
     )
 

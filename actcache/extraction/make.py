@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actcache.auditing import check_before_sealing
 from actcache.errors import ConfigError, StoreMismatchError
 from actcache.extraction.run import Run, tokens_in, tokens_of
 from actcache.extraction.settle import (
@@ -22,7 +23,7 @@ from actcache.extraction.settle import (
 )
 from actcache.extraction.sink import pinned_for
 from actcache.spec import Dtype, Progress, StoreSpec, TokenBlocks, Watch
-from actcache.store import Store, StoreWriter, open_store
+from actcache.store import Check, Store, StoreWriter, open_store
 
 if TYPE_CHECKING:
     from actcache.lm import LanguageModel
@@ -43,6 +44,7 @@ def extract(
     batch_sequences: BatchSequences | None = None,
     threads: int | None = None,
     part: tuple[int, int] | None = None,
+    audit: bool = True,
     progress: Progress | None = None,
     watch: Watch | None = None,
 ) -> Store:
@@ -67,10 +69,13 @@ def extract(
         part: `(i, n)`, to make only part i of n (from 1 on) of the shards, while other processes, here or on other
             machines, make the others with the same call. Whoever comes last seals the store; before that, the store
             that is returned is not sealed.
+        audit: end with a small audit of what was made (see `actcache.audit`): a hundredth of the run, four sequences at
+            least. If it fails, nothing is deleted and the store is not sealed; without it the store is sealed.
         progress: called with (sequences done, sequences in all) after each forward pass.
         watch: called with a `Status` after each forward pass: speeds, queue, statistics.
 
     Raises:
+        AuditError: what is stored is not what the model computes for its tokens; the message says where and why.
         SiteError: a pattern matches nothing. ConfigError: sizes do not fit together. NotAStoreError: `path` holds
         something else. StoreMismatchError: `path` holds a store of another model, text or spec. StoreBusyError: another
         process is writing it. StorageFullError: no room; make some and call again.
@@ -98,6 +103,7 @@ def extract(
         tokens=tokens_of(blocks, writer),
         batch_sequences=batch,
         shards=None if part is None else range(part[0] - 1, writer.spec.n_shards, part[1]),
+        check=_check(audit, lm, "extract"),
         progress=progress,
         watch=watch,
     )()
@@ -130,6 +136,7 @@ def fill(
     *,
     batch_sequences: int | None = None,
     threads: int | None = None,
+    audit: bool = True,
     watch: Watch | None = None,
 ) -> Store:
     """Make some shards of a store that exists, from the tokens that lie in it, as one of several processes.
@@ -143,7 +150,15 @@ def fill(
     store = open_store(path)
     batch = batch_size(batch_sequences, path, lambda: 0)
     writer = _writer(lm, path, replace(store.spec, model=lm.identity), None, batch, threads, shared=True)
-    return Run(lm=lm, writer=writer, tokens=tokens_in(store), batch_sequences=batch, shards=list(shards), watch=watch)()
+    return Run(
+        lm=lm,
+        writer=writer,
+        tokens=tokens_in(store),
+        batch_sequences=batch,
+        shards=list(shards),
+        check=_check(audit, lm, "extract"),
+        watch=watch,
+    )()
 
 
 def extend(
@@ -153,13 +168,15 @@ def extend(
     *,
     batch_sequences: BatchSequences | None = None,
     threads: int | None = None,
+    audit: bool = True,
     progress: Progress | None = None,
     watch: Watch | None = None,
 ) -> Store:
     """Append sequences to a store: afterwards it is what one extraction of all of them would have written.
 
     Until its last shard is made again (if that was not full), the store stays readable as it was. Called again with the
-    same `more` after an interruption, it goes on; after it is done, nothing happens.
+    same `more` after an interruption, it goes on; after it is done, nothing happens. It ends with a small audit of the
+    new sequences, as `extract` does.
 
     Raises:
         StoreMismatchError: another model, or sequences of another length. The others are those of `extract`.
@@ -180,8 +197,9 @@ def extend(
     resolved = lm.resolve(store.sites, length=spec.sequence_length)
     batch = batch_size(batch_sequences, path, lambda: fastest_batch(lm, resolved, blocks))
     writer = _writer(lm, path, spec, blocks, batch, threads, grow=True)
+    new = range(spec.n_sequences - more.n_sequences, spec.n_sequences)
     run = Run(lm=lm, writer=writer, tokens=tokens_of(blocks, writer), batch_sequences=batch)
-    return replace(run, progress=progress, watch=watch)()
+    return replace(run, check=_check(audit, lm, "extend", sequences=new), progress=progress, watch=watch)()
 
 
 def add_sites(
@@ -192,12 +210,14 @@ def add_sites(
     codec: str | Mapping[str, str] = "lossless",
     batch_sequences: BatchSequences | None = None,
     threads: int | None = None,
+    audit: bool = True,
     progress: Progress | None = None,
     watch: Watch | None = None,
 ) -> Store:
     """Add sites to the rows that a store has; only those are computed, and until they are all there it stays as it was.
 
     The row table of every shard is held against the store's own, so that the new activations belong to the same tokens.
+    It ends with a small audit of the new sites, as `extract` does.
 
     Raises:
         StoreMismatchError: another model. The others are those of `extract`.
@@ -210,8 +230,15 @@ def add_sites(
     spec = replace(spec, model=lm.identity, sites=(*spec.sites, *sites))
     batch = batch_size(batch_sequences, path, lambda: fastest_batch(lm, new, blocks))
     writer = _writer(lm, path, spec, blocks, batch, threads, grow=True)
+    check = _check(audit, lm, "add_sites", sites=[site.name for site in sites])
     run = Run(lm=lm, writer=writer, tokens=tokens_of(blocks, writer), batch_sequences=batch)
-    return replace(run, kept_rows=store.kept_rows, progress=progress, watch=watch)()
+    return replace(run, kept_rows=store.kept_rows, check=check, progress=progress, watch=watch)()
+
+
+def _check(
+    audit: bool, lm: LanguageModel, of: str, sites: Sequence[str] = (), sequences: range | None = None
+) -> Check | None:
+    return check_before_sealing(lm, of, sites, sequences) if audit else None
 
 
 def _begin(

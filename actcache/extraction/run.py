@@ -13,7 +13,7 @@ from actcache.extraction.follow import Follower
 from actcache.extraction.sink import Sink
 from actcache.memory import keep_freed_memory
 from actcache.spec import Progress, TokenBlocks, Watch, lengths_of
-from actcache.store import Store, StoreWriter
+from actcache.store import Check, Store, StoreWriter
 
 if TYPE_CHECKING:
     from actcache.lm import LanguageModel
@@ -34,6 +34,8 @@ class Run:
     """The only shards to make; by default all that are missing."""
     kept_rows: Callable[[int], NDArray[np.bool_] | None] = lambda shard: None
     """Of a shard: the only rows to keep, for sites that are added to rows that were chosen before."""
+    check: Check | None = None
+    """Looks at the complete store before it is sealed."""
     progress: Progress | None = None
     watch: Watch | None = None
 
@@ -43,7 +45,7 @@ class Run:
         try:
             with self.writer as writer:
                 self._make_shards()
-                return writer.finish()
+                return writer.finish(self.check)
         except KeyboardInterrupt as interrupt:
             # Now that the writer is closed: what was under way when the interrupt came is on disk, too.
             interrupt.add_note(self._where_it_stands())

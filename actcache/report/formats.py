@@ -75,3 +75,29 @@ def rates(stage: Mapping[str, Any]) -> list[str]:
     units = (("tokens_per_s", "tokens/s"), ("rows_per_s", "rows/s"))
     found = [f"{stage[key]:,.0f} {unit}" for key, unit in units if stage.get(key)]
     return [*found, f"{size(stage['bytes_per_s'])}/s"] if stage.get("bytes_per_s") else found
+
+
+def audit_lines(provenance: Mapping[str, Any]) -> list[str]:
+    """What a store's provenance says of its audits, a line each: `sound after extract: 4 sequences, ...`."""
+    audits = provenance.get("audits")
+    if not isinstance(audits, list):
+        return []
+    return [_audit_line(entry) for entry in audits if isinstance(entry, Mapping)]
+
+
+def _audit_line(entry: Mapping[str, Any]) -> str:
+    found = entry.get("sites")
+    sites = {n: s for n, s in found.items() if isinstance(s, Mapping)} if isinstance(found, Mapping) else {}
+    of, looked_at = plain(entry.get("of")), f"{plain(entry.get('n_sequences'))} sequences at {len(sites)} sites"
+    failed = [name for name, site in sites.items() if site.get("sound") is not True]
+    if entry.get("sound") is True and not failed:
+        return f"sound after {of}: {looked_at} are what the model computes"
+    if not failed:
+        return f"FAILED after {of}: {looked_at}"
+    worst = sites[failed[0]]
+    reasons = worst.get("reasons")
+    reason = f", {reasons[0]}" if isinstance(reasons, list) and reasons else ""
+    error = worst.get("max_relative_error")
+    off = "not to be compared" if error is None else f"off by {plain(error)}, {plain(worst.get('tolerance'))} allowed"
+    more = f", and {len(failed) - 1} sites more" if len(failed) > 1 else ""
+    return f"FAILED after {of}: {failed[0]} is {off}{reason}{more}"

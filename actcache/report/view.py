@@ -106,6 +106,7 @@ def facts(metrics: Metrics) -> list[dict[str, Any]]:
         "codec": metrics.get("store", {}).get("codec"),
         **{name: spec.get(name) for name in ("dtype", "n_sequences", "sequence_length", "skip_first", "seed")},
         "shards": metrics.get("store", {}).get("n_shards"),
+        "audit": "; ".join(formats.audit_lines(metrics.get("store", {}).get("provenance", {}))) or None,
     }
     machine = {**metrics.get("machine", {})}
     if "memory_bytes" in machine:

@@ -8,12 +8,14 @@ from actcache.store.grow import delete_sites
 from actcache.store.objects import Objects, unlock
 from actcache.store.reader import Store, open_store
 from actcache.store.rows import RowFilter
+from actcache.store.seal import Check
 from actcache.store.stats import SiteStats
 from actcache.store.verify import Fault, repair, verify
 from actcache.store.writer import StoreWriter
 
 __all__ = [
     "PRESETS",
+    "Check",
     "Context",
     "Fault",
     "Objects",
