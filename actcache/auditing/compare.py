@@ -21,31 +21,49 @@ from actcache.store.codecs import chain_of
 FloatRows = NDArray[np.float64]
 """`(n, D)`."""
 
-_COMPUTED = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+_COMPUTED = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
 """What one sequence alone may differ by from the same sequence in a batch, where kernels add in another order."""
-_COMPUTED_8_BIT = 0.1
 _COMPUTED_TF32 = 1e-2
+_MARGIN = 3.0
+"""Where rounding is coarse it is measured, on the sequences that are looked at; other batches may round worse."""
 _STORED = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 """Largest relative error of rounding to nearest in each dtype."""
 _SMALLEST_HALF_STEP_OF_FLOAT16 = 2.0**-25
 _SHORT_ROW = 0.01
+_MOST_PAIRS = 1 << 22
+"""Of a stored row and a position of the model, that are compared to find out where rows come from."""
 
 
 def computed_tolerance(lm: LanguageModel) -> float:
-    """The relative error that the arithmetic of this model is allowed."""
-    if lm.quantization:
-        return _COMPUTED_8_BIT
-    found = max(_COMPUTED[lm.dtype], _COMPUTED[lm.autocast or lm.dtype])
+    """The relative error that the arithmetic of this model is allowed at least."""
+    packed = any(not weight.is_floating_point() for weight in lm.module.parameters())
+    coarse = _COMPUTED[torch.bfloat16]
+    found = max(coarse if packed else 0.0, _COMPUTED.get(lm.autocast or lm.dtype, coarse))
     reduced = lm.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
     return max(found, _COMPUTED_TF32) if reduced else found
 
 
-def tolerance_of(lm: LanguageModel, spec: StoreSpec, site: Site) -> float:
+def rounds_coarsely(lm: LanguageModel) -> bool:
+    """Whether rounding adds up to so much from layer to layer that it has to be measured."""
+    return computed_tolerance(lm) > _COMPUTED[torch.float32]
+
+
+def tolerance_of(lm: LanguageModel, spec: StoreSpec, site: Site, measured: float = 0.0) -> float:
     """The relative error that a row of a site is allowed: that of the model's arithmetic, and of rounding to store it.
 
-    A quantised value is rounded twice: before it is quantised, and when it is read.
+    A quantised value is rounded twice: before it is quantised, and when it is read. `measured` is the largest error of
+    a row of the same model from one batch to another.
     """
-    return computed_tolerance(lm) + _STORED[spec.dtype] * (2 if chain_of(site.codec).quantised else 1)
+    stored = _STORED[spec.dtype] * (2 if chain_of(site.codec).quantised else 1)
+    return stored + max(computed_tolerance(lm), _MARGIN * measured)
+
+
+def relative_errors(model: FloatRows, other: FloatRows, allowed: NDArray[np.float64] | float = 0.0) -> FloatRows:
+    """`(n,)` relative difference of rows, with what each value is allowed taken off; of finite values."""
+    excess = np.linalg.norm(np.maximum(np.abs(other - model) - allowed, 0), axis=1)
+    lengths = np.linalg.norm(model, axis=1)
+    lengths = np.maximum(lengths, _SHORT_ROW * np.median(lengths)) if len(lengths) else lengths
+    return np.asarray(np.divide(excess, lengths, out=np.where(excess > 0, np.inf, 0.0), where=lengths > 0))
 
 
 def row_errors(spec: StoreSpec, site: Site, model: FloatRows, stored: FloatRows) -> NDArray[np.float64]:
@@ -57,10 +75,7 @@ def row_errors(spec: StoreSpec, site: Site, model: FloatRows, stored: FloatRows)
     model, stored = np.where(finite, model, 0.0), np.where(finite, stored, 0.0)
     allowed = chain.largest_error(model, exponents)
     allowed = allowed + (_SMALLEST_HALF_STEP_OF_FLOAT16 if spec.dtype == "float16" else 0.0)
-    excess = np.linalg.norm(np.maximum(np.abs(stored - model) - allowed, 0), axis=1)
-    lengths = np.linalg.norm(model, axis=1)
-    lengths = np.maximum(lengths, _SHORT_ROW * np.median(lengths)) if len(lengths) else lengths
-    errors = np.divide(excess, lengths, out=np.where(excess > 0, np.inf, 0.0), where=lengths > 0)
+    errors = relative_errors(model, stored, allowed)
     return np.where(alike, errors, np.inf)
 
 
@@ -105,8 +120,9 @@ def _of_other_rows(d: Difference) -> Iterator[str]:
         if _fits(d, model[d.positions[there] + shift], d.stored[there]):
             yield f"the rows are those of the token {where} their own"
             return
-    if len(model) * len(d.stored) <= 1 << 22 and d.site.width and np.isfinite(model).all():
-        squared = (model**2).sum(1)[None] - 2 * np.nan_to_num(d.stored) @ model.T
+    finite = np.isfinite(model).all() and np.isfinite(d.stored).all()
+    if finite and len(model) * len(d.stored) <= _MOST_PAIRS:
+        squared = (model**2).sum(axis=1)[None] - 2 * d.stored @ model.T
         if _fits(d, model[squared.argmin(axis=1)], d.stored):
             yield "the rows are those of other tokens of the same sequence"
 

@@ -61,9 +61,13 @@ class Reference:
         meaning = self.meanings[name]
         return f"instrumented model, {meaning}" if meaning.transformer_lens else f"plain model, {meaning}"
 
-    def values(self, ids: NDArray[np.uint32]) -> dict[str, FloatRows | str]:
-        """`(T, D)` values of every site for the `(T,)` tokens, or for what reason there are none."""
-        found = self._run(ids)
+    def values(self, ids: NDArray[np.uint32], n_copies: int = 1) -> dict[str, FloatRows | str]:
+        """`(T, D)` values of every site for the `(T,)` tokens, or for what reason there are none.
+
+        With `n_copies`, those of the last of so many copies of the sequence in one batch: what differs from the values
+        of the sequence alone is rounding.
+        """
+        found = self._run(ids, n_copies)
         if self._axes is None:
             self._axes = self._find_axes(ids, found)
         return {name: self._as_rows(name, value, len(ids)) for name, value in found.items()}
@@ -88,20 +92,21 @@ class Reference:
             return f"its value has the shape {tuple(value.shape)} for {n_tokens} tokens: no axis follows the tokens"
         return value.movedim(axis, 0).reshape(n_tokens, -1).to("cpu", torch.float64).numpy()
 
-    def _run(self, ids: NDArray[np.uint32]) -> dict[str, Tensor | str]:
-        tokens = torch.from_numpy(ids.astype(np.int64))[None].to(self.lm.device)
+    def _run(self, ids: NDArray[np.uint32], n_copies: int = 1) -> dict[str, Tensor | str]:
+        tokens = torch.from_numpy(ids.astype(np.int64)).to(self.lm.device).repeat(n_copies, 1)
         hooks = {name: m for name, m in self.meanings.items() if m.transformer_lens}
-        if self.lm.kind == "transformer_lens":
-            return self._of_hooks(hooks, self._run_instrumented(tokens, hooks)[1])
-        blocks = self._block_paths() if hooks else {}
         plain = {name: m for name, m in self.meanings.items() if not m.transformer_lens}
-        output, watched = self._run_plain(tokens, [*plain.values(), *(Meaning(module=p) for p in blocks.values())])
-        found = {name: _value_of(watched, meaning, tokens) for name, meaning in plain.items()}
-        if not hooks:
-            return found
-        logits, cache = self._run_instrumented(tokens, hooks)
-        problem = self._difference(output, watched, logits, cache, blocks)
-        return {**found, **(dict.fromkeys(hooks, problem) if problem else self._of_hooks(hooks, cache))}
+        is_plain = self.lm.kind != "transformer_lens"
+        blocks = self._block_paths() if hooks and is_plain else {}
+        found: dict[str, Tensor | str] = {}
+        if plain or is_plain:
+            output, watched = self._run_plain(tokens, [*plain.values(), *(Meaning(module=p) for p in blocks.values())])
+            found |= {name: _value_of(watched, meaning, tokens) for name, meaning in plain.items()}
+        if hooks:
+            logits, cache = self._run_instrumented(tokens, hooks)
+            problem = self._difference(output, watched, logits, cache, blocks) if is_plain else ""
+            found |= dict.fromkeys(hooks, problem) if problem else self._of_hooks(hooks, cache)
+        return {name: _last_copy(value, n_copies, len(ids)) for name, value in found.items()}
 
     # The plain model
 
@@ -217,6 +222,15 @@ def _value_of(watched: _Watched, meaning: Meaning, tokens: Tensor) -> Tensor | s
     if not isinstance(value, Tensor):
         return f"its value is a {type(value).__name__}, not a tensor"
     return _fed_otherwise(watched, moment, tokens) or value
+
+
+def _last_copy(value: Tensor | str, n_copies: int, n_tokens: int) -> Tensor | str:
+    """The last sequence's part of a value of a batch; one that the sequences share is that of each."""
+    if isinstance(value, str) or n_copies == 1 or not value.ndim:
+        return value
+    if value.shape[0] == n_copies * n_tokens:
+        return value[-n_tokens:]
+    return value[-1:] if value.shape[0] == n_copies else value
 
 
 def _fed_otherwise(watched: _Watched, moment: int, tokens: Tensor) -> str:
