@@ -32,9 +32,12 @@ class StoredSequence:
 
 
 def draw_sequences(
-    store: Store, n_sequences: int, seed: int, within: range | None = None
+    store: Store, n_sequences: int, seed: int, within: range | None = None, *, one_shard_of: int = 1
 ) -> list[tuple[int, list[int]]]:
     """`(shard, sequences)` of at most `n_sequences` sequences that have rows; `within` limits them.
+
+    Rows are shuffled within a shard, so whoever reads a sequence reads most of its shard; `one_shard_of` so many is
+    read, at least one.
 
     The same store, number and seed give the same sequences.
     """
@@ -43,7 +46,7 @@ def draw_sequences(
     shards = [s for s in store.committed if set(spec.shard_sequences(s)) & set(within)]
     if not shards:
         return []
-    n_looked_at = min(len(shards), n_sequences)
+    n_looked_at = min(-(-len(shards) // one_shard_of), n_sequences)
     edges = np.linspace(0, len(shards), n_looked_at + 1).astype(int)
     chosen = [shards[int(rng.integers(a, b))] for a, b in pairwise(edges.tolist())]
     share = np.diff(np.linspace(0, n_sequences, n_looked_at + 1).astype(int)).tolist()

@@ -28,9 +28,9 @@ from actcache.lm import LanguageModel
 from actcache.spec import Meaning, Progress, Site, check_positive, expand_names
 from actcache.store import Store, open_store
 
-_FEWEST, _MOST, _ONE_OF = 4, 32, 300
-"""The audit that ends an extraction looks at one sequence of so many: alone, each takes about three times as long as in
-a batch, so that it is about a hundredth of the run."""
+_FEWEST, _MOST, _ONE_OF, _ONE_SHARD_OF = 4, 32, 300, 4
+"""The audit that ends an extraction looks at one sequence of 300, in one shard of 4. A sequence alone takes about three
+times as long as in a batch, and reading a shard a thirtieth of making it: together a hundredth or two of the run."""
 _COPIES = 4
 """Of a sequence, in the batch that shows how coarsely the model rounds."""
 _DECIDING = ("weights", "dtype", "autocast", "quantization")
@@ -81,7 +81,7 @@ def audit(
     check_positive("audit", n_sequences=n_sequences)
     store = store if isinstance(store, Store) else open_store(store)
     names = expand_names([sites] if isinstance(sites, str) else list(sites), store.sites)
-    found = _audit(store, lm, names, n_sequences, seed, None, progress or _untold)
+    found = _audit(store, lm, names, draw_sequences(store, n_sequences, seed), seed, progress or _untold)
     if not found.sequences:
         raise StoreIncompleteError(f"{store.path} has no rows yet that could be looked at; finish 'actcache extract'")
     return found
@@ -106,7 +106,8 @@ def check_before_sealing(
 
     def check(store: Store) -> Mapping[str, Any]:
         n = len(sequences) if sequences is not None else store.spec.n_sequences
-        found = _audit(store, lm, list(sites) or store.sites, small_audit_size(n), 0, sequences, _untold)
+        drawn = draw_sequences(store, small_audit_size(n), 0, sequences, one_shard_of=_ONE_SHARD_OF)
+        found = _audit(store, lm, list(sites) or store.sites, drawn, 0, _untold)
         entry = found.to_entry(of)
         if not found.sound:
             raise AuditError(_failure(found), entry)
@@ -163,14 +164,12 @@ def _audit(
     store: Store,
     lm: LanguageModel,
     names: Sequence[str],
-    n_sequences: int,
+    drawn: Sequence[tuple[int, list[int]]],
     seed: int,
-    within: range | None,
     progress: Progress,
 ) -> Audit:
     _check_model(store, lm)
     reference = Reference(lm, _meanings(store, lm, names))
-    drawn = draw_sequences(store, n_sequences, seed, within)
     n_drawn = sum(len(sequences) for _, sequences in drawn)
     lines = {name: _Line(store.spec.site(name)) for name in names}
     done: list[int] = []
