@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import actcache as ac
 from actcache.auditing import small_audit_size
-from actcache.auditing.draw import draw_sequences
+from actcache.auditing.draw import draw_cheaply, draw_sequences, stored_sequences
 from actcache.cli import main
 from actcache.errors import AuditError, ConfigError, SiteError, StoreIncompleteError, StoreMismatchError
 from actcache.lm import LanguageModel
@@ -258,15 +258,25 @@ def test_rows_of_a_model_that_reads_other_tokens_than_the_store_says_are_found(t
 def test_sequences_are_drawn_over_all_shards_and_the_same_again(tmp_path: Path) -> None:
     store = extracted(open_small(), tmp_path, blocks=blocks_of(40, unequal=True), sequences_per_shard=5)
     drawn = draw_sequences(store, 8, 0)
-    assert [shard for shard, _ in drawn] == list(range(8))
+    assert [entry.shard for entry in drawn] == list(range(8))
     assert drawn == draw_sequences(store, 8, 0) != draw_sequences(store, 8, 1)
     everything = draw_sequences(store, 100, 0)
-    assert sorted(s for _, sequences in everything for s in sequences) == list(range(40))
-    assert all(20 <= s < 30 for _, sequences in draw_sequences(store, 4, 0, range(20, 30)) for s in sequences)
+    assert sorted(s for entry in everything for s in entry.sequences) == list(range(40))
+    assert all(20 <= s < 30 for entry in draw_sequences(store, 4, 0, range(20, 30)) for s in entry.sequences)
     lengths = blocks_of(40, unequal=True).lengths(range(40))
-    three_each = draw_sequences(store, 24, 0)
-    for shard, sequences in three_each:
-        assert lengths[sequences].min() == lengths[list(store.spec.shard_sequences(shard))].min()
+    for entry in draw_sequences(store, 24, 0):
+        assert lengths[entry.sequences].min() == lengths[list(store.spec.shard_sequences(entry.shard))].min()
+
+
+def test_a_small_audit_reads_some_shards_whole_and_a_little_of_every_other(tmp_path: Path) -> None:
+    store = extracted(open_small(), tmp_path, blocks=blocks_of(40), sequences_per_shard=5, rows_per_chunk=11)
+    drawn = draw_cheaply(store, 4, None, one_shard_of=4, most_shards=32)
+    assert sorted(entry.shard for entry in drawn) == list(range(8))
+    assert [len(entry.sequences) for entry in drawn if entry.chunk is None] == [2, 2]
+    for entry in drawn:
+        (first, *_) = list(stored_sequences(store, entry))
+        assert 0 < len(first.rows) <= 11
+        assert (entry.chunk is None) == (len(first.rows) == 11)
 
 
 def test_a_small_audit_is_a_hundredth_of_the_run() -> None:

@@ -31,27 +31,65 @@ class StoredSequence:
     """`(n,)` the position in the sequence that each row belongs to."""
 
 
-def draw_sequences(
-    store: Store, n_sequences: int, seed: int, within: range | None = None, *, one_shard_of: int = 1
-) -> list[tuple[int, list[int]]]:
-    """`(shard, sequences)` of at most `n_sequences` sequences that have rows; `within` limits them.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drawn:
+    """Sequences of one shard to look at."""
 
-    Rows are shuffled within a shard, so whoever reads a sequence reads most of its shard; `one_shard_of` so many is
-    read, at least one.
+    shard: int
+    sequences: list[int]
+    chunk: int | None = None
+    """The only chunk of the shard whose rows are looked at; None for every row that the sequences have."""
+
+
+def draw_sequences(store: Store, n_sequences: int, seed: int, within: range | None = None) -> list[Drawn]:
+    """At most `n_sequences` sequences that have rows, of as many shards as possible; `within` limits them.
 
     The same store, number and seed give the same sequences.
     """
-    spec, rng = store.spec, np.random.default_rng(seed)
-    within = within or range(spec.n_sequences)
-    shards = [s for s in store.committed if set(spec.shard_sequences(s)) & set(within)]
-    if not shards:
-        return []
-    n_looked_at = min(-(-len(shards) // one_shard_of), n_sequences)
-    edges = np.linspace(0, len(shards), n_looked_at + 1).astype(int)
-    chosen = [shards[int(rng.integers(a, b))] for a, b in pairwise(edges.tolist())]
-    share = np.diff(np.linspace(0, n_sequences, n_looked_at + 1).astype(int)).tolist()
-    drawn = [(shard, _of_shard(store, shard, n, rng, within)) for shard, n in zip(chosen, share, strict=True)]
-    return [(shard, sequences) for shard, sequences in drawn if sequences]
+    rng, within = np.random.default_rng(seed), within or range(store.spec.n_sequences)
+    chosen = _spread(_shards_within(store, within), n_sequences, rng)
+    share = np.diff(np.linspace(0, n_sequences, len(chosen) + 1).astype(int)).tolist()
+    drawn = [
+        Drawn(shard=shard, sequences=_of_shard(store, shard, n, rng, within))
+        for shard, n in zip(chosen, share, strict=True)
+    ]
+    return [entry for entry in drawn if entry.sequences]
+
+
+def draw_cheaply(
+    store: Store, n_sequences: int, within: range | None, *, one_shard_of: int, most_shards: int
+) -> list[Drawn]:
+    """Sequences of a small audit: all rows of some, and of every other shard one chunk.
+
+    Rows are shuffled within a shard, so reading a sequence reads most of its shard. Therefore only one shard of so many
+    is read whole, for `n_sequences` sequences; of the others, `most_shards` at most, one sequence's rows in one chunk
+    are read: several processes may have made the shards, and not all of them alike.
+    """
+    rng, within = np.random.default_rng(0), within or range(store.spec.n_sequences)
+    shards = _shards_within(store, within)
+    whole = _spread(shards, -(-len(shards) // one_shard_of), rng)
+    share = np.diff(np.linspace(0, n_sequences, len(whole) + 1).astype(int)).tolist()
+    drawn = [
+        Drawn(shard=shard, sequences=_of_shard(store, shard, n, rng, within))
+        for shard, n in zip(whole, share, strict=True)
+    ]
+    for shard in _spread([shard for shard in shards if shard not in whole], most_shards, rng):
+        for sequence in _of_shard(store, shard, 1, rng, within):
+            row = int(np.argmax(store.shard_row_table(shard, ["sequence"])["sequence"] == sequence))
+            drawn.append(Drawn(shard=shard, sequences=[sequence], chunk=row // store.spec.rows_per_chunk))
+    return [entry for entry in drawn if entry.sequences]
+
+
+def _shards_within(store: Store, within: range) -> list[int]:
+    """Committed shards that have some of the sequences."""
+    spans = ((shard, store.spec.shard_sequences(shard)) for shard in store.committed)
+    return [shard for shard, span in spans if span.start < within.stop and within.start < span.stop]
+
+
+def _spread(shards: list[int], n: int, rng: np.random.Generator) -> list[int]:
+    """At most `n` of some shards: one drawn from each of equal stretches."""
+    edges = np.linspace(0, len(shards), min(len(shards), n) + 1).astype(int)
+    return [shards[int(rng.integers(start, stop))] for start, stop in pairwise(edges.tolist())]
 
 
 def _of_shard(store: Store, shard: int, n: int, rng: np.random.Generator, within: range) -> list[int]:
@@ -66,17 +104,20 @@ def _of_shard(store: Store, shard: int, n: int, rng: np.random.Generator, within
     return list(dict.fromkeys([*others[:1], *extremes, *others]))[:n]
 
 
-def stored_sequences(store: Store, shard: int, sequences: list[int]) -> Iterator[StoredSequence]:
-    """The tokens and rows of some sequences of a shard.
+def stored_sequences(store: Store, drawn: Drawn) -> Iterator[StoredSequence]:
+    """The tokens and rows of the sequences that were drawn from a shard.
 
     Raises:
         CorruptShardError: a row is said to belong to another token than its sequence has there.
     """
+    shard = drawn.shard
     table, span = store.shard_row_table(shard), store.spec.shard_sequences(shard)
     ids, documents = store.shard_tokens(shard), store.shard_documents(shard)
     lengths = lengths_of(documents)
-    for sequence in sequences:
+    for sequence in drawn.sequences:
         mine = np.flatnonzero(table["sequence"] == sequence)
+        if drawn.chunk is not None:
+            mine = mine[mine // store.spec.rows_per_chunk == drawn.chunk]
         tokens = ids[sequence - span.start][: lengths[sequence - span.start]]
         positions = table["position"][mine].astype(np.int64)
         if (positions >= len(tokens)).any() or (tokens[positions] != table["token"][mine]).any():

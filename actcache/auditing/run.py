@@ -20,7 +20,7 @@ from actcache.auditing.compare import (
     say_lengths,
     tolerance_of,
 )
-from actcache.auditing.draw import StoredSequence, draw_sequences, stored_sequences
+from actcache.auditing.draw import Drawn, StoredSequence, draw_cheaply, draw_sequences, stored_sequences
 from actcache.auditing.reference import Reference
 from actcache.auditing.result import Audit, SiteAudit, describe_site
 from actcache.errors import AuditError, ConfigError, SiteError, StoreIncompleteError, StoreMismatchError
@@ -29,8 +29,9 @@ from actcache.spec import Meaning, Progress, Site, check_positive, expand_names
 from actcache.store import Store, open_store
 
 _FEWEST, _MOST, _ONE_OF, _ONE_SHARD_OF = 4, 32, 300, 4
-"""The audit that ends an extraction looks at one sequence of 300, in one shard of 4. A sequence alone takes about three
-times as long as in a batch, and reading a shard a thirtieth of making it: together a hundredth or two of the run."""
+"""The audit that ends an extraction looks at one sequence of 300, in one shard of 4, and at some rows of the others. A
+sequence alone takes about three times as long as in a batch, and reading a shard a thirtieth of making it: together a
+hundredth or two of the run."""
 _COPIES = 4
 """Of a sequence, in the batch that shows how coarsely the model rounds."""
 _DECIDING = ("weights", "dtype", "autocast", "quantization")
@@ -106,7 +107,8 @@ def check_before_sealing(
 
     def check(store: Store) -> Mapping[str, Any]:
         n = len(sequences) if sequences is not None else store.spec.n_sequences
-        drawn = draw_sequences(store, small_audit_size(n), 0, sequences, one_shard_of=_ONE_SHARD_OF)
+        size = small_audit_size(n)
+        drawn = draw_cheaply(store, size, sequences, one_shard_of=_ONE_SHARD_OF, most_shards=_MOST)
         found = _audit(store, lm, list(sites) or store.sites, drawn, 0, _untold)
         entry = found.to_entry(of)
         if not found.sound:
@@ -164,17 +166,17 @@ def _audit(
     store: Store,
     lm: LanguageModel,
     names: Sequence[str],
-    drawn: Sequence[tuple[int, list[int]]],
+    drawn: Sequence[Drawn],
     seed: int,
     progress: Progress,
 ) -> Audit:
     _check_model(store, lm)
     reference = Reference(lm, _meanings(store, lm, names))
-    n_drawn = sum(len(sequences) for _, sequences in drawn)
+    n_drawn = sum(len(entry.sequences) for entry in drawn)
     lines = {name: _Line(store.spec.site(name)) for name in names}
     done: list[int] = []
-    for shard, sequences in drawn:
-        there = list(stored_sequences(store, shard, sequences))
+    for entry in drawn:
+        there = list(stored_sequences(store, entry))
         stored = {name: _stored(store, name, there) for name in names}
         for number, sequence in enumerate(there):
             _compare(store, reference, lines, sequence, {name: stored[name][number] for name in names})
