@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actcache.lm.hooks import PATTERN
 from actcache.store import ShardBuffers
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Sink:
 
         `on_batch` is called with sequences and tokens that are done; sequences without rows are no tokens to it.
         """
-        for batch in self._batches(batch_sequences, lm.takes_padding):
+        for batch in self._batches(batch_sequences, lambda longest: lm.takes_padding_to(self._width(sites, longest), sites)):
             batch_sequences = self._capture(lm, sites, ids, batch, min(batch_sequences, len(batch)), batch_sequences)
             on_batch(len(batch), int(self.lengths[batch].sum()))
         without_rows = int((~self._kept_QR.any(axis=1)).sum())
@@ -74,7 +75,7 @@ class Sink:
             stream.synchronize()
         return batch_sequences
 
-    def _batches(self, batch_sequences: int, takes_padding: bool) -> Iterator[NDArray[np.int64]]:
+    def _batches(self, batch_sequences: int, takes_padding: Callable[[int], bool]) -> Iterator[NDArray[np.int64]]:
         """Sequences of the shard that go together: in order if all are equally long, otherwise longest first.
 
         Those without rows to keep are no work. Where padding is not harmless only equal lengths go together.
@@ -83,7 +84,9 @@ class Sink:
         if len(order) and (self.lengths[order] != self.lengths[order[0]]).any():
             order = order[np.argsort(-self.lengths[order], kind="stable")]
         edges = [0, *(np.flatnonzero(np.diff(self.lengths[order])) + 1).tolist(), len(order)]
-        groups = [(0, len(order))] if takes_padding else list(pairwise(edges))
+        groups = list(pairwise(edges))
+        if len(groups) > 1 and takes_padding(int(self.lengths[order[0]])):
+            groups = [(0, len(order))]
         for begin, end in groups:
             for start in range(begin, end, batch_sequences):
                 yield order[start : min(start + batch_sequences, end)]
@@ -116,9 +119,7 @@ class Sink:
         self, lm: LanguageModel, sites: Sequence[ResolvedSite], ids: NDArray[np.uint32], sequences: NDArray[np.int64]
     ) -> None:
         spec, lengths = self.spec, self.lengths[sequences]
-        # A row of an attention pattern is as wide as the store's sequences, whatever the batch's.
-        patterns = any(site.layout == "Q F T K" for site in sites)
-        width = spec.sequence_length if patterns else int(lengths.max())
+        width = self._width(sites, int(lengths.max()))
         padded = bool((lengths != width).any())
         in_order = self._all and sequences[-1] - sequences[0] == len(sequences) - 1
         for name, acts_QTD in lm.capture(ids[sequences, :width], sites, lengths if padded else None).items():
@@ -134,6 +135,10 @@ class Sink:
                 n_kept = int(kept.sum())
                 values = values[:n_kept] if kept[:n_kept].all() else values[_as_mask(kept, values)]
                 self._copy(target[self._starts[sequence] : self._starts[sequence + 1]], values)
+
+    def _width(self, sites: Sequence[ResolvedSite], longest: int) -> int:
+        """Positions of a batch: a row of an attention pattern is as wide as the store's sequences, whatever these."""
+        return self.spec.sequence_length if any(site.layout == PATTERN for site in sites) else longest
 
     def _copy(self, target: Tensor, values: Tensor) -> None:
         """Cast and copy; from a GPU it is done when the stream is."""

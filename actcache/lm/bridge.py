@@ -18,6 +18,7 @@ from torch import nn
 
 from actcache.errors import ConfigError
 from actcache.lm.hooks import Spot
+from actcache.lm.processes import no_processes
 from actcache.stories import StoriesLM
 
 if TYPE_CHECKING:
@@ -49,6 +50,11 @@ def open_bridge(lm: LanguageModel) -> Any:
 
 def native_bridge(module: StoriesLM, tokenizer: Any) -> Opened:
     """A `TransformerBridge.boot_native` of the embedded architecture with equal weights."""
+    with _opening("the embedded architecture"):
+        return _native_bridge(module, tokenizer)
+
+
+def _native_bridge(module: StoriesLM, tokenizer: Any) -> Opened:
     from transformer_lens.config import TransformerBridgeConfig
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -65,10 +71,9 @@ def native_bridge(module: StoriesLM, tokenizer: Any) -> Opened:
         normalization_type=None,
         positional_embedding_type="standard",
     )
-    with _quiet():
-        bridge = TransformerBridge.boot_native(
-            config, tokenizer=_bridge_tokenizer(tokenizer), device=str(weight.device), dtype=weight.dtype
-        )
+    bridge = TransformerBridge.boot_native(
+        config, tokenizer=_bridge_tokenizer(tokenizer), device=str(weight.device), dtype=weight.dtype
+    )
     bridge.load_state_dict(module.state_dict())
     return Opened(bridge.eval(), hook_points(bridge), {})
 
@@ -81,8 +86,13 @@ def hf_bridge(module: nn.Module, tokenizer: Any, name: str) -> Opened:
     A bridge also wants a head. A model without one is given one of zeros, whose names are left out.
 
     Raises:
-        ConfigError: transformer-lens has no architecture for the model.
+        ConfigError: transformer-lens cannot open the model, whatever the reason.
     """
+    with _opening(f"{type(module).__name__} ({name})"):
+        return _hf_bridge(module, tokenizer, name)
+
+
+def _hf_bridge(module: nn.Module, tokenizer: Any, name: str) -> Opened:
     from transformer_lens.model_bridge import TransformerBridge
 
     shell = copy.deepcopy(module, _weights_by_id(module))
@@ -93,18 +103,13 @@ def hf_bridge(module: nn.Module, tokenizer: Any, name: str) -> Opened:
     # A model made from a config does not say its architecture by name.
     config: Any = shell.config
     config.architectures = config.architectures or [type(shell).__name__]
-    try:
-        with _quiet():
-            bridge = TransformerBridge.boot_transformers(
-                name,
-                hf_model=shell,
-                tokenizer=_bridge_tokenizer(tokenizer),
-                device=str(weight.device),
-                dtype=weight.dtype,
-            )
-    except (ValueError, KeyError, AttributeError, NotImplementedError) as error:
-        reason = textwrap.shorten(str(error), 160, placeholder="...")
-        raise ConfigError(f"transformer-lens cannot open {type(module).__name__} ({name}): {reason}") from error
+    bridge = TransformerBridge.boot_transformers(
+        name,
+        hf_model=shell,
+        tokenizer=_bridge_tokenizer(tokenizer),
+        device=str(weight.device),
+        dtype=weight.dtype,
+    )
     return _opened(bridge, originals, head)
 
 
@@ -204,8 +209,17 @@ def _stand_in_tokenizer() -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Opening a bridge warns of aliases that an architecture has no hook for; here a missing name is an error."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _opening(what: str) -> Iterator[None]:
+    """Around opening a bridge: no process is started, and whatever an adapter raises is that it cannot be opened.
+
+    Of some hundred adapters each has its own assumptions, so no list of exceptions is complete. transformer-lens warns
+    of aliases that an architecture has no hook for; here a missing name is an error when it is asked for.
+    """
+    try:
+        with warnings.catch_warnings(), no_processes():
+            warnings.simplefilter("ignore")
+            yield
+    except (Exception, SystemExit) as error:
+        said = str(error) or type(error).__name__
+        reason = said if isinstance(error, ConfigError) else f"transformer-lens cannot open {what}: {said}"
+        raise ConfigError(textwrap.shorten(reason, 240, placeholder="...")) from error

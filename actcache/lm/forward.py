@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from actcache.errors import ConfigError
+from actcache.lm.remembered import Remembered
 
 _LOGITS = ("logits", "log_probs", "log_probabilities")
 """What models call the output that next-token probabilities are computed from."""
@@ -26,9 +28,15 @@ class Forward:
         self._module = module
         self._always = dict(always)
         self.takes_mask = masks and "attention_mask" in inspect.signature(module.forward).parameters
+        # It may have been used before: a single token undoes what longer sequences have done to it.
+        device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
+        with torch.no_grad(), suppress(Exception):  # whatever is raised by a model that wants more than one token
+            module(torch.zeros((1, 1), dtype=torch.int64, device=device), **self._always)
+        self._remembered = Remembered(module)
 
     def __call__(self, tokens: Tensor, mask: Tensor | None = None) -> Any:
-        """The model's output, in its own form."""
+        """The model's output, in its own form, whatever was run before."""
+        self._remembered.prepare(tokens.shape[1])
         if mask is None:
             return self._module(tokens, **self._always)
         return self._module(tokens, attention_mask=mask, **self._always)
@@ -77,13 +85,14 @@ def ignores_what_follows(run: Callable[[Tensor], Any], ids: Tensor, d_vocab: int
     other = ids.clone()
     other[:, n_first:] = (other[:, n_first:] + 1) % d_vocab
     with torch.no_grad():
-        one, two = (_first_tensor(run(tokens)) for tokens in (ids, other))
+        one, two = (first_tensor(run(tokens)) for tokens in (ids, other))
     if one is None or two is None or one.ndim < 3 or one.shape[:2] != ids.shape:
         return False
     return torch.equal(one[:, :n_first], two[:, :n_first])
 
 
-def _first_tensor(output: Any) -> Tensor | None:
+def first_tensor(output: Any) -> Tensor | None:
+    """What a model puts out in the first place: logits, or hidden states."""
     if isinstance(output, Tensor):
         return output
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()

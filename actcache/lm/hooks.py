@@ -6,7 +6,8 @@ Shapes: Q sequences, T positions, D width of a site; `*F` the feature axes that 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from actcache.errors import SiteError
 from actcache.spec import Site
 
 Side = Literal["in", "out"]
@@ -21,14 +23,17 @@ Side = Literal["in", "out"]
 
 SIDES: tuple[Side, ...] = ("in", "out")
 
-Layout = Literal["Q T *F", "1 T *F", "T F", "QT F", "Q F T F", "Q F T K"]
-"""Axes as the model has them: the usual; shared by the sequences (positions), with or without an axis of length one;
-sequences and positions in one axis (routers of experts); heads before positions; attention patterns (`K` keys)."""
+Layout = str
+"""Axes as the model has them, separated by spaces: `Q` and `T`, each exactly once, or `QT` for both in one axis (routers
+of experts); no `Q`, or `1` in its place, where all sequences share the value (positions); `F` a feature axis, `K` the
+keys of attention patterns. The usual one is `Q T F`."""
+
+PATTERN: Layout = "Q F T K"
+"""Attention patterns, whose width is as large as the sequence is long."""
 
 Use = Callable[[Tensor], Tensor | None]
 """What a hook does with the value; a tensor that it returns takes the value's place."""
 
-_HEADS_FIRST = ("Q F T F", "Q F T K")
 _PATTERNS = ("hook_pattern", "hook_attn_scores")
 
 
@@ -39,6 +44,8 @@ class Spot:
     module: nn.Module
     side: Side
     instrumented: bool = False
+    call: int = 0
+    """Of a module that runs several times in one forward pass, which of its runs, from 1 on; 0 where it runs once."""
 
 
 @dataclass(frozen=True)
@@ -50,27 +57,34 @@ class ResolvedSite:
     side: Side
     instrumented: bool
     """Whether it needs the instrumented model; `module` is then a transformer-lens HookPoint."""
-    layout: Layout = "Q T *F"
+    layout: Layout = "Q T F"
     """Axes of the value in the model."""
     overwritten: bool = False
     """Whether the model changes the value in place later in the same forward, so that it must be copied when read."""
+    call: int = 0
+    """As `Spot.call`."""
 
     @property
     def spot(self) -> Spot:
         """Where it is; names with equal spots are aliases of each other."""
-        return Spot(self.module, self.side, self.instrumented)
+        return Spot(self.module, self.side, self.instrumented, self.call)
 
 
 class ForwardStopped(BaseException):
     """Leaves a forward pass from inside a hook; no `Exception`, so that no model code catches it on the way out."""
 
 
-def attach(spot: Spot, use: Use) -> Callable[[], object]:
+def attach(spot: Spot, use: Use, number_of_pass: Callable[[], int] = int) -> Callable[[], object]:
     """Hook a spot; returns the function that takes the hook away again.
+
+    `number_of_pass` tells one forward pass from the next, for a spot that is one of several runs of its module; what is
+    attached for a single pass does not need it.
 
     A HookPoint is hooked through its own method: it converts values to the layout that transformer-lens documents,
     and models ask it whether anybody listens.
     """
+    if spot.call:
+        use = partial(_on_call, use, spot.call, number_of_pass, [])
     if spot.instrumented:
         point: Any = spot.module
         level = id(use)
@@ -79,6 +93,15 @@ def attach(spot: Spot, use: Use) -> Callable[[], object]:
     if spot.side == "in":
         return spot.module.register_forward_pre_hook(partial(_on_input, use), with_kwargs=True).remove
     return spot.module.register_forward_hook(partial(_on_output, use)).remove
+
+
+def _on_call(use: Use, call: int, number_of_pass: Callable[[], int], seen: list[int], value: Tensor) -> Tensor | None:
+    """Use the value of one of the module's runs; `seen` has an entry for each of its runs in this pass."""
+    current = number_of_pass()
+    if seen and seen[0] != current:
+        seen.clear()
+    seen.append(current)
+    return use(value) if len(seen) == call else None
 
 
 def _on_input(use: Use, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -121,50 +144,97 @@ def _on_fields(use: Use, output: Mapping[str, Any]) -> Any:
     return changed
 
 
-def layout_of(name: str, value: Any, n_sequences: int, n_positions: int) -> Layout | None:
-    """The layout of a value seen under a hook name; None when it is no activation (ids, masks, caches)."""
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 2:
-        return None
-    if name.endswith(_PATTERNS):
-        return "Q F T K" if value.ndim == 4 else None
-    layouts: dict[tuple[int, ...], Layout]
-    if value.ndim == 2:
-        layouts = {(n_positions,): "T F", (n_sequences * n_positions,): "QT F"}
-        return layouts.get(value.shape[:1])
-    layouts = {(n_sequences, n_positions): "Q T *F", (1, n_positions): "1 T *F"}
-    heads_first = value.ndim == 4 and value.shape[::2] == (n_sequences, n_positions)
-    return layouts.get(value.shape[:2], "Q F T F" if heads_first else None)
+def is_pattern(name: str) -> bool:
+    """Whether a hook of this name has attention patterns, or scores of the same shape."""
+    return name.endswith(_PATTERNS)
+
+
+def layout_of(
+    pattern: bool, shapes: Sequence[tuple[int, ...]], ids_shapes: Sequence[tuple[int, int]]
+) -> tuple[Layout | None, str]:
+    """The layout of a value (of an attention pattern, or not), by its shapes for two batches of other Q and other T; or None, and why it has none.
+
+    An axis is one of sequences or positions only if it follows their number in both, whatever it may equal in one.
+    """
+    if len({len(shape) for shape in shapes}) > 1:
+        return None, f"has another number of axes for another batch ({_said(shapes, ids_shapes)})"
+    axes, one_position = [_role(sizes, ids_shapes) for sizes in zip(*shapes, strict=True)], ids_shapes[0][1] == 1
+    if pattern:
+        known = axes == ["Q", "F", "T", "T"] or (one_position and axes[0] == "Q" and shapes[0][2:] == (1, 1))
+        return (PATTERN, "") if known else (None, f"is no attention pattern ({_said(shapes, ids_shapes)})")
+    if one_position:
+        axes = _roles_of_one_position(axes, shapes[0])
+    if "Q" not in axes and axes[:2] == ["F", "T"] and shapes[0][0] == 1:
+        axes[0] = "1"
+    layout = " ".join(axes)
+    once = sorted(axis for axis in axes if axis != "F") == ["Q", "T"] and "F" in axes
+    if once or re.fullmatch(r"(1 T|T|QT)( F)+", layout):
+        return layout, ""
+    return None, f"{_why_no_layout(axes)} ({_said(shapes, ids_shapes)})"
+
+
+def _role(sizes: tuple[int, ...], ids_shapes: Sequence[tuple[int, int]]) -> str:
+    """What an axis follows, by its sizes for each batch; `?` for what is neither tokens nor constant."""
+    sequences, positions = zip(*ids_shapes, strict=True)
+    if len(set(sizes)) == 1:
+        return "T" if sizes == positions and sizes[0] > 1 else "F"
+    tokens = tuple(q * t for q, t in ids_shapes)
+    return {tokens: "QT", sequences: "Q", positions: "T"}.get(sizes, "?")
+
+
+def _roles_of_one_position(axes: list[str], shape: tuple[int, ...]) -> list[str]:
+    """For a model of a single position, whose axes of one are all alike: the first that may be it is it."""
+    ones = [i for i, n in enumerate(shape) if n == 1 and i >= min(1, len(shape) - 2)]
+    if ones:
+        return [*axes[: ones[0]], "T", *axes[ones[0] + 1 :]]
+    return ["QT", *axes[1:]] if axes[0] == "Q" else axes
+
+
+def _why_no_layout(axes: list[str]) -> str:
+    if axes.count("T") > 1:
+        return f"has {axes.count('T')} axes that are as long as the sequence"
+    if "?" in axes and not {"T", "QT"} & set(axes):
+        return "is given some of the tokens only, or pieces of them"
+    if not {"T", "QT"} & set(axes):
+        return "has no axis of positions"
+    return "has no axis of features" if "Q" in axes else "has no axis of sequences"
+
+
+def _said(shapes: Sequence[tuple[int, ...]], ids_shapes: Sequence[tuple[int, int]]) -> str:
+    both = zip(shapes, ids_shapes, strict=True)
+    return ", ".join(f"shape {'x'.join(map(str, shape))} for {q}x{t} tokens" for shape, (q, t) in both)
 
 
 def feature_axes(value: Tensor, layout: Layout) -> tuple[int, ...]:
-    """`*F`; of an attention pattern, heads and keys."""
-    if layout in _HEADS_FIRST:
-        return value.shape[1], value.shape[3]
-    return tuple(value.shape[1:] if layout in ("T F", "QT F") else value.shape[2:])
+    """Sizes of the feature axes; of an attention pattern, heads and keys."""
+    return tuple(n for n, axis in zip(value.shape, layout.split(), strict=True) if axis in ("F", "K"))
 
 
 def to_rows(value: Tensor, layout: Layout, ids_shape: tuple[int, int]) -> Tensor:
-    """The value as `(Q, T, D)`: without a copy where possible (always, in the usual layout with one feature axis)."""
-    match layout:
-        case "Q T *F":
-            return value.flatten(2)
-        case "Q F T F" | "Q F T K":
-            return value.transpose(1, 2).flatten(2)
-        case "QT F":
-            return value.view(*ids_shape, -1)
-        case _:
-            return value.expand(*ids_shape, *feature_axes(value, layout)).flatten(2)
+    """The value as `(Q, T, D)`: without a copy where possible (always, in the usual layout with one feature axis).
+
+    Raises:
+        SiteError: the value is not of these sequences and positions, so that no row of it is known to be a token's.
+    """
+    n_sequences, n_positions = ids_shape
+    axes = layout.split()
+    sizes = {"Q": n_sequences, "T": n_positions, "QT": n_sequences * n_positions}
+    if len(axes) != value.ndim or any(sizes.get(axis, n) != n for axis, n in zip(axes, value.shape, strict=True)):
+        raise SiteError(
+            f"its value has shape {tuple(value.shape)} for {n_sequences} sequences of {n_positions} positions, where "
+            f"the axes {layout} were expected: the model does not treat all batches alike"
+        )
+    if axes[0] == "QT":
+        return value.reshape(*ids_shape, -1)
+    if "Q" not in axes:
+        return value.expand(*ids_shape, *feature_axes(value, layout)).flatten(2)
+    return value.movedim((axes.index("Q"), axes.index("T")), (0, 1)).flatten(2)
 
 
 def from_rows(rows: Tensor, like: Tensor, layout: Layout) -> Tensor:
     """`(Q, T, D)` rows in the layout and dtype of the value that they replace."""
-    rows = rows.to(like.dtype)
-    match layout:
-        case "Q F T F" | "Q F T K":
-            return rows.reshape(*rows.shape[:2], like.shape[1], like.shape[3]).transpose(1, 2)
-        case "QT F":
-            return rows.flatten(0, 1)
-        case "T F":
-            return rows
-        case _:
-            return rows.reshape(*rows.shape[:2], *like.shape[2:])
+    axes, rows = layout.split(), rows.to(like.dtype)
+    if axes[0] == "QT":
+        return rows.reshape(like.shape)
+    rows = rows.reshape(*rows.shape[:2], *feature_axes(like, layout))
+    return rows.movedim((0, 1), (axes.index("Q"), axes.index("T"))) if "Q" in axes else rows

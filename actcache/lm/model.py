@@ -18,11 +18,19 @@ from torch import Tensor, nn
 from actcache.errors import ConfigError, SiteError
 from actcache.lm.bridge import is_bare
 from actcache.lm.compiled import CompiledParts
-from actcache.lm.forward import Forward, huggingface_forward, ignores_what_follows, logits_of, padding_mask
+from actcache.lm.forward import (
+    Forward,
+    first_tensor,
+    huggingface_forward,
+    ignores_what_follows,
+    logits_of,
+    padding_mask,
+)
 from actcache.lm.hooks import ForwardStopped, ResolvedSite, attach, from_rows, to_rows
 from actcache.lm.identity import quantization_of, tokenizer_digest, weights_digest
 from actcache.lm.names import Kind, SiteNames, sized
-from actcache.lm.sites import Listed, id_table, survey_ids
+from actcache.lm.padding import Padding
+from actcache.lm.sites import OUTPUT, Listed, id_table, survey_ids
 
 
 class LanguageModel:
@@ -58,6 +66,9 @@ class LanguageModel:
         self._compiled: CompiledParts | None = None
         self._ids_shape = (0, 0)
         self._splices: list[tuple[ResolvedSite, ResolvedSite]] = []
+        self._n_passes = 0
+        self._looking = False
+        self._padding = Padding(self._padded, lambda length: self._survey_ids(length)[0][:1])
 
     def __repr__(self) -> str:
         # Of a plain module d_vocab is found by running it, which is not for looking at it.
@@ -100,11 +111,33 @@ class LanguageModel:
 
     @cached_property
     def takes_padding(self) -> bool:
-        """Whether sequences of unequal length may be padded on the right without changing their own positions.
+        """Whether sequences of unequal length may be padded on the right at all, without changing their own positions.
 
-        So with causal models, and with those that take an attention mask; of a plain module nothing is known.
+        So with causal models, and with those that take an attention mask; of a plain module nothing is known. Whether
+        they may be at a length, is tried there: `takes_padding_to`.
         """
         return self.kind != "module" and (self._forward.takes_mask or self._is_causal)
+
+    def takes_padding_to(self, length: int, sites: Sequence[ResolvedSite] = ()) -> bool:
+        """Whether sequences may be padded to that many tokens without changing their own positions at these sites.
+
+        It is tried, once for a length: some models treat a short sequence differently in a batch with a long one.
+        Without sites it is asked of what the model puts out.
+        """
+        return self.takes_padding and self._padding.is_harmless(length, sites)
+
+    @property
+    def refused_sites(self) -> dict[str, str]:
+        """Names of places where activations pass, but not as rows of tokens, or of unknown meaning; and the reasons."""
+        return self._names.refused
+
+    @property
+    def disagreement(self) -> str:
+        """Where transformer-lens' model, if it is used, computes something else than this one; empty if nowhere.
+
+        Names from there on are not taken from it.
+        """
+        return self._names.disagreement
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -146,14 +179,20 @@ class LanguageModel:
     def resolve(self, patterns: Sequence[str], *, length: int | None = None) -> list[ResolvedSite]:
         """The sites that any of the names or glob patterns match, in the order of the forward pass.
 
-        A pattern takes each place once, under its customary name; an alias written out is taken as it is written.
-        `length` is needed for attention patterns only, whose width is heads x keys.
+        A pattern takes each place once, under its customary name; an alias written out is taken as it is written. Hook
+        names come before module paths, which are names of every model: `model.layers.3.mlp:out`, and where a module
+        runs several times in one pass `...:out@2`. `length` is needed for attention patterns, whose width is heads x
+        keys; the instrumented model, where one is needed, is also compared with the plain one at that length.
 
         Raises:
-            SiteError: a pattern matches nothing; the message names the nearest names.
-            ConfigError: an attention pattern without `length`.
+            SiteError: a pattern matches nothing; the message says why, or names the nearest names. The instrumented
+            model computes something else. ConfigError: an attention pattern without `length`.
         """
-        return [sized(self._names.place(name), length) for name in self._names.matching(patterns)]
+        with self._unspliced():
+            found = [sized(self._names.place(name), length) for name in self._names.matching(patterns)]
+            if length is not None and any(site.instrumented for site in found):
+                self._names.check_instrumented(length)
+        return found
 
     def list_sites(self, patterns: Sequence[str] | None = None, *, length: int | None = None) -> list[Listed]:
         """What can be cached: the sites that the patterns mean, by default every name, aliases included.
@@ -161,7 +200,8 @@ class LanguageModel:
         `length` gives attention patterns their width; by default the model's context, at most 256.
         """
         length = min(self.n_ctx or 256, 256) if length is None else length
-        names = self._names.matching(patterns) if patterns else self.site_names
+        with self._unspliced():
+            names = self._names.matching(patterns) if patterns else self.site_names
         return [self._names.listed(name, length) for name in names]
 
     def capture(
@@ -178,19 +218,8 @@ class LanguageModel:
             SiteError: a site that this forward pass does not reach.
         """
         tokens = self._checked(ids)
-        instrumented = self._choose(any(site.instrumented for site in sites))
-        sites = [self._names.place_in(instrumented, site) for site in {site.site.name: site for site in sites}.values()]
-        mask = self._mask(tokens, lengths)
-        values: dict[str, Tensor] = {}
-        with torch.no_grad(), ExitStack() as attached, suppress(ForwardStopped):
-            for site in sites:
-                attached.callback(attach(site.spot, _taker(site, values, n_wanted=len(sites))))
-            if sites:
-                self._run(tokens, instrumented, mask, sites)
-        missing = [site.site.name for site in sites if site.site.name not in values]
-        if missing:
-            raise SiteError(f"the forward pass did not reach {', '.join(missing)}")
-        return {s.site.name: to_rows(values[s.site.name], s.layout, self._ids_shape) for s in sites}
+        wanted = list({site.site.name: site for site in sites}.values())
+        return self._captured(tokens, wanted, self._mask(tokens, lengths, wanted))
 
     def logits(self, ids: ArrayLike | Tensor, lengths: ArrayLike | Tensor | None = None) -> Tensor:
         """Logits (or log-probabilities) `(Q, T, V)` of `(Q, T)` token ids, with the splices that are in force.
@@ -202,7 +231,7 @@ class LanguageModel:
         if instrumented and is_bare(self.module):
             raise ConfigError(f"{self.name} has no logits: it was loaded without a head; cache its sites")
         with torch.no_grad():
-            return logits_of(self._run(tokens, instrumented, self._mask(tokens, lengths)), self.name)
+            return logits_of(self._run(tokens, instrumented, self._mask(tokens, lengths, ())), self.name)
 
     @contextmanager
     def splice(
@@ -216,18 +245,26 @@ class LanguageModel:
             SiteError: (in the forward pass) `site_in` comes after `site_out`.
             ConfigError: (in the forward pass) the result has another shape than the value that it replaces.
         """
-        both = [s if isinstance(s, ResolvedSite) else self._names.one(s) for s in (site_in, site_out)]
+        with self._unspliced():
+            both = [s if isinstance(s, ResolvedSite) else self._names.one(s) for s in (site_in, site_out)]
         instrumented = self._choose(any(site.instrumented for site in both))
-        source, target = (self._names.place_in(instrumented, site) for site in both)
+        self._forward_of(instrumented)
+        if instrumented and self.disagreement:
+            raise ConfigError(f"cannot splice sites of the instrumented model: {self.disagreement}")
+        source, target = (self._names.in_instrumented(site) if instrumented else site for site in both)
         held: list[Tensor] = []
 
         def read(value: Tensor) -> None:
-            held[:] = [to_rows(value, source.layout, self._ids_shape)]
+            if self._looking:
+                return
+            held[:] = [self._rows(source, value)]
 
-        def write(value: Tensor) -> Tensor:
+        def write(value: Tensor) -> Tensor | None:
+            if self._looking:
+                return None
             if not held:
                 raise SiteError(f"cannot splice: {source.site.name} comes after {target.site.name} in the model")
-            old, new = to_rows(value, target.layout, self._ids_shape), fn(held.pop())
+            old, new = self._rows(target, value), fn(held.pop())
             if new.shape != old.shape:
                 raise ConfigError(
                     f"spliced function: {target.site.name} holds {tuple(old.shape)}, got {tuple(new.shape)}"
@@ -237,8 +274,8 @@ class LanguageModel:
         with ExitStack() as undo:
             self._splices.append((source, target))
             undo.callback(self._splices.pop)
-            undo.callback(attach(source.spot, read))
-            undo.callback(attach(target.spot, write))
+            undo.callback(attach(source.spot, read, lambda: self._n_passes))
+            undo.callback(attach(target.spot, write, lambda: self._n_passes))
             yield
 
     def open_instrumented(self) -> Any:
@@ -262,16 +299,20 @@ class LanguageModel:
     def _names(self) -> SiteNames:
         return SiteNames(self.module, self.kind, self.name, self.tokenizer, lambda: self._forward, self._survey_ids)
 
-    def _survey_ids(self) -> Tensor:
-        n_positions = self._id_table[1] if self.kind == "module" else self.n_ctx
-        return survey_ids(self.d_vocab, n_positions, self.device)
+    def _survey_ids(self, length: int | None = None) -> list[Tensor]:
+        """Batches for a survey: of a few tokens, or of a length."""
+        if length is not None:
+            return survey_ids(self.d_vocab, length, self.device, length)
+        return survey_ids(self.d_vocab, self._id_table[1] if self.kind == "module" else self.n_ctx, self.device)
 
     @cached_property
     def _is_causal(self) -> bool:
         """Whether no position of the output depends on later ones."""
-        return self.kind == "stories" or ignores_what_follows(self._forward, self._survey_ids(), self.d_vocab or 2)
+        return self.kind == "stories" or ignores_what_follows(self._forward, self._survey_ids()[0], self.d_vocab or 2)
 
-    def _mask(self, tokens: Tensor, lengths: ArrayLike | Tensor | None) -> Tensor | None:
+    def _mask(
+        self, tokens: Tensor, lengths: ArrayLike | Tensor | None, sites: Sequence[ResolvedSite]
+    ) -> Tensor | None:
         """The attention mask that sequences of these lengths need; causal models need none, and are faster without."""
         if lengths is None:
             return None
@@ -283,12 +324,15 @@ class LanguageModel:
             )
         if low == tokens.shape[1]:
             return None
-        if not self.takes_padding:
+        if not self.takes_padding_to(tokens.shape[1], sites):
             raise ConfigError(
                 f"sequences of {low} to {top} tokens in a batch of {tokens.shape[1]}, but padding may change what "
                 f"{self.name} computes: give it sequences of equal length"
             )
-        return None if self._is_causal else padding_mask(lengths_Q, tokens.shape[1]).to(self.device)
+        return self._padding_mask(lengths_Q, tokens.shape[1])
+
+    def _padding_mask(self, lengths_Q: Tensor, n_positions: int) -> Tensor | None:
+        return None if self._is_causal else padding_mask(lengths_Q, n_positions).to(self.device)
 
     def _choose(self, instrumented: bool) -> bool:
         """Whether the instrumented model must run: for a site that asks for it, or a splice that is in it."""
@@ -297,14 +341,63 @@ class LanguageModel:
             raise ConfigError("a splice of plain sites is in force: leave it before using instrumented sites")
         return instrumented or any(in_force) or self.kind == "transformer_lens"
 
+    def _captured(
+        self, tokens: Tensor, wanted: Sequence[ResolvedSite], mask: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Plain sites of the plain model, the others of the instrumented one; all of that one where a splice is in it."""
+        in_one = self._choose(any(site.instrumented for site in wanted)) and bool(self._splices)
+        places = [self._names.in_instrumented(site) if in_one else site for site in wanted]
+        values: dict[str, Tensor] = {}
+        for instrumented in (False, True):
+            sites = [site for site in places if site.instrumented == instrumented]
+            if not sites:
+                continue
+            n_wanted = len(values) + len(sites)
+            self._forward_of(instrumented)  # before there are hooks: when it is made, the model runs
+            with torch.no_grad(), ExitStack() as attached, suppress(ForwardStopped):
+                for site in sites:
+                    attached.callback(attach(site.spot, _taker(site, values, n_wanted)))
+                self._run(tokens, instrumented, mask, sites)
+        missing = [site.site.name for site in wanted if site.site.name not in values]
+        if missing:
+            raise SiteError(f"the forward pass did not reach {', '.join(missing)}")
+        return {site.site.name: self._rows(site, values[site.site.name]) for site in places}
+
+    def _padded(self, tokens: Tensor, lengths: Tensor | None, sites: Sequence[ResolvedSite]) -> dict[str, Tensor]:
+        """Values of a batch that is padded, whether that is harmless or not; without sites the model's output."""
+        mask = None if lengths is None else self._padding_mask(lengths, tokens.shape[1])
+        if sites:
+            with self._unspliced():
+                return self._captured(tokens, sites, mask)
+        with torch.no_grad(), self._unspliced():
+            found = first_tensor(self._run(tokens, self._choose(False), mask))
+        return {} if found is None else {OUTPUT: found}
+
+    def _rows(self, site: ResolvedSite, value: Tensor) -> Tensor:
+        try:
+            return to_rows(value, site.layout, self._ids_shape)
+        except SiteError as error:
+            raise SiteError(f"{site.site.name}: {error}") from error
+
+    @contextmanager
+    def _unspliced(self) -> Iterator[None]:
+        """While active, splices leave everything as it is: what is run is run to find something out."""
+        before, self._looking = self._looking, True
+        try:
+            yield
+        finally:
+            self._looking = before
+
+    def _forward_of(self, instrumented: bool) -> Forward:
+        return self._names.instrumented_forward if instrumented else self._forward
+
     def _run(self, tokens: Tensor, instrumented: bool, mask: Tensor | None, sites: Sequence[ResolvedSite] = ()) -> Any:
         self._ids_shape = (tokens.shape[0], tokens.shape[1])
+        self._n_passes += 1
         cast = torch.autocast(self.device.type, self._autocast) if self._autocast else nullcontext()
-        if instrumented:
-            with cast:
-                return self._names.instrumented_forward(tokens, mask)
-        with cast, self._compiled_around(sites):
-            return self._forward(tokens, mask)
+        around = nullcontext() if instrumented else self._compiled_around(sites)
+        with cast, around:
+            return self._forward_of(instrumented)(tokens, mask)
 
     def _compiled_around(self, sites: Sequence[ResolvedSite]) -> AbstractContextManager[None]:
         if self._compiled is None:

@@ -8,20 +8,39 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import cached_property
+from importlib.metadata import version
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from actcache.errors import ConfigError
-from actcache.lm.bridge import Opened, hf_bridge, hook_points, native_bridge
+from actcache.errors import ConfigError, SiteError
+from actcache.lm.bridge import Opened, hf_bridge, hook_points, is_bare, native_bridge
 from actcache.lm.forward import Forward
-from actcache.lm.hooks import ResolvedSite, Spot
+from actcache.lm.hooks import PATTERN, ResolvedSite, Spot
 from actcache.lm.identity import quantization_of
-from actcache.lm.sites import Listed, Seen, agreeing, module_spots, stories_places, stories_spots, survey
-from actcache.spec import Site, expand_names
+from actcache.lm.sites import (
+    OUTPUT,
+    Comparison,
+    Listed,
+    Survey,
+    agreeing,
+    compare,
+    module_spots,
+    outputs_of,
+    stories_places,
+    stories_spots,
+    survey,
+    values_at,
+)
+from actcache.spec import Meaning, Site, expand_names
 
 Kind = Literal["stories", "huggingface", "transformer_lens", "module"]
+Places = dict[str, ResolvedSite | Site]
+
+_QUANTISED = 5e-2
+"""How much a value may change with its batch where outliers of the whole batch are computed apart (8 bits)."""
 
 
 class SiteNames:
@@ -34,32 +53,38 @@ class SiteNames:
         name: str,
         tokenizer: Any | None,
         run: Callable[[], Forward],
-        ids: Callable[[], Tensor],
+        batches: Callable[[int | None], list[Tensor]],
     ) -> None:
+        """`batches`: those of a survey; of a length, if one is given."""
         self._module = module
         self._kind = kind
         self._name = name
         self._tokenizer = tokenizer
         self._run = run
-        self._ids = ids
+        self._batches = batches
+        self._compared_up_to = 0
 
-    @cached_property
-    def places(self) -> dict[str, ResolvedSite | Site]:
+    @property
+    def places(self) -> Places:
         """Every name in order, and where it is; only the site of what the instrumented model knows, not opened yet."""
-        match self._kind:
-            case "stories":
-                return stories_places(self._surveyed(stories_spots(self._module)), self._module)
-            case "huggingface":
-                return {**self._huggingface_places()}
-            case "transformer_lens":
-                return {**self._instrumented}
-            case "module":
-                return {**self._module_places()}
+        return self._found[0]
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Names where activations pass that are not offered, and why."""
+        return self._found[1].refused
 
     @property
     def bridge(self) -> Any:
         """The instrumented model."""
         return self._opened.model
+
+    @property
+    def disagreement(self) -> str:
+        """Where the instrumented model, if one is used, computes something else than the plain one; or empty."""
+        if self._kind == "huggingface":
+            self.places  # noqa: B018  # which compares the two
+        return str(self.__dict__.get("_disagreement", ""))  # of the cached property: looking opens nothing
 
     @cached_property
     def instrumented_forward(self) -> Forward:
@@ -67,68 +92,199 @@ class SiteNames:
         return Forward(self.bridge, {"return_type": "logits"}, masks=True)
 
     def matching(self, patterns: Sequence[str]) -> list[str]:
-        """Names that any pattern means, in order; a pattern takes each place once, a name that is written out stays.
+        """Names that any pattern means; a pattern takes each place once, a name that is written out stays.
+
+        Hook names come first, then module paths, each in the order of the forward pass.
 
         Raises:
-            SiteError: a pattern matches nothing; the message names the nearest names.
+            SiteError: a pattern matches nothing; the message says why not, or names the nearest names.
         """
         patterns = [patterns] if isinstance(patterns, str) else patterns
         wanted = {name for pattern in patterns for name in self._matches(pattern)}
-        return [name for name in self.places if name in wanted]
+        found = [name for name in self.places if name in wanted]
+        return found if len(found) == len(wanted) else found + [n for n in self._module_places if n in wanted - {*found}]
 
     def place(self, name: str) -> ResolvedSite:
-        """Where a name is; opens the instrumented model if only that knows."""
-        place = self.places[name]
-        return place if isinstance(place, ResolvedSite) else self._instrumented[name]
+        """Where a name is; opens the instrumented model if only that knows.
+
+        Raises:
+            SiteError: only the instrumented model knows, and it computes something else than the plain one.
+        """
+        place = self.places.get(name) or self._module_places[name]
+        if isinstance(place, ResolvedSite):
+            return place
+        if self._disagreement and name not in self._compared.trusted:
+            raise SiteError(f"{name} cannot be cached: {self._disagreement}")
+        return self._instrumented_places[name]
 
     def one(self, pattern: str) -> ResolvedSite:
         """The only place that a pattern means."""
-        names = expand_names([pattern], list(self.places))
+        names = self._matches(pattern)
         if len(names) > 1:
             raise ConfigError(f"one site is needed, but {pattern!r} matches {len(names)}: {', '.join(names[:4])}, ...")
         return self.place(names[0])
 
-    def place_in(self, instrumented: bool, site: ResolvedSite) -> ResolvedSite:
-        """The site's place in the model that runs."""
-        if site.instrumented == instrumented:
+    def in_instrumented(self, site: ResolvedSite) -> ResolvedSite:
+        """The site's place in the instrumented model."""
+        if site.instrumented:
             return site
-        return replace(self._instrumented[site.site.name], site=site.site)
+        if site.site.name not in self._instrumented_places:
+            raise ConfigError(f"{site.site.name} is no name of the instrumented model, in which a splice is in force")
+        return replace(self._instrumented_places[site.site.name], site=site.site)
+
+    def check_instrumented(self, length: int) -> None:
+        """Hold the instrumented model against the plain one at a length: attention windows show only behind their end.
+
+        Raises:
+            SiteError: it computes something else there.
+        """
+        if self._kind == "transformer_lens" or length <= self._compared_up_to:
+            return
+        ids, both = self._batches(length)[0][:1], outputs_of(self._candidates.seen, self._instrumented.seen)
+        plain, instrumented = ({name: seen[name].place for name in both} for seen in (self._candidates.seen, self._instrumented.seen))
+        found = compare(values_at(self._run(), plain, ids), values_at(self.instrumented_forward, instrumented, ids))
+        if found.first:
+            raise SiteError(
+                f"sites of the instrumented model cannot be cached: {self._said(found)}, for sequences of {length} tokens"
+            )
+        self._compared_up_to = length
 
     def listed(self, name: str, length: int) -> Listed:
         """What a name offers, without opening the instrumented model."""
-        place = self.places[name]
+        place = self.places.get(name) or self._module_places[name]
         if isinstance(place, Site):
-            return Listed(replace(place, shape=(place.shape[0], length)), True)
+            meaning = Meaning(module=name, transformer_lens=version("transformer-lens"))
+            return Listed(replace(place, shape=(place.shape[0], length), meaning=meaning), True)
         return Listed(sized(place, length).site, place.instrumented)
 
+    # Patterns
+
     def _matches(self, pattern: str) -> list[str]:
-        names = expand_names([pattern], list(self.places))
-        if not set(pattern) & set("*?["):
-            return names
-        once: dict[Any, str] = {}
-        for name in names:
-            place = self.places[name]
-            once.setdefault(place.spot if isinstance(place, ResolvedSite) else name, name)
-        return list(once.values())
+        """Names that a pattern means: hook names if there are any, otherwise module paths."""
+        is_glob = bool(set(pattern) & set("*?["))
+        found = _chosen(pattern, self.places, is_glob)
+        could_be_path = (is_glob or ":" in pattern) and self._kind != "transformer_lens"
+        if not found and could_be_path:
+            found = _chosen(pattern, self._module_places, is_glob)
+        if not found:
+            self._raise_refused(pattern, could_be_path)
+            return expand_names([pattern], [*self.places, *(self._module_places if could_be_path else ())])
+        return found
 
-    def _huggingface_places(self) -> Mapping[str, ResolvedSite]:
-        """transformer-lens' names, on plain modules where values agree; module paths if it cannot run the model."""
-        try:
-            opened = self._opened
-            instrumented = survey(self.instrumented_forward, opened.points, self._ids())
-        except ConfigError as error:
-            warnings.warn(f"sites of {self._name} are named module.path:in and module.path:out: {error}", stacklevel=2)
-            return self._module_places()
-        return agreeing(self._surveyed(opened.candidates), instrumented)
+    def _raise_refused(self, pattern: str, could_be_path: bool) -> None:
+        """Raise `SiteError` if what the pattern names is there, but not offered."""
+        surveys = [self._found[1], *([self._modules] if could_be_path else [])]
+        reasons = {name: why for s in surveys for name, why in (*s.refused.items(), *s.idle.items())}
+        names = [name for name in reasons if fnmatchcase(name, pattern)]
+        if names:
+            more = f", and {len(names) - 1} more" if len(names) > 1 else ""
+            raise SiteError(f"no site matches {pattern!r}: {names[0]} {reasons[names[0]]}{more}")
 
-    def _module_places(self) -> dict[str, ResolvedSite]:
-        return {name: s.place for name, s in self._surveyed(module_spots(self._module)).items()}
+    # Surveys
 
     @cached_property
-    def _instrumented(self) -> dict[str, ResolvedSite]:
-        """Every name of the instrumented model, at its HookPoint."""
-        seen = survey(self.instrumented_forward, self._opened.points, self._ids())
-        return {name: s.place for name, s in seen.items()}
+    def _found(self) -> tuple[Places, Survey]:
+        """The places that are listed, and the survey that found them, with what it refused."""
+        match self._kind:
+            case "stories":
+                seen = {name: s for name, s in self._candidates.seen.items() if name != OUTPUT}
+                return {**self._meant(stories_places(seen, self._module))}, self._candidates
+            case "huggingface":
+                return self._huggingface()
+            case "transformer_lens":
+                return {**self._instrumented_places}, self._instrumented
+            case "module":
+                return {**self._module_places}, self._modules
+
+    def _huggingface(self) -> tuple[Places, Survey]:
+        """transformer-lens' names, on plain modules where values agree; module paths where it cannot run the model, or
+        computes something else."""
+        try:
+            instrumented = self._instrumented
+        except ConfigError as error:
+            warnings.warn(f"sites of {self._name} are named module.path:in and module.path:out: {error}", stacklevel=2)
+            return {**self._module_places}, self._modules
+        found, compared = agreeing(self._candidates.seen, instrumented.seen), self._compared
+        places = {n: p for n, p in found.items() if n in compared.trusted or (n in compared.before and not p.instrumented)}
+        places.pop(OUTPUT, None)
+        if not self._disagreement:
+            return {**self._meant(places)}, instrumented
+        warnings.warn(
+            f"{self._disagreement}: sites behind that are named module.path:in and module.path:out", stacklevel=2
+        )
+        dropped = {name: f"is not known: {self._disagreement}" for name in found if name not in places and name != OUTPUT}
+        refused = {**instrumented.refused, **dropped, **self._modules.refused}
+        return {**self._meant(places), **self._module_places}, replace(instrumented, refused=refused)
+
+    @cached_property
+    def _modules(self) -> Survey:
+        return self._surveyed(module_spots(self._module))
+
+    @cached_property
+    def _module_places(self) -> dict[str, ResolvedSite]:
+        if self._kind == "transformer_lens":
+            return {}
+        return self._meant({name: s.place for name, s in self._modules.seen.items()})
+
+    @cached_property
+    def _candidates(self) -> Survey:
+        """What the plain model has under the names that may stand for its modules, and what it puts out."""
+        return self._surveyed({**self._candidate_spots, OUTPUT: Spot(self._module, "out")})
+
+    @property
+    def _candidate_spots(self) -> dict[str, Spot]:
+        return stories_spots(self._module) if self._kind == "stories" else self._opened.candidates
+
+    @cached_property
+    def _instrumented(self) -> Survey:
+        """Every name of the instrumented model, at its HookPoint, and what it puts out."""
+        return survey(self.instrumented_forward, self._instrumented_spots, self._batches(None), self._tolerance)
+
+    @property
+    def _instrumented_spots(self) -> dict[str, Spot]:
+        """Without the output of a head that the model does not have, or that is there to be compared with nothing."""
+        with_output = self._kind != "transformer_lens" and not is_bare(self._module)
+        output = {OUTPUT: Spot(self.bridge, "out")} if with_output else {}
+        return {**self._opened.points, **output}
+
+    @cached_property
+    def _instrumented_places(self) -> dict[str, ResolvedSite]:
+        return self._meant({name: s.place for name, s in self._instrumented.seen.items() if name != OUTPUT})
+
+    @cached_property
+    def _compared(self) -> Comparison:
+        return compare(self._candidates.seen, self._instrumented.seen)
+
+    @cached_property
+    def _disagreement(self) -> str:
+        return self._said(self._compared) if self._compared.first else ""
+
+    def _said(self, found: Comparison) -> str:
+        what = "what it puts out" if found.first == OUTPUT else found.first
+        return (
+            f"transformer-lens {version('transformer-lens')} does not compute what {self._name} does from {what} on "
+            f"(off by {found.error:.1%})"
+        )
+
+    def _meant(self, places: Mapping[str, Any]) -> dict[str, Any]:
+        """The places, whose sites now say what their names mean."""
+        return {
+            name: replace(place, site=replace(place.site, meaning=self._meaning(name, place)))
+            if isinstance(place, ResolvedSite)
+            else place
+            for name, place in places.items()
+        }
+
+    def _meaning(self, name: str, place: ResolvedSite) -> Meaning:
+        if not place.instrumented:
+            return Meaning(module=self._paths[place.module], side=place.side, call=place.call)
+        # Of the names of a HookPoint its own: aliases come and go.
+        hook = getattr(place.module, "name", None) or name.split("@")[0]
+        return Meaning(module=hook, call=place.call, transformer_lens=version("transformer-lens"))
+
+    @cached_property
+    def _paths(self) -> dict[nn.Module, str]:
+        return {m: path for path, m in self._module.named_modules()}
 
     @cached_property
     def _opened(self) -> Opened:
@@ -145,13 +301,27 @@ class SiteNames:
             case "module":
                 raise ConfigError(f"transformer-lens cannot open {self._name}: it is a plain torch module")
 
-    def _surveyed(self, spots: Mapping[str, Spot]) -> dict[str, Seen]:
-        return survey(self._run(), spots, self._ids())
+    def _surveyed(self, spots: Mapping[str, Spot]) -> Survey:
+        return survey(self._run(), spots, self._batches(None), self._tolerance)
+
+    @property
+    def _tolerance(self) -> float | None:
+        return _QUANTISED if quantization_of(self._module) else None
+
+
+def _chosen(pattern: str, places: Mapping[str, ResolvedSite | Site], is_glob: bool) -> list[str]:
+    """Names that match; of those that a glob matches in one place, the first."""
+    once: dict[Any, str] = {}
+    for name in places:
+        if fnmatchcase(name, pattern):
+            place = places[name]
+            once.setdefault(place.spot if is_glob and isinstance(place, ResolvedSite) else name, name)
+    return list(once.values())
 
 
 def sized(place: ResolvedSite, length: int | None) -> ResolvedSite:
     """An attention pattern's place with as many keys as sequences have tokens; every other as it is."""
-    if place.layout != "Q F T K":
+    if place.layout != PATTERN:
         return place
     n_heads = place.site.shape[0]
     if length is None:
@@ -159,4 +329,4 @@ def sized(place: ResolvedSite, length: int | None) -> ResolvedSite:
             f"{place.site.name} holds {n_heads} heads x keys values a position, as many as the sequence is long: "
             "say resolve(..., length=tokens of a sequence)"
         )
-    return replace(place, site=Site(name=place.site.name, shape=(n_heads, length)))
+    return replace(place, site=replace(place.site, shape=(n_heads, length)))

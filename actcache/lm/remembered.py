@@ -1,0 +1,67 @@
+"""What a forward pass leaves behind in a model, and how it is taken back.
+
+Some models are not the same after a long sequence: rotary frequencies that were stretched for it ("dynamic NTK") stay so
+until a sequence comes that is short enough. A value must not depend on what was run before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_MOST_VALUES = 1 << 20
+"""Larger tensors (masks, caches of angles) are not kept."""
+
+
+class Remembered:
+    """Watches the buffers of a model, and puts them back before a sequence of another length."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """From here on the model counts as it is now, that is, before anything was run or behind a single token."""
+        self._module = module
+        self._before = {(m, name): _copy(value) for m, name, value in _state_of(module)}
+        self._changing: list[nn.Module] = []
+        self._last, self._longest, self._looked_at = 0, 0, 0
+
+    def prepare(self, n_positions: int) -> None:
+        """Take back what earlier passes left behind, before one of so many positions."""
+        if n_positions < self._longest and self._looked_at < self._longest:
+            self._looked_at = self._longest
+            self._changing = list(dict.fromkeys(m for m, _, value in self._changed() if isinstance(value, Tensor)))
+        if self._changing and n_positions != self._last:
+            for m, name, value in list(self._changed()):
+                if m in self._changing:
+                    setattr(m, name, _copy(value))
+        self._last, self._longest = n_positions, max(self._longest, n_positions)
+
+    def _changed(self) -> Iterator[tuple[nn.Module, str, Any]]:
+        """What is not as it was, and how it was."""
+        for m, name, now in _state_of(self._module):
+            before = self._before.get((m, name))
+            if before is not None and not _same(before, now):
+                yield m, name, before.to(now.device) if isinstance(before, Tensor) else before
+
+
+def _state_of(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Buffers, other tensors and numbers that modules hold; no parameters."""
+    for m in module.modules():
+        for name, value in (*m._buffers.items(), *vars(m).items()):
+            if isinstance(value, Tensor):
+                if value.is_floating_point() and value.numel() <= _MOST_VALUES and not value.is_meta:
+                    yield m, name, value
+            elif type(value) in (int, float):
+                yield m, name, value
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a.to(b.device).nan_to_num(), b.nan_to_num())
+    return type(a) is type(b) and bool(a == b)
