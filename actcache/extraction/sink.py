@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actcache.memory import is_out_of_memory
 from actcache.store import ShardBuffers
 
 if TYPE_CHECKING:
@@ -149,15 +150,6 @@ class Sink:
         with torch.cuda.stream(stream):
             target.copy_(values, non_blocking=True)
         values.record_stream(stream)  # its memory is not given to others before it is copied
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a forward pass failed for lack of memory, whatever the device calls that."""
-    import torch
-
-    said = str(error).lower()
-    texts = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in said for text in texts)
 
 
 def pinned_for(device: torch.device) -> Callable[[tuple[int, int], np.dtype[Any]], NDArray[Any]] | None:
