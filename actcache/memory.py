@@ -39,3 +39,12 @@ class Scratch:
         if len(self._bytes) < n_bytes:
             self._bytes = np.empty(n_bytes, np.uint8)
         return self._bytes.data[:n_bytes]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a forward pass failed for lack of memory, whatever the device calls that."""
+    import torch
+
+    said = str(error).lower()
+    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in said for text in texts)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from actcache.cli.screen import Screen
+from actcache.errors import ConfigError
 from actcache.source import BosPolicy, Packing
 from actcache.spec import Dtype
 
@@ -41,6 +42,10 @@ class RunOptions:
     """Where the parts of a Hugging Face model go, such as `auto`: over several GPUs, memory and disk (accelerate)."""
     load_in_8bit: Flag = False
     """Open a Hugging Face model in 8 bits (bitsandbytes)."""
+    tokenizer: str | None = None
+    """Name or folder of a tokenizer, in place of the model's own."""
+    trust_remote_code: Flag = False
+    """Run the Python files that come with a model or its tokenizer; without it none ever runs."""
 
     def open(self, model: str) -> Any:
         """That model."""
@@ -89,6 +94,21 @@ class TextOptions:
     """Documents left out at the beginning, for instance those that a store was already made from."""
     text_seed: int = 0
     """Seed of the order of sequences."""
+
+    def blocks_for(self, lm: Any, screen: Screen) -> Any:
+        """The tokens, of a length that the model takes. A tokenizer that cannot be read is no matter to token ids."""
+        lm.check_length(self.length)
+        tokenizer, unreadable = None, None
+        try:
+            tokenizer = lm.tokenizer
+        except ConfigError as error:
+            unreadable = error
+        try:
+            return self.blocks(tokenizer, screen)
+        except ConfigError:
+            if unreadable is not None:
+                raise unreadable  # noqa: B904  # what it comes from is in it
+            raise
 
     def blocks(self, tokenizer: Any, screen: Screen) -> Any:
         """The tokens."""

@@ -120,7 +120,7 @@ def plan(
         lm = (run or RunOptions()).open(model)
         options = replace(cut or _TextOptions(), text=text)
         lm.resolve(sites, length=options.length)  # a mistyped name is reported before minutes are spent on the text
-        blocks, n_tokens = _text(options, lm.tokenizer, screen, tokens)
+        blocks, n_tokens = _text(options, lm, screen, tokens)
         found = make_plan(
             lm,
             blocks,
@@ -144,7 +144,7 @@ def plan(
     return 0
 
 
-def _text(options: TextOptions, tokenizer: Any, screen: Screen, tokens: int | None) -> tuple[TokenBlocks, int | None]:
+def _text(options: TextOptions, lm: Any, screen: Screen, tokens: int | None) -> tuple[TokenBlocks, int | None]:
     """Tokens to measure with, and how many there are in all where those are a part.
 
     Raises:
@@ -160,7 +160,7 @@ def _text(options: TextOptions, tokenizer: Any, screen: Screen, tokens: int | No
     with warnings.catch_warnings():
         if limit != options.count:  # nobody has asked for the limit
             warnings.filterwarnings("ignore", message="asked for")
-        blocks: TokenBlocks = replace(options, count=limit).blocks(tokenizer, screen)
+        blocks: TokenBlocks = replace(options, count=limit).blocks_for(lm, screen)
     if tokens is not None:
         return blocks, tokens
     if blocks.n_sequences < limit or limit == options.count:

@@ -94,7 +94,7 @@ def extract(
             "batch_sequences": batch_sequences,
             "audit": not no_audit,
         }
-        blocks = text.blocks(lm.tokenizer, screen)
+        blocks = text.blocks_for(lm, screen)
         settings["watch"] = screen.watch("Extract activations")
         if dask is None:
             store = extract_activations(lm, blocks, sites, out, part=parts, **settings)
@@ -135,7 +135,7 @@ def extend(
 
     with Screen(json=json) as screen:
         lm = (model or ModelOptions()).load()
-        blocks = (text or TextOptions()).blocks(lm.tokenizer, screen)
+        blocks = (text or TextOptions()).blocks_for(lm, screen)
         watch = screen.watch("Extract activations")
         grown = extend_store(lm, store, blocks, batch_sequences=batch_sequences, audit=not no_audit, watch=watch)
         show_store(screen, grown.info())

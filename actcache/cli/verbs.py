@@ -65,7 +65,7 @@ def evaluate(
     with Screen(json=json) as screen:
         read_metrics(run)
         lm = (model or ModelOptions()).load()
-        blocks = text.blocks(lm.tokenizer, screen)
+        blocks = text.blocks_for(lm, screen)
         metrics = evaluate_run(run, lm, blocks, on_stage=screen.stage)
         screen.result(metrics, lambda out: out.print(results_table(metrics["layers"])))
     return 0

@@ -15,6 +15,7 @@ from actcache.extraction.settle import (
     BatchSequences,
     batch_size,
     fastest_batch,
+    model_for,
     provenance,
     store_spec,
     warn_of_other_circumstances,
@@ -149,7 +150,9 @@ def fill(
     """
     store = open_store(path)
     batch = batch_size(batch_sequences, path, lambda: 0)
-    writer = _writer(lm, path, replace(store.spec, model=lm.identity), None, batch, threads, shared=True)
+    writer = _writer(
+        lm, path, replace(store.spec, model=lm.identity_for(store.spec.model)), None, batch, threads, shared=True
+    )
     return Run(
         lm=lm,
         writer=writer,
@@ -184,12 +187,13 @@ def extend(
     store = open_store(path)
     digest = more.digest()
     parts = store.spec.text.get("parts", [{**store.spec.text, "n_sequences": store.spec.n_sequences}])
-    blocks, spec = store.token_blocks(), replace(store.spec, model=lm.identity)
+    blocks, spec = store.token_blocks(), replace(store.spec, model=lm.identity_for(store.spec.model))
     if more.sequence_length != spec.sequence_length:
         raise StoreMismatchError(
             f"{path} has sequences of {spec.sequence_length} tokens, the new ones have {more.sequence_length}; "
             f"make token blocks with length={spec.sequence_length}"
         )
+    lm.check_ids(more.ids)
     if len(parts) < 2 or parts[-1]["tokens"] != digest:
         blocks = blocks.join(more)
         parts = [*parts, {**more.description, "tokens": digest, "n_sequences": more.n_sequences}]
@@ -227,7 +231,7 @@ def add_sites(
     new = [site for site in lm.resolve(patterns, length=spec.sequence_length) if site.site.name not in store.sites]
     warn_of_the_slow_path(lm, new)
     sites = with_codecs(lm, blocks, new, path, codec, spec)
-    spec = replace(spec, model=lm.identity, sites=(*spec.sites, *sites))
+    spec = replace(spec, model=lm.identity_for(spec.model), sites=(*spec.sites, *sites))
     batch = batch_size(batch_sequences, path, lambda: fastest_batch(lm, new, blocks))
     writer = _writer(lm, path, spec, blocks, batch, threads, grow=True)
     check = _check(audit, lm, "add_sites", sites=[site.name for site in sites])
@@ -261,7 +265,8 @@ def _begin(
     batch = batch_size(batch_sequences, path, lambda: fastest_batch(lm, resolved, blocks))
 
     def made() -> StoreWriter:
-        spec = replace(plain, sites=with_codecs(lm, blocks, resolved, path, codec, plain))
+        sites = with_codecs(lm, blocks, resolved, path, codec, plain)
+        spec = replace(plain, sites=sites, model=model_for(lm, path))
         return _writer(lm, path, spec, blocks, batch, threads, shared=shared, elsewhere=elsewhere)
 
     try:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from actcache.errors import ConfigError, StoreError
-from actcache.extraction.sink import Sink, is_out_of_memory
+from actcache.errors import StoreError
+from actcache.extraction.sink import Sink
+from actcache.memory import is_out_of_memory
 from actcache.spec import Dtype, Site, StoreSpec, TokenBlocks, check_positive
 from actcache.store import ShardBuffers, open_store
 from actcache.store.fit import codec_of, fitted, given, is_result_of, needs_trial
@@ -51,13 +52,10 @@ def store_spec(
     """The spec of the store that `extract` would write, with default sizes filled in.
 
     Raises:
-        ConfigError: sizes that do not fit together, or sequences longer than the model's context.
+        ConfigError: sizes that do not fit together, sequences longer than the model takes, or ids that it does not know.
     """
-    if lm.n_ctx is not None and blocks.sequence_length > lm.n_ctx:
-        raise ConfigError(
-            f"sequences of {blocks.sequence_length} tokens, but {lm.name} has a context of {lm.n_ctx}; "
-            f"make token blocks with length={lm.n_ctx} or less"
-        )
+    lm.check_length(blocks.sequence_length)
+    lm.check_ids(blocks.ids)
     widths = [site.width for site in sites]
     default_shard, default_chunk = default_sizes(
         widths, dtype, blocks.n_sequences, max(1, blocks.sequence_length - skip_first), sequences_per_shard
@@ -74,6 +72,13 @@ def store_spec(
         model=lm.identity,
         text={**blocks.description, "tokens": blocks.digest()},
     )
+
+
+def model_for(lm: LanguageModel, path: str | Path) -> Mapping[str, Any]:
+    """The model's identity; where a store of the same model is begun, as it stands there: folders may differ."""
+    with suppress(StoreError):
+        return lm.identity_for(open_store(path).spec.model)
+    return lm.identity
 
 
 def with_codecs(

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.lm.hooks import PATTERN
+from actcache.memory import is_out_of_memory
 from actcache.store import ShardBuffers
 
 if TYPE_CHECKING:
@@ -65,7 +66,9 @@ class Sink:
 
         `on_batch` is called with sequences and tokens that are done; sequences without rows are no tokens to it.
         """
-        for batch in self._batches(batch_sequences, lambda longest: lm.takes_padding_to(self._width(sites, longest), sites)):
+        for batch in self._batches(
+            batch_sequences, lambda longest: lm.takes_padding_to(self._width(sites, longest), sites)
+        ):
             batch_sequences = self._capture(lm, sites, ids, batch, min(batch_sequences, len(batch)), batch_sequences)
             on_batch(len(batch), int(self.lengths[batch].sum()))
         without_rows = int((~self._kept_QR.any(axis=1)).sum())
@@ -154,15 +157,6 @@ class Sink:
         with torch.cuda.stream(stream):
             target.copy_(values, non_blocking=True)
         values.record_stream(stream)  # its memory is not given to others before it is copied
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a forward pass failed for lack of memory, whatever the device calls that."""
-    import torch
-
-    said = str(error).lower()
-    texts = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in said for text in texts)
 
 
 def pinned_for(device: torch.device) -> Callable[[tuple[int, int], np.dtype[Any]], NDArray[Any]] | None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
@@ -18,8 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from actcache.errors import ConfigError, ModelNotFoundError
+from actcache.errors import ActcacheError, ConfigError, ModelNotFoundError
+from actcache.lm.diagnose import CONFIG, fault_in, fault_in_model, reason_of
+from actcache.lm.inputs import takes_decoder_input
 from actcache.lm.model import LanguageModel
+from actcache.lm.tokenizers import load_tokenizer
+from actcache.lm.trust import check_needs_no_code, named_class
 
 DeviceMap = str | Mapping[str, int | str]
 """Where the parts of a model go: `auto`, a device, or one for each module path."""
@@ -59,13 +64,16 @@ def find_source(name: str) -> Source:
     """What a name means: `FOLDER`, `FOLDER/FILE.gguf`, a folder with one GGUF file, or a name on the hub.
 
     Raises:
-        ModelNotFoundError: it is a path, and there is nothing. ConfigError: a folder of several GGUF files.
+        ModelNotFoundError: it is a path, and there is nothing. ConfigError: a folder of several GGUF files, or a file
+        that is none.
     """
     path = Path(name).expanduser()
     if not path.exists() and name.startswith(("/", ".", "~")):
         raise ModelNotFoundError(f"no model at {name!r}: there is no such {'file' if path.suffix else 'folder'}")
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" and not path.is_dir():
         return Source(place=str(path.parent), gguf_file=path.name)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{name!r} is a file: name the folder of the model, or a GGUF file")
     if not path.is_dir():
         return Source(place=name)
     found = [] if (path / "config.json").exists() else sorted(file.name for file in path.glob("*.gguf"))
@@ -81,9 +89,10 @@ def load_huggingface(
     revision: str | None,
     device_map: DeviceMap | None,
     load_in_8bit: bool,
+    trust_remote_code: bool,
 ) -> LanguageModel:
     """Open a model with all its weights; see `load_lm`."""
-    options: dict[str, Any] = {"revision": revision or "main"}
+    options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     if source.gguf_file is not None:
         _needs("gguf", "a GGUF file")
         options["gguf_file"] = source.gguf_file
@@ -91,11 +100,12 @@ def load_huggingface(
     with _no_progress_bars(source.gguf_file is not None):
         try:
             module = _open(source, {"dtype": dtype or "auto", **options, **placement})
-        except (OSError, ValueError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise _not_loaded(source, error) from error
-        tokenizer = tokenizer or _load_tokenizer(source.place, options)
+        except ActcacheError:
+            raise
+        except Exception as error:  # loaders raise what their readers and checks do
+            raise _not_loaded(source, options["revision"], error) from error
+        folder = Path(source.place) if source.is_folder else None
+        tokenizer = tokenizer or load_tokenizer(source.place, folder, options)
     lm = huggingface_lm(module, tokenizer, source.name)
     lm.revision = None if source.is_folder else _commit_of(source, options["revision"])
     return lm
@@ -105,17 +115,20 @@ def huggingface_lm(module: nn.Module, tokenizer: Any | None, name: str) -> Langu
     """A `LanguageModel` of an open Hugging Face model, with the sizes that its config says."""
     config: Any = module.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    n_ctx = next((int(n) for key in _CONTEXT_NAMES if (n := getattr(config, key, None))), None)
+    claims = (getattr(config, key, None) for key in _CONTEXT_NAMES)
+    n_ctx = next((n for n in claims if isinstance(n, int) and n > 0), None)
     bos = getattr(tokenizer, "bos_token_id", None)
-    return LanguageModel(
+    lm = LanguageModel(
         module,
         name=name,
         kind="huggingface",
         tokenizer=tokenizer,
         n_ctx=n_ctx,
-        d_vocab=config.vocab_size,
+        d_vocab=getattr(config, "vocab_size", None),
         bos=getattr(config, "bos_token_id", None) if bos is None else bos,
     )
+    lm.check_rows()
+    return lm
 
 
 def short_name(source: str) -> str:
@@ -157,11 +170,14 @@ def _open(source: Source, options: Mapping[str, Any]) -> nn.Module:
     """The first class that the checkpoint has all weights of."""
     lacking = []
     for opener in _openers(source, options):
-        module, missing = _opened_by(opener, source, options)
+        module, report = _opened_by(opener, source, options)
+        missing = sorted(report["missing_keys"])
         if missing and all(key.startswith("pooler.") for key in missing):
             # Trained with another head, it has no pooler; that reads one position and is read by none.
-            module, missing = _opened_by(opener, source, {**options, "add_pooling_layer": False})
+            module, report = _opened_by(opener, source, {**options, "add_pooling_layer": False})
+            missing = sorted(report["missing_keys"])
         if not missing:
+            _warn_of_unused_weights(source, module, report["unexpected_keys"])
             return module
         lacking.append(
             f"{source.name} lacks {len(missing)} of the weights of {type(module).__name__} "
@@ -170,23 +186,67 @@ def _open(source: Source, options: Mapping[str, Any]) -> nn.Module:
     raise ConfigError(lacking[0])
 
 
-def _opened_by(opener: Any, source: Source, options: Mapping[str, Any]) -> tuple[nn.Module, list[str]]:
-    module, report = opener.from_pretrained(source.place, output_loading_info=True, **options)
-    return module, sorted(report["missing_keys"])
+def _opened_by(opener: Any, source: Source, options: Mapping[str, Any]) -> tuple[nn.Module, Mapping[str, Any]]:
+    """The model, and what did not fit.
+
+    Raises:
+        ConfigError: weights of another shape than the config says.
+    """
+    module, report = opener.from_pretrained(
+        source.place, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    for name, found, expected in sorted(report.get("mismatched_keys", ())):
+        raise ConfigError(
+            f"the config and the weights of {source.address} disagree: config.json says {tuple(expected)} for {name}, "
+            f"the weights have {tuple(found)}; one of them is of another model"
+        )
+    return module, report
+
+
+def _warn_of_unused_weights(source: Source, module: nn.Module, unused: Iterable[str]) -> None:
+    """Say which weights inside the model's own parts the config leaves out; heads that are not opened do not count."""
+    parts = {name for name, _ in module.named_children()}
+    inside = sorted(key for key in unused if key.partition(".")[0] in parts)
+    if inside:
+        warnings.warn(
+            f"config.json of {source.name} leaves out {len(inside)} of the weights that are there ({inside[0]}, ...): "
+            f"{type(module).__name__} runs without them, which may not be the model that was trained",
+            stacklevel=2,
+        )
 
 
 def _openers(source: Source, options: Mapping[str, Any]) -> list[Any]:
     """The classes that the model may be of: the one its config names, else every one that there is for its type.
 
     transformers would open an encoder as a decoder, with a head of random numbers.
+
+    Raises:
+        ConfigError: the model needs code of its own, an input for a decoder, or is an adapter for another one.
     """
     import transformers as hf
 
     if source.gguf_file is not None:
         return [hf.AutoModelForCausalLM]
-    config = hf.AutoConfig.from_pretrained(source.place, revision=options["revision"])
-    named = (getattr(config, "architectures", None) or [None])[0]
-    anything = named is None or not hasattr(hf, named)
+    _check_no_adapter(source)
+    trusted = bool(options["trust_remote_code"])
+    plain, _ = hf.PretrainedConfig.get_config_dict(source.place, revision=options["revision"])
+    if not trusted:
+        check_needs_no_code(source.place, plain)
+    own = plain.get("auto_map")
+    if trusted and isinstance(own, Mapping):
+        named_there = [name for name in ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModel") if name in own]
+        if named_there:
+            return [getattr(hf, name) for name in named_there]
+    config = hf.AutoConfig.from_pretrained(
+        source.place, revision=options["revision"], trust_remote_code=options["trust_remote_code"]
+    )
+    return _classes_for(source, config, named_class(plain))
+
+
+def _classes_for(source: Source, config: Any, named: str | None) -> list[Any]:
+    import transformers as hf
+
+    known_class = getattr(hf, named, None) if named is not None else None
     found = []
     for opener, classes in (
         (hf.AutoModelForCausalLM, hf.MODEL_FOR_CAUSAL_LM_MAPPING),
@@ -194,41 +254,82 @@ def _openers(source: Source, options: Mapping[str, Any]) -> list[Any]:
     ):
         known = classes.get(type(config), ())
         names = [c.__name__ for c in (known if isinstance(known, tuple) else (known,))]
-        if names and (anything or named in names):
+        if names and (known_class is None or named in names):
             found.append(opener)
-    if getattr(config, "is_encoder_decoder", False) and not found:
+    if getattr(config, "is_encoder_decoder", False):
+        # Opened as what it is named only: the bare model would lack weights, or have a decoder too many.
+        if known_class is not None and not takes_decoder_input(known_class):
+            return [known_class]
+        if known_class is not None or not found:
+            raise ConfigError(
+                f"{source.name} ({config.model_type}) is not a causal language model, nor an encoder: it needs inputs "
+                "for encoder and decoder, or makes the decoder's of the encoder's, moved by one position; give load_lm "
+                "the one that is wanted as a module: load_lm(module.get_encoder(), tokenizer=...)"
+            )
+    if known_class is None:
+        return [*found, hf.AutoModel]
+    if found:
+        return found
+    bare = hf.MODEL_MAPPING.get(type(config), None)
+    return [known_class] if bare is None else [hf.AutoModel, known_class]
+
+
+def _check_no_adapter(source: Source) -> None:
+    """Refuse what is only, or also, an adapter: without peft it would be left out without a word."""
+    adapter = Path(source.place) / "adapter_config.json"
+    if source.is_folder and adapter.exists() and importlib.util.find_spec("peft") is None:
         raise ConfigError(
-            f"{source.name} ({config.model_type}) is not a causal language model, nor an encoder: it needs inputs for "
-            "encoder and decoder; give load_lm the one that is wanted as a module"
+            f"{adapter} says that the folder has an adapter (LoRA, ...), which would be left out: merge it into the "
+            "model (merge_and_unload of peft) and save that"
         )
-    return [*found, hf.AutoModel] if anything or not found else found
 
 
-def _not_loaded(source: Source, error: Exception) -> Exception:
-    """What to tell a user whose model transformers cannot open."""
-    found = str(error).strip().splitlines()[0]
-    if "for this kind of AutoModel" in found:
-        return ConfigError(f"{source.name} is not a causal language model that transformers knows: {found}")
+def _not_loaded(source: Source, revision: str, error: Exception) -> ActcacheError:
+    """What to tell a user whose model transformers cannot open: what is wrong with its files, else what it says."""
+    import transformers as hf
+
+    found = reason_of(error).removeprefix("OSError: ").removeprefix("ValueError: ")
     if source.gguf_file is not None:
-        return ModelNotFoundError(f"no model in {source.address!r} that transformers can open: {found}")
-    if source.is_folder:
+        fault = fault_in(Path(source.place) / source.gguf_file) if source.is_folder else None
+        fault = f"{source.address} {fault}" if fault else found
+        return ModelNotFoundError(f"no model in {source.address!r} that transformers can open: {fault}")
+    folder = _folder_of(source, revision)
+    if folder is None:
         return ModelNotFoundError(
-            f"no model in folder {source.place!r}: {found} Expected config.json and model.safetensors, or a GGUF file"
+            f"no model {source.place!r}: it is neither 'stories-4l', nor a folder or a GGUF file, "
+            f"nor a Hugging Face name that can be loaded ({found})"
         )
-    return ModelNotFoundError(
-        f"no model {source.place!r}: it is neither 'stories-4l', nor a folder or a GGUF file, "
-        f"nor a Hugging Face name that can be loaded ({found})"
-    )
+    if not (folder / CONFIG).exists() and not (folder / CONFIG).is_symlink():
+        return ModelNotFoundError(
+            f"no model in folder {source.place!r}: {CONFIG} is missing; expected {CONFIG} and model.safetensors, "
+            "or a GGUF file"
+        )
+    fault = fault_in_model(folder)
+    if fault is not None:
+        return ConfigError(f"{source.name} cannot be opened: {fault}")
+    if not any(folder.glob("*.safetensors*")) and not any(folder.glob("*.bin*")):
+        return ModelNotFoundError(
+            f"no model in folder {source.place!r}: there are no weights; expected {CONFIG} and model.safetensors, "
+            "or a GGUF file"
+        )
+    if "does not recognize this architecture" in str(error):
+        return ConfigError(
+            f"{folder / CONFIG} says a model_type that transformers {hf.__version__} does not know; "
+            f"a newer version may know it ({found})"
+        )
+    if "for this kind of AutoModel" in str(error):
+        return ConfigError(f"{source.name} is not a causal language model that transformers knows: {found}")
+    return ConfigError(f"{source.name} cannot be opened from {folder}: {found}")
 
 
-def _load_tokenizer(place: str, options: Mapping[str, Any]) -> Any | None:
-    """The model's tokenizer; None if it comes without one (token ids are all that a model needs)."""
-    from transformers import AutoTokenizer
+def _folder_of(source: Source, revision: str) -> Path | None:
+    """Where the files of a model are on this machine; None if they are not there."""
+    if source.is_folder:
+        return Path(source.place)
+    from huggingface_hub import try_to_load_from_cache
 
-    try:
-        return AutoTokenizer.from_pretrained(place, **options)
-    except (OSError, ValueError):
-        return None
+    found = try_to_load_from_cache(source.place, CONFIG, revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
 
 
 @contextmanager

@@ -1,15 +1,36 @@
-"""Digests that say which base model, and which tokenizer, activations came from."""
+"""What says which base model, and which tokenizer, activations came from: digests, and settings without weights."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from actcache.spec import digest_of
+
+_LABELS = ("name", "revision")
+"""Entries of an identity that say where a model came from, not what it computes."""
+_NOT_ALWAYS_THERE = {"found": ("config", "tokenizer"), "asked": ("tokenizer",)}
+"""Entries that decide only where both sides have them: stores of early versions have no `config`; and without a
+tokenizer, tokens are token ids, whose digest a store has."""
+
+_NO_VALUE = frozenset(
+    {
+        *("architectures", "auto_map", "dtype", "is_composition", "keys_to_ignore_at_inference", "model_type"),
+        *("name_or_path", "quantization_config", "torch_dtype", "torchscript", "transformers_version"),
+        *("transformers_weights", "vocab_size", "bos_token_id", "eos_token_id", "tokenizer_class"),
+        *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"),
+        *("initializer_factor", "initializer_range", "pretraining_tp", "router_aux_loss_coef"),
+        *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "use_return_dict"),
+        *("chunk_size_feed_forward", "use_cache"),
+    }
+)
+"""Of a Hugging Face config: what changes no activation of a loaded model in eval mode, or stands elsewhere."""
+_NO_VALUE_ENDS = ("_name_or_path", "_implementation", "dropout", "dropout_prob", "pdrop", "layerdrop", "drop_rate")
 
 
 def weights_digest(module: nn.Module) -> str:
@@ -22,6 +43,68 @@ def weights_digest(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     return digest.hexdigest()
+
+
+def computation_of(module: Any) -> dict[str, Any]:
+    """What a Hugging Face config says of the computation that no weight shows: rotary bases, epsilons, soft caps, ...
+
+    Only what differs from the defaults of the config's class, so that a setting that a later version of transformers
+    adds makes no model another one. JSON-able; empty for a module without a config.
+    """
+    config: Any = getattr(module, "config", None)
+    if not hasattr(config, "to_dict"):
+        return {}
+    try:
+        usual = type(config)().to_dict()
+    except Exception:  # configs of some models cannot be made without arguments
+        usual = {}
+    found: dict[str, Any] = json.loads(json.dumps(_differing(config.to_dict(), usual), default=str, sort_keys=True))
+    return found
+
+
+def _differing(config: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config, and the configs in it, say differently from the usual, but for what changes no value."""
+    # How many positions there are is a claim, and changes values only where rotary positions are stretched to it.
+    kinds = {*_rope_kinds(config.get("rope_parameters")), "default"}
+    stretched = len(kinds) > 1 or config.get("rope_scaling") is not None
+    different: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in _NO_VALUE or key.endswith(_NO_VALUE_ENDS) or (key == "max_position_embeddings" and not stretched):
+            continue
+        if isinstance(value, Mapping):
+            known = usual.get(key)
+            value = _differing(value, known if isinstance(known, Mapping) else {})
+            if not value and known is not None:
+                continue
+        elif key in usual and value == usual[key]:
+            continue
+        different[key] = value
+    return different
+
+
+def _rope_kinds(parameters: Any) -> list[Any]:
+    """The kinds of rotary positions, of which there may be one for each kind of layer."""
+    if not isinstance(parameters, Mapping):
+        return []
+    here = [parameters["rope_type"]] if "rope_type" in parameters else []
+    return here + [kind for value in parameters.values() for kind in _rope_kinds(value)]
+
+
+def is_same_model(found: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    """Whether two identities are of models that give the same activations, whatever they are called.
+
+    Args:
+        found: the identity in a store.
+        asked: the identity of an open model.
+    """
+    for key in {*found, *asked} - {*_LABELS}:
+        one, other = found.get(key), asked.get(key)
+        optional = (one is None and key in _NOT_ALWAYS_THERE["found"]) or (
+            other is None and key in _NOT_ALWAYS_THERE["asked"]
+        )
+        if one != other and not optional:
+            return False
+    return True
 
 
 def _state_dict(module: nn.Module) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -11,11 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from actcache.errors import ConfigError, ModelNotFoundError
+from actcache.errors import ActcacheError, ConfigError, ModelNotFoundError
 from actcache.lm.bridge import is_transformer_lens
+from actcache.lm.diagnose import CONFIG, fault_in, read_json, reason_of
 from actcache.lm.huggingface import DeviceMap, find_source, huggingface_lm, load_huggingface, short_name
 from actcache.lm.model import LanguageModel
 from actcache.lm.names import Kind
+from actcache.lm.tokenizers import open_tokenizer, open_tokenizer_file
 from actcache.spec import DTYPES
 from actcache.stories import StoriesConfig, StoriesLM
 
@@ -29,7 +30,7 @@ _AUTOCAST = ("bfloat16", "float16")
 
 
 def load_lm(
-    model: str | nn.Module,
+    model: str | Path | nn.Module,
     *,
     tokenizer: Any | None = None,
     dtype: str | torch.dtype | None = None,
@@ -39,6 +40,7 @@ def load_lm(
     compile: bool = False,  # noqa: A002  # what torch calls it
     device_map: DeviceMap | None = None,
     load_in_8bit: bool = False,
+    trust_remote_code: bool = False,
 ) -> LanguageModel:
     """Open a base language model, ready to run (`eval` mode).
 
@@ -47,7 +49,7 @@ def load_lm(
             file, or a folder that has one; a folder that `pipelines/train_base_lm.py` wrote; a transformer-lens
             model; or any module that maps `(Q, T)` token ids to logits, whose sites are then `module.path:in` and
             `module.path:out`.
-        tokenizer: In place of the model's own.
+        tokenizer: In place of the model's own: a tokenizer, or the name or folder of one.
         dtype: `bfloat16`, `float16` or `float32`; by default float32 for the embedded model, and otherwise the
             dtype that the weights have. A module that is given is converted in place.
         device: By default the CPU for a model that is loaded, and where it is for a module that is given.
@@ -57,15 +59,28 @@ def load_lm(
             take long; sites of the instrumented model are read without.
         device_map: Where the parts of a Hugging Face model go: `auto`, or a device for each module path (accelerate).
         load_in_8bit: Open a Hugging Face model in 8 bits (bitsandbytes).
+        trust_remote_code: Run the Python files that come with a model or its tokenizer. Without it none ever runs, and
+            nothing is ever asked.
 
     Raises:
         ModelNotFoundError: there is no model by that name or in that folder.
-        ConfigError: no such dtype or device, options that do not go together, a package that is needed is not there, or
-        what is there is not a causal language model or an encoder with all its weights.
+        ConfigError: no such dtype or device, options that do not go together, a package that is needed is not there,
+        what is there is not a causal language model or an encoder with all its weights, needs code of its own, or has
+        damaged files. A tokenizer that is damaged is said when `lm.tokenizer` is asked for.
+
+    Warns:
+        UserWarning: code that comes with the model is passed over for a class of transformers of the same name; or
+        weights that are there are left out by its config.
     """
+    if isinstance(model, Path):
+        model = str(model)
+    if not isinstance(model, (str, nn.Module)):
+        raise ConfigError(f"model must be a name, a folder or a module, got {type(model).__name__}")
     wanted_dtype, wanted_device = _parse_dtype("dtype", dtype, DTYPES), _parse_device(device)
     wanted_autocast = _parse_dtype("autocast", autocast, _AUTOCAST)
     _check_placement(model, device, device_map, load_in_8bit)
+    named_tokenizer = _address_of(tokenizer)
+    tokenizer = open_tokenizer(tokenizer, trust_remote_code)
     if isinstance(model, nn.Module):
         lm, address = _from_module(model, tokenizer), None
     elif (folder := _stories_folder(model)) is not None:
@@ -76,15 +91,16 @@ def load_lm(
         source = find_source(model)
         # Quantised weights are put where they belong when they are read.
         placed = {"": str(wanted_device)} if load_in_8bit and wanted_device is not None else device_map
-        lm = load_huggingface(source, tokenizer, wanted_dtype, revision, placed, load_in_8bit)
+        lm = load_huggingface(source, tokenizer, wanted_dtype, revision, placed, load_in_8bit, trust_remote_code)
         address = source.address
     if (wanted_dtype is not None or wanted_device is not None) and device_map is None and not lm.quantization:
         lm.module.to(device=wanted_device or lm.device, dtype=wanted_dtype or lm.dtype)
     lm.module.eval()
     lm.run_with(wanted_autocast, compile)
-    if address is not None and tokenizer is None:
+    if address is not None and (tokenizer is None or named_tokenizer is not None):
         lm.recipe = _recipe(
             model=address,
+            tokenizer=named_tokenizer,
             dtype=_named(wanted_dtype),
             device=_named(wanted_device),
             revision=lm.revision or revision,
@@ -92,8 +108,17 @@ def load_lm(
             compile=compile,
             device_map=device_map,
             load_in_8bit=load_in_8bit,
+            trust_remote_code=trust_remote_code,
         )
     return lm
+
+
+def _address_of(tokenizer: Any) -> str | None:
+    """What finds a tokenizer that was named from any working directory; None for an object."""
+    if not isinstance(tokenizer, (str, Path)):
+        return None
+    path = Path(tokenizer).expanduser()
+    return str(path.absolute()) if path.is_dir() else str(tokenizer)
 
 
 def _recipe(**options: Any) -> dict[str, Any]:
@@ -169,37 +194,48 @@ def _stories_folder(name: str) -> Path | None:
             )
         return folder
     folder = Path(name).expanduser()
-    config = folder / "config.json"
-    if not config.is_file():
-        return None
-    return folder if _stories_config(config) is not None else None
+    return folder if (folder / CONFIG).is_file() and _is_stories(read_json(folder / CONFIG)) else None
 
 
-def _stories_config(path: Path) -> StoriesConfig | None:
-    """The sizes in a config file of the embedded architecture, or None if it is another's."""
-    try:
-        plain = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
-    sizes = {k: plain[k] for k in StoriesConfig.__slots__ if k in plain}
-    if "model_type" in plain or len(sizes) < len(StoriesConfig.__slots__):
-        return None
-    return StoriesConfig(**sizes)
+def _is_stories(config: Mapping[str, Any]) -> bool:
+    """Whether a config is of the embedded architecture."""
+    return "model_type" not in config and all(name in config for name in StoriesConfig.__slots__)
 
 
 def _load_stories(folder: Path, tokenizer: Any | None, dtype: torch.dtype) -> LanguageModel:
     from safetensors.torch import load_file
 
-    config = _stories_config(folder / "config.json")
-    if config is None:
-        raise ConfigError(f"{folder / 'config.json'} does not describe a model of the embedded architecture")
-    module = StoriesLM(config).to(dtype)
-    module.load_state_dict(load_file(folder / "model.safetensors"))
-    if tokenizer is None and (folder / "tokenizer.json").exists():
-        from transformers import PreTrainedTokenizerFast
-
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), bos_token=BOS)
+    config, weights = read_json(folder / CONFIG), folder / "model.safetensors"
+    try:
+        module = StoriesLM(StoriesConfig(**{name: config[name] for name in StoriesConfig.__slots__})).to(dtype)
+        state = load_file(weights)
+        _check_shapes(folder, module, state)
+        module.load_state_dict(state)
+    except ActcacheError:
+        raise
+    except Exception as error:  # what safetensors and torch raise over a file
+        fault = fault_in(weights)
+        said = f"{weights} {fault}" if fault is not None else f"{folder}: {reason_of(error)}"
+        raise (ModelNotFoundError if fault == "is missing" else ConfigError)(
+            f"no model can be opened: {said}"
+        ) from error
+    tokenizer = tokenizer or open_tokenizer_file(folder / "tokenizer.json", bos_token=BOS)
     return _stories_lm(module, tokenizer, folder.name)
+
+
+def _check_shapes(folder: Path, module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights that are not those that the config describes, all of them and no others."""
+    wanted = module.state_dict()
+    lacking, left = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    if lacking or left:
+        what = f"lack {len(lacking)} of its weights ({lacking[0]}, ...)" if lacking else f"have {left[0]} besides"
+        raise ConfigError(f"the config and the weights of {folder} disagree: the weights {what}")
+    for name, tensor in wanted.items():
+        if tensor.shape != state[name].shape:
+            raise ConfigError(
+                f"the config and the weights of {folder} disagree: config.json says {tuple(tensor.shape)} for {name}, "
+                f"the weights have {tuple(state[name].shape)}; one of them is of another model"
+            )
 
 
 def _stories_lm(module: StoriesLM, tokenizer: Any | None, name: str) -> LanguageModel:

@@ -5,12 +5,11 @@ Shapes: Q sequences, T positions, V vocabulary, D width of a site.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from actcache.errors import ConfigError, SiteError
 from actcache.lm.bridge import is_bare
 from actcache.lm.compiled import CompiledParts
+from actcache.lm.context import TOO_LONG
 from actcache.lm.forward import (
     Forward,
     first_tensor,
@@ -27,10 +27,13 @@ from actcache.lm.forward import (
     padding_mask,
 )
 from actcache.lm.hooks import ForwardStopped, ResolvedSite, attach, from_rows, to_rows
-from actcache.lm.identity import quantization_of, tokenizer_digest, weights_digest
+from actcache.lm.identity import computation_of, is_same_model, quantization_of, tokenizer_digest, weights_digest
+from actcache.lm.inputs import Inputs, may_make_input
 from actcache.lm.names import Kind, SiteNames, sized
 from actcache.lm.padding import Padding
 from actcache.lm.sites import OUTPUT, Listed, id_table, survey_ids
+from actcache.lm.tokenizers import Unreadable
+from actcache.lm.trust import code_digest
 
 
 class LanguageModel:
@@ -54,14 +57,14 @@ class LanguageModel:
         self.module = module
         self.name = name
         self.kind = kind
-        self.tokenizer = tokenizer
-        self.n_ctx = n_ctx
         self.bos = bos
         self.revision: str | None = None
         """Commit of a model from the Hugging Face hub."""
         self.recipe: dict[str, Any] | None = None
         """What `load_lm(**recipe)` opens the same model with elsewhere; None if it was given as an object."""
+        self._tokenizer = tokenizer
         self._d_vocab = d_vocab
+        self._inputs = Inputs(self, n_ctx, self._run_plainly)
         self._autocast: torch.dtype | None = None
         self._compiled: CompiledParts | None = None
         self._ids_shape = (0, 0)
@@ -72,8 +75,37 @@ class LanguageModel:
 
     def __repr__(self) -> str:
         # Of a plain module d_vocab is found by running it, which is not for looking at it.
-        sizes = f"n_ctx={self.n_ctx}, d_vocab={self.__dict__.get('d_vocab', self._d_vocab)}"
+        sizes = f"n_ctx={self._inputs.context.known}, d_vocab={self.__dict__.get('d_vocab', self._d_vocab)}"
         return f"LanguageModel({self.name!r}, {self.kind}, {sizes}, {self.dtype}, {self.device})"
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """The tokenizer; None if there is none.
+
+        Raises:
+            ConfigError: there are files of one, and they cannot be read. The model runs on token ids all the same.
+        """
+        if isinstance(self._tokenizer, Unreadable):
+            raise self._tokenizer.error()
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any | None) -> None:
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer_if_readable(self) -> Any | None:
+        """The tokenizer; None if there is none, or if it cannot be read."""
+        return None if isinstance(self._tokenizer, Unreadable) else self._tokenizer
+
+    @property
+    def n_ctx(self) -> int | None:
+        """Positions that the model has: those that its config claims, or fewer if fewer work; None for no limit.
+
+        The claim is tried when this is first asked for, by running one sequence, unless that would be expensive;
+        `check_length` tries any length.
+        """
+        return self._inputs.n_ctx
 
     @property
     def device(self) -> torch.device:
@@ -92,7 +124,9 @@ class LanguageModel:
 
     @cached_property
     def _id_table(self) -> tuple[int | None, int | None]:
-        return id_table(self._forward, self.module, self.device)
+        table = id_table(self._forward, self.module, self.device)
+        self._inputs.check_not_moved(self._forward, survey_ids(*table, self.device)[0])
+        return table
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -142,8 +176,12 @@ class LanguageModel:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What decides the activations, JSON-able; the weights are read once for it, when it is first asked for."""
+        tokenizer, code = self.tokenizer_if_readable, code_digest(self.module)
         said = {
             "revision": self.revision,
+            "config": computation_of(self.module) or None,
+            "trust_remote_code": True if code is not None else None,
+            "code": code,
             "autocast": None if self._autocast is None else str(self._autocast).removeprefix("torch."),
             "compiled": True if self._compiled else None,
             "quantization": self.quantization,
@@ -153,9 +191,41 @@ class LanguageModel:
             "class": type(self.module).__name__,
             "dtype": str(self.dtype).removeprefix("torch."),
             "weights": weights_digest(self.module),
-            "tokenizer": None if self.tokenizer is None else tokenizer_digest(self.tokenizer),
+            "tokenizer": None if tokenizer is None else tokenizer_digest(tokenizer),
             **{key: value for key, value in said.items() if value is not None},
         }
+
+    def identity_for(self, known: Mapping[str, Any]) -> Mapping[str, Any]:
+        """`known`, the identity in a store, if that is of this model, whatever it was called; otherwise `identity`."""
+        return known if is_same_model(known, self.identity) else self.identity
+
+    def check_length(self, length: int) -> None:
+        """Try whether the model takes sequences of `length` tokens, by running one unless a longer one has run.
+
+        Raises:
+            ConfigError: it does not; the message says how many tokens it takes.
+
+        Warns:
+            UserWarning: it does, although its config claims fewer positions.
+        """
+        self._inputs.check_length(length)
+
+    def check_ids(self, ids: ArrayLike) -> None:
+        """Refuse `(Q, T)` token ids that the model does not know; memory-mapped ones are read piece by piece.
+
+        Raises:
+            ConfigError: there are such ids; the message names one, with its text if the tokenizer knows it.
+        """
+        self._inputs.check_ids(ids)
+
+    def check_rows(self) -> None:
+        """Refuse a Hugging Face model whose decoder does not read the ids that it is given.
+
+        Raises:
+            ConfigError: it needs an input of its own, or makes one that is moved by a position.
+        """
+        if self.kind == "huggingface" and may_make_input(self.module):
+            self._inputs.check_not_moved(self._forward, self._survey_ids()[0])
 
     def run_with(self, autocast: torch.dtype | None, compiled: bool) -> None:
         """Set how forward passes are run; `load_lm` does it, before the model is used.
@@ -217,7 +287,7 @@ class LanguageModel:
             does not take padding.
             SiteError: a site that this forward pass does not reach.
         """
-        tokens = self._checked(ids)
+        tokens = self._inputs.checked(ids, may_try=not self._splices)
         wanted = list({site.site.name: site for site in sites}.values())
         return self._captured(tokens, wanted, self._mask(tokens, lengths, wanted))
 
@@ -227,7 +297,8 @@ class LanguageModel:
         Raises:
             ConfigError: the model has none, as an encoder; otherwise as `capture`.
         """
-        tokens, instrumented = self._checked(ids), self._choose(False)
+        tokens = self._inputs.checked(ids, may_try=not self._splices)
+        instrumented = self._choose(False)
         if instrumented and is_bare(self.module):
             raise ConfigError(f"{self.name} has no logits: it was loaded without a head; cache its sites")
         with torch.no_grad():
@@ -297,22 +368,23 @@ class LanguageModel:
 
     @cached_property
     def _names(self) -> SiteNames:
-        return SiteNames(self.module, self.kind, self.name, self.tokenizer, lambda: self._forward, self._survey_ids)
+        return SiteNames(
+            self.module, self.kind, self.name, self.tokenizer_if_readable, lambda: self._forward, self._survey_ids
+        )
 
     def _survey_ids(self, length: int | None = None) -> list[Tensor]:
         """Batches for a survey: of a few tokens, or of a length."""
         if length is not None:
             return survey_ids(self.d_vocab, length, self.device, length)
-        return survey_ids(self.d_vocab, self._id_table[1] if self.kind == "module" else self.n_ctx, self.device)
+        n_positions = self._id_table[1] if self.kind == "module" else self._inputs.context.known
+        return survey_ids(self.d_vocab, n_positions, self.device)
 
     @cached_property
     def _is_causal(self) -> bool:
         """Whether no position of the output depends on later ones."""
         return self.kind == "stories" or ignores_what_follows(self._forward, self._survey_ids()[0], self.d_vocab or 2)
 
-    def _mask(
-        self, tokens: Tensor, lengths: ArrayLike | Tensor | None, sites: Sequence[ResolvedSite]
-    ) -> Tensor | None:
+    def _mask(self, tokens: Tensor, lengths: ArrayLike | Tensor | None, sites: Sequence[ResolvedSite]) -> Tensor | None:
         """The attention mask that sequences of these lengths need; causal models need none, and are faster without."""
         if lengths is None:
             return None
@@ -341,9 +413,7 @@ class LanguageModel:
             raise ConfigError("a splice of plain sites is in force: leave it before using instrumented sites")
         return instrumented or any(in_force) or self.kind == "transformer_lens"
 
-    def _captured(
-        self, tokens: Tensor, wanted: Sequence[ResolvedSite], mask: Tensor | None
-    ) -> dict[str, Tensor]:
+    def _captured(self, tokens: Tensor, wanted: Sequence[ResolvedSite], mask: Tensor | None) -> dict[str, Tensor]:
         """Plain sites of the plain model, the others of the instrumented one; all of that one where a splice is in it."""
         in_one = self._choose(any(site.instrumented for site in wanted)) and bool(self._splices)
         places = [self._names.in_instrumented(site) if in_one else site for site in wanted]
@@ -394,32 +464,31 @@ class LanguageModel:
     def _run(self, tokens: Tensor, instrumented: bool, mask: Tensor | None, sites: Sequence[ResolvedSite] = ()) -> Any:
         self._ids_shape = (tokens.shape[0], tokens.shape[1])
         self._n_passes += 1
+        try:
+            return self._forward_pass(tokens, instrumented, mask, sites)
+        except TOO_LONG as error:
+            if not self._splices:  # their hooks would see the sequences that are tried
+                self._inputs.check_failed(tokens.shape[1], error)
+            raise
+
+    def _forward_pass(
+        self, tokens: Tensor, instrumented: bool, mask: Tensor | None, sites: Sequence[ResolvedSite]
+    ) -> Any:
         cast = torch.autocast(self.device.type, self._autocast) if self._autocast else nullcontext()
         around = nullcontext() if instrumented else self._compiled_around(sites)
         with cast, around:
             return self._forward_of(instrumented)(tokens, mask)
+
+    def _run_plainly(self, ids: Tensor) -> Any:
+        """One forward pass of the model that was given, to try what it takes."""
+        with torch.autocast(self.device.type, self._autocast) if self._autocast else nullcontext():
+            return self._forward(ids)
 
     def _compiled_around(self, sites: Sequence[ResolvedSite]) -> AbstractContextManager[None]:
         if self._compiled is None:
             return nullcontext()
         hooked = [site.module for site in (*sites, *(site for both in self._splices for site in both))]
         return self._compiled.outside(hooked)
-
-    def _checked(self, ids: ArrayLike | Tensor) -> Tensor:
-        """Token ids as the model wants them: int64, on its device."""
-        tokens = ids.long() if isinstance(ids, Tensor) else torch.from_numpy(np.asarray(ids).astype(np.int64))
-        if tokens.ndim != 2 or not tokens.numel():
-            raise ConfigError(f"token ids must be a (sequences, positions) array, got shape {tuple(tokens.shape)}")
-        if self.n_ctx is not None and tokens.shape[1] > self.n_ctx:
-            raise ConfigError(
-                f"sequences of {tokens.shape[1]} tokens, but {self.name} has {self.n_ctx} positions; "
-                f"use a length of at most {self.n_ctx}"
-            )
-        low, top = (int(bound) for bound in tokens.aminmax())
-        if low < 0 or (self.d_vocab is not None and top >= self.d_vocab):
-            outside = low if low < 0 else top
-            raise ConfigError(f"token id {outside}, but {self.name} knows {self.d_vocab} tokens; use its own tokenizer")
-        return tokens.to(self.device)
 
 
 def _taker(site: ResolvedSite, values: dict[str, Tensor], n_wanted: int) -> Callable[[Tensor], None]:

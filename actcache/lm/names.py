@@ -102,7 +102,9 @@ class SiteNames:
         patterns = [patterns] if isinstance(patterns, str) else patterns
         wanted = {name for pattern in patterns for name in self._matches(pattern)}
         found = [name for name in self.places if name in wanted]
-        return found if len(found) == len(wanted) else found + [n for n in self._module_places if n in wanted - {*found}]
+        return (
+            found if len(found) == len(wanted) else found + [n for n in self._module_places if n in wanted - {*found}]
+        )
 
     def place(self, name: str) -> ResolvedSite:
         """Where a name is; opens the instrumented model if only that knows.
@@ -141,7 +143,9 @@ class SiteNames:
         if self._kind == "transformer_lens" or length <= self._compared_up_to:
             return
         ids, both = self._batches(length)[0][:1], outputs_of(self._candidates.seen, self._instrumented.seen)
-        plain, instrumented = ({name: seen[name].place for name in both} for seen in (self._candidates.seen, self._instrumented.seen))
+        plain, instrumented = (
+            {name: seen[name].place for name in both} for seen in (self._candidates.seen, self._instrumented.seen)
+        )
         found = compare(values_at(self._run(), plain, ids), values_at(self.instrumented_forward, instrumented, ids))
         if found.first:
             raise SiteError(
@@ -205,14 +209,18 @@ class SiteNames:
             warnings.warn(f"sites of {self._name} are named module.path:in and module.path:out: {error}", stacklevel=2)
             return {**self._module_places}, self._modules
         found, compared = agreeing(self._candidates.seen, instrumented.seen), self._compared
-        places = {n: p for n, p in found.items() if n in compared.trusted or (n in compared.before and not p.instrumented)}
+        places = {
+            n: p for n, p in found.items() if n in compared.trusted or (n in compared.before and not p.instrumented)
+        }
         places.pop(OUTPUT, None)
         if not self._disagreement:
             return {**self._meant(places)}, instrumented
         warnings.warn(
             f"{self._disagreement}: sites behind that are named module.path:in and module.path:out", stacklevel=2
         )
-        dropped = {name: f"is not known: {self._disagreement}" for name in found if name not in places and name != OUTPUT}
+        dropped = {
+            name: f"is not known: {self._disagreement}" for name in found if name not in places and name != OUTPUT
+        }
         refused = {**instrumented.refused, **dropped, **self._modules.refused}
         return {**self._meant(places), **self._module_places}, replace(instrumented, refused=refused)
 

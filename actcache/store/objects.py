@@ -56,7 +56,7 @@ class Objects:
         elif "://" in str(location):
             self.store = open_url(str(location), read_only=read_only)
         else:
-            self.store = LocalStore(Path(location), read_only=read_only)
+            self.store = LocalStore(Path(location).expanduser(), read_only=read_only)
         self.root = self.store.root if isinstance(self.store, LocalStore) else None
         self.backend = backend_of(self.store)
 
