@@ -4,25 +4,65 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from actcache.errors import AuditError
 from actcache.spec import StoreSpec
 from actcache.store import layout, metadata
 from actcache.store.objects import Objects
 from actcache.store.reader import Store
 from actcache.store.stats import merge
 
+Check: TypeAlias = Callable[[Store], Mapping[str, Any]]
+"""Looks at a complete store that is about to be sealed: returns what its provenance is to say of that, JSON-able, or
+raises `AuditError`."""
 
-def seal(objects: Objects, before: layout.Root | None = None) -> None:
+
+def check_before_sealing(objects: Objects, root: layout.Root, spec: StoreSpec, check: Check) -> Mapping[str, Any]:
+    """Have a complete store looked at, and return the provenance to seal it with.
+
+    Args:
+        objects: the store.
+        root: the root that lies there; of a store that grows, the one of the smaller store that is still in force.
+        spec: what the store holds now.
+        check: is given the store as it will be sealed, in state `open`.
+
+    Raises:
+        AuditError: what `check` raised. Its entry is in the provenance of the root that lies there, which otherwise
+        stays as it is.
+    """
+    found = root.provenance.get("audits")
+    entries = [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+    try:
+        entry = dict(check(Store(objects, layout.Root(state="open", spec=spec, provenance=root.provenance))))
+    except AuditError as error:
+        if error.entry:
+            others = [other for other in entries if not _is_the_failure(other, error.entry)]
+            provenance = {**root.provenance, "audits": [*others, error.entry]}
+            layout.write_root(objects, replace(root, provenance=provenance))
+        raise
+    passed = [other for other in entries if other.get("sound") is not False]
+    return {**root.provenance, "audits": [*passed, entry]}
+
+
+def _is_the_failure(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether an earlier entry tells of the same failure: it would only be said twice."""
+    return earlier.get("sound") is False and all(earlier.get(name) == now.get(name) for name in ("of", "sites"))
+
+
+def seal(objects: Objects, before: layout.Root | None = None, provenance: Mapping[str, Any] | None = None) -> None:
     """Write ledger and totals of a store whose shards are all committed, and make it sealed.
 
     Args:
         objects: the store, in state `open`.
         before: the sealed root of the same store before sites were added or deleted, if that is what happened: what it
             says of the sites that stay is not read again.
+        provenance: what the sealed root says of how the store came to be; by default what the open one says.
 
     Raises:
         CorruptShardError: a record or a statistics line is damaged.
@@ -48,7 +88,8 @@ def seal(objects: Objects, before: layout.Root | None = None) -> None:
         totals.append(merge(reader.shard_line(site.name, shard) for shard in range(spec.n_shards)))
         layout.put_table(objects, layout.total_key(site.name), totals[-1])
     metadata.put_ledger(objects, spec, ledger)
-    layout.write_root(objects, replace(sealed_root(spec, ledger, totals), provenance=root.provenance))
+    provenance = root.provenance if provenance is None else provenance
+    layout.write_root(objects, replace(sealed_root(spec, ledger, totals), provenance=provenance))
 
 
 def _earlier(objects: Objects, before: layout.Root | None, spec: StoreSpec) -> Store | None:

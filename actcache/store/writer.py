@@ -28,7 +28,7 @@ from actcache.store.buffers import Allocate, ShardBuffers, Written
 from actcache.store.encode import ShardEncoder
 from actcache.store.objects import Objects
 from actcache.store.reader import Store
-from actcache.store.seal import seal
+from actcache.store.seal import Check, check_before_sealing, seal
 
 _Part: TypeAlias = tuple[layout.Record, NDArray[np.float64]]
 _CREATION_PATIENCE_S = 600.0
@@ -246,19 +246,28 @@ class StoreWriter:
         parts = parts or [self._pool.submit(lambda: ("", None))]
         self._running.append(self._after(parts, lambda found: self._commit(buffers, ids, dict(found)), buffers))
 
-    def finish(self) -> Store:
+    def finish(self, check: Check | None = None) -> Store:
         """Wait for every write, seal the store if it is complete, and open it.
 
         Of writers that share a store, the one that ends last seals it; what the others get is not sealed. Nothing can
         be written afterwards.
+
+        Args:
+            check: is given the complete store, in state `open`, by the writer that is about to seal it. What it returns
+                is appended to `audits` in the store's provenance. When it raises `AuditError`, the store is not sealed
+                and the error's entry is appended instead; a store that has grown stays sealed as it was, unless its
+                last shard had to be taken back. By default the store is sealed without it.
+
+        Raises:
+            AuditError: what `check` raised.
         """
         self.wait()
         if self._shared:
-            self._seal_together()
+            self._seal_together(check)
         elif not self.pending():
-            self._adopt()
-            if layout.read_root(self.objects).state != "sealed":
-                seal(self.objects, self._before)
+            root = layout.read_root(self.objects)
+            if root.state != "sealed" or root.spec != self.spec:
+                self._seal(root, check)
         return Store(self.objects, layout.read_root(self.objects))
 
     def wait(self) -> None:
@@ -267,7 +276,13 @@ class StoreWriter:
             future.result()
         self._running.clear()
 
-    def _seal_together(self) -> None:
+    def _seal(self, root: layout.Root, check: Check | None) -> None:
+        """Seal a store of which everything is there, alone; `root` is the one that lies there."""
+        provenance = None if check is None else check_before_sealing(self.objects, root, self.spec, check)
+        self._adopt()
+        seal(self.objects, self._before, provenance)
+
+    def _seal_together(self, check: Check | None) -> None:
         """Give the store back, and if all of it is there seal it, alone; of several who try at once the first does.
 
         All of them try: who has got the store alone may be killed.
@@ -278,16 +293,16 @@ class StoreWriter:
         while not self.pending() and monotonic() < until and layout.read_root(self.objects).state == "open":
             try:
                 with self.objects.lock():
-                    self._seal_alone()
+                    self._seal_alone(check)
             except StoreBusyError:
                 pause_s = _pause(pause_s)
 
-    def _seal_alone(self) -> None:
+    def _seal_alone(self, check: Check | None) -> None:
         root = layout.read_root(self.objects)
         self._committed = self._list_committed()  # it may have been repaired, or grown, before we were alone
         if root.state == "open" and root.spec == self.spec and not self.pending():
             self.objects.remove_partial_writes()
-            seal(self.objects)
+            self._seal(root, check)
 
     def _adopt(self) -> None:
         """Make a grown store's new spec the one in force; from here on it is unfinished until it is sealed again."""
