@@ -21,7 +21,8 @@ from actcache.spec import Progress
 from actcache.store import layout, metadata
 from actcache.store.objects import Objects
 from actcache.store.reader import Store, open_store
-from actcache.store.seal import fingerprint, seal
+from actcache.store.seal import seal
+from actcache.store.sealed import check_open
 
 _MOST_MISSING = 1000
 _DISK_FAULTS = (errno.EIO, errno.EISDIR)
@@ -63,10 +64,11 @@ def verify(
         store = open_store(path)
     except CorruptShardError as error:
         return [Fault(column="attributes", shard=-1, reason=_reason(error))]
+    store.is_checked = True  # all of it here, fault by fault
     faults = _check(lambda: _check_ledger(store), "ledger", -1)
     # A damaged ledger says nothing of the shards: they are held against their own commit records then.
     store.use_ledger = not faults
-    faults += [] if faults else _check(lambda: _check_fingerprint(store), "attributes", -1)
+    faults += [] if faults else _check(lambda: _check_root(store), "attributes", -1)
     faults += _check(lambda: _check_tokens(store), "tokens", -1)
     wrong = metadata.wrong_metadata(store.objects, store.root)
     faults += [Fault(column="metadata", shard=-1, reason=f"{key} {reason}") for key, reason in wrong]
@@ -129,11 +131,12 @@ def _check_ledger(store: Store) -> None:
             store.total(site)
 
 
-def _check_fingerprint(store: Store) -> None:
-    if store.sealed:
-        totals = [store.total(site) for site in store.sites]
-        if fingerprint(store.spec, store.ledger, totals) != store.fingerprint:
-            raise CorruptShardError(f"{store.path}: spec, ledger and totals do not match the fingerprint")
+def _check_root(store: Store) -> None:
+    store.is_checked = False
+    try:
+        store.check()
+    finally:
+        store.is_checked = True
 
 
 def _check_tokens(store: Store) -> None:
@@ -167,14 +170,19 @@ def repair(path: str | Path | Objects, faults: list[Fault]) -> list[int]:
     bad = sorted({(fault.shard, fault.column) for fault in faults if fault.shard >= 0})
     bad_ledger = any(fault.column == "ledger" for fault in faults)
     with objects.lock():
-        root = open_store(objects).root
+        store = open_store(objects)
+        root = store.root
+        if not bad_ledger:
+            store.check()
+        elif bad:
+            check_open(objects, root.spec)  # without a ledger the fingerprint tells nothing
         objects.remove_partial_writes()
-        if root.state == "sealed" and (bad or bad_ledger):
+        if bad_ledger and not bad:
+            seal(objects, expected=(root.fingerprint or "none") if root.state == "sealed" else None)
+        elif root.state == "sealed" and bad:
             layout.write_root(objects, layout.Root(state="open", spec=root.spec, provenance=root.provenance))
         for shard, column in bad:
             objects.delete(layout.commit_key(column, shard))
-        if bad_ledger and not bad:
-            seal(objects)
         if any(fault.column == "metadata" for fault in faults):
             metadata.mend_metadata(objects, layout.read_root(objects))
     return sorted({shard for shard, _ in bad})
