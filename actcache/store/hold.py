@@ -47,32 +47,38 @@ class Homes:
         self._known: dict[int, tuple[int, bytes]] = {}
         self._checked: set[int] = set()
 
+    def of(self, shard: int) -> tuple[int, bytes]:
+        """How many rows a shard has, and what the records of its sites are bound to; raises what reading them does."""
+        if shard not in self._known:
+            store = self._store
+            rows = store.record(layout.ROWS, shard)
+            stored = rows.to_bytes(layout.record_length(store.spec, layout.ROWS))
+            self._known[shard] = rows.n_rows, home_of(stored, store.shard_tokens(shard))
+        return self._known[shard]
+
     def check(self, site: str, shard: int, record: layout.Record) -> None:
         """Hold a site's record against the rows of its shard and the tokens of its sequences.
 
-        A record that is not bound to them says only how many rows it is of; then at least the row table has to be the
-        one that these tokens have.
-
         Raises:
-            CorruptShardError: they do not belong together, or are damaged.
+            CorruptShardError: they do not belong together.
         """
-        n_rows, home = self._of(shard)
+        n_rows, home = self.of(shard)
         if record.n_rows != n_rows:
             raise self._store.corrupt(site, shard, f"is of {record.n_rows} rows, and the row table of {n_rows}")
-        if not record.binding and shard not in self._checked:
-            tables.check_rows(self._store, shard)
-            self._checked.add(shard)
         if record.binding and record.binding != self._bindings.of(site, shard, home):
             raise self._store.corrupt(
                 site, shard, "is of another store: its record is bound to other tokens, another model or other settings"
             )
 
-    def _of(self, shard: int) -> tuple[int, bytes]:
-        if shard not in self._known:
-            rows, store = self._store.record(layout.ROWS, shard), self._store
-            stored = rows.to_bytes(layout.record_length(store.spec, layout.ROWS))
-            self._known[shard] = rows.n_rows, home_of(stored, store.shard_tokens(shard))
-        return self._known[shard]
+    def check_rows(self, shard: int) -> None:
+        """Hold a shard's row table against the tokens, once: all that can be done where a site's record is not bound.
+
+        Raises:
+            CorruptShardError: it is of other tokens.
+        """
+        if shard not in self._checked:
+            tables.check_rows(self._store, shard)
+            self._checked.add(shard)
 
 
 def torn_shards(
@@ -94,6 +100,8 @@ def torn_shards(
             heads[place] = np.frombuffer(record.to_bytes(length)[: layout.HEAD_BYTES], np.uint8)
             if column != layout.ROWS:
                 homes.check(column, shard, record)
+                if not record.binding:
+                    homes.check_rows(shard)
         except CorruptShardError as error:
             torn.add(shard)
             yield shard, column, str(error).split("; run")[0]
