@@ -304,7 +304,10 @@ def verify(store: str, /, *, sample: float = 1.0, json: Flag = False) -> int:
         way_out = f"found {len(faults)} fault{'s' * (len(faults) > 1)}; see 'actcache repair --help'"
         sound = f"{store} is sound" if sample == 1 else f"{store}: no fault in the {100 * sample:g} % of it looked at"
         shown = "\n".join([*lines, way_out]) if faults else sound
-        payload = {"path": store, "sound": not faults, "sample": sample, "faults": faults}
+        if found.not_bound:
+            shards = len({shard for shards in found.not_bound.values() for shard in shards})
+            shown += f"\n{shards:,} shards of an earlier version do not say which tokens their values belong to"
+        payload = {"path": store, "sound": not faults, "sample": sample, "faults": faults, "not_bound": found.not_bound}
         screen.result(payload, lambda out: out.print(shown, markup=False, highlight=False))
     return UNSOUND if faults else 0
 

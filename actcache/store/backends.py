@@ -4,8 +4,9 @@ Files are read straight into the caller's buffer: on hot paths the first touch o
 A bucket (`s3://`, `gs://`, `az://`, `http://`) is asked through obstore from the calling thread, which costs a fifth of
 the way through an event loop. Everything else goes through zarr's own asynchronous store interface.
 
-Each backend has `get`, `read_into`, `tail`, `size`, `put`, `create`, `walk`, `names`, `delete` and `delete_all`, as
-`Objects` documents them, and says in `identity` what two of them have in common that reach the same store.
+Each backend has `get`, `read_into`, `tail`, `size`, `put`, `create`, `walk`, `names`, `sizes`, `delete` and
+`delete_all`, as `Objects` documents them, and says in `identity` what two of them have in common that reach the same
+store.
 """
 
 # ruff: noqa: D102 (the methods are those of `Objects`, and documented there)
@@ -59,6 +60,7 @@ class Backend(Protocol):
     def create(self, key: str, data: bytes) -> None: ...
     def walk(self, prefix: str) -> Iterator[str]: ...
     def names(self, prefix: str) -> list[str]: ...
+    def sizes(self, prefix: str) -> dict[str, int]: ...
     def delete(self, key: str) -> None: ...
     def delete_all(self, prefix: str) -> None: ...
 
@@ -155,6 +157,21 @@ class ZarrBackend(_Whole):
 
     def names(self, prefix: str) -> list[str]:
         return _directly_below(self.walk(prefix), prefix)
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        return _LOOP.run(self._sizes(prefix))
+
+    async def _sizes(self, prefix: str) -> dict[str, int]:
+        if isinstance(self.store, FsspecStore):  # one question for all of them
+            try:
+                found = await self.store.fs._ls(f"{self.store.path}/{prefix}", detail=True)
+            except _ABSENT:
+                return {}
+            return {str(item["name"]).rpartition("/")[2]: item["size"] for item in found if item["type"] == "file"}
+        folder = _folder(prefix)
+        names = [name async for name in self.store.list_dir(prefix)]
+        keys = [name for name in names if await self.store.exists(folder + name)]
+        return {name: await self.store.getsize(folder + name) for name in keys}
 
     def delete(self, key: str) -> None:
         _LOOP.run(self._delete([key]))
@@ -322,6 +339,13 @@ class FileBackend:
         except _ABSENT:
             return []
 
+    def sizes(self, prefix: str) -> dict[str, int]:
+        try:
+            with os.scandir(f"{self._root}/{prefix}") as entries:
+                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        except _ABSENT:
+            return {}
+
     def delete(self, key: str) -> None:
         with suppress(*_ABSENT):
             os.unlink(self.own(key))
@@ -425,6 +449,12 @@ class BucketBackend(_Whole):
 
         found = obstore.list_with_delimiter(self._bucket, prefix or None)["objects"]
         return _directly_below((item["path"] for item in found), prefix)
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        import obstore
+
+        found = obstore.list_with_delimiter(self._bucket, prefix or None)["objects"]
+        return {item["path"].rpartition("/")[2]: item["size"] for item in found}
 
     def delete(self, key: str) -> None:
         import obstore

@@ -12,6 +12,7 @@ from actcache.errors import NotAStoreError, StorageFullError, StoreNotFoundError
 from actcache.spec import StoreSpec, TokenBlocks
 from actcache.store import codecs, grow, layout, metadata
 from actcache.store.objects import Objects
+from actcache.store.reader import Store
 
 
 def look(objects: Objects, spec: StoreSpec, blocks: TokenBlocks | None, *, may_grow: bool) -> layout.Root | None:
@@ -19,7 +20,7 @@ def look(objects: Objects, spec: StoreSpec, blocks: TokenBlocks | None, *, may_g
 
     Raises:
         NotAStoreError: something else is there. StoreMismatchError: another store is there. StoreNotFoundError: nothing
-        is there, and without tokens nothing can be made.
+        is there, and without tokens nothing can be made. CorruptShardError: its root is not the one it was made with.
     """
     if objects.size("zarr.json") < 0:
         # In this order: somebody may be making it at this moment.
@@ -31,6 +32,7 @@ def look(objects: Objects, spec: StoreSpec, blocks: TokenBlocks | None, *, may_g
     root = layout.read_root(objects)
     if root.state == "creating":  # a crash before the first shard: nothing is lost by beginning again
         return None
+    Store(objects, root).check()
     if root.spec != spec:
         if may_grow and blocks is not None:
             grow.check(objects, root.spec, spec, blocks)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +11,10 @@ import numpy as np
 
 from actcache.errors import CorruptShardError, SiteError, StoreIncompleteError, StoreMismatchError
 from actcache.spec import StoreSpec, TokenBlocks
-from actcache.store import layout
+from actcache.store import layout, metadata
 from actcache.store.objects import Objects
 from actcache.store.reader import Store
-from actcache.store.seal import seal
+from actcache.store.seal import complete_ledger, seal
 
 
 def check_same_spec(objects: Objects, found: StoreSpec, asked: StoreSpec) -> None:
@@ -70,14 +69,9 @@ def check(objects: Objects, found: StoreSpec, asked: StoreSpec, blocks: TokenBlo
 def clear_leftovers(objects: Objects, found: StoreSpec, asked: StoreSpec, blocks: TokenBlocks) -> None:
     """Un-commit what an earlier attempt to grow has left, where it is not of these tokens and settings."""
     for site in asked.sites[len(found.sites) :]:
-        stored = objects.get(f"{layout.site_prefix(site.name)}/acts/zarr.json")
-        if stored is None:
-            continue
-        about = {"feature_exponents": [], **json.loads(bytes(stored))["attributes"]}
-        wanted = {"codec": site.codec, "feature_exponents": list(site.feature_exponents), "shape": list(site.shape)}
-        if any(about.get(name) != value for name, value in wanted.items()):
+        if any(True for _ in metadata.differences(objects, asked, site)):
             _remove_site(objects, site.name)
-    reader = Store(objects, layout.Root(state="open", spec=asked))
+    reader = Store(objects, layout.Root(state="open", spec=asked), lies_there=False)
     for shard in sorted(layout.committed_shards(objects, layout.ROWS)):
         if found.n_shards <= shard < asked.n_shards and not _fits(reader, shard, blocks):
             for name in layout.columns(asked):
@@ -104,10 +98,13 @@ def delete_sites(path: str | Path | Objects, names: list[str]) -> None:
 
     Raises:
         SiteError: no such site. ConfigError: none would be left. StoreIncompleteError: the store is not finished.
+        CorruptShardError: what stays is damaged; nothing has been changed.
     """
     objects = path if isinstance(path, Objects) else Objects(path, read_only=False)
     with objects.lock():
         root = layout.read_root(objects)
+        store = Store(objects, root)
+        store.check()
         objects.remove_partial_writes()
         stay = tuple(site for site in root.spec.sites if site.name not in names)
         for name in names:
@@ -118,9 +115,10 @@ def delete_sites(path: str | Path | Objects, names: list[str]) -> None:
             if root.state != "sealed":
                 raise StoreIncompleteError(f"{objects} is not finished; finish 'actcache extract' first")
             spec = replace(root.spec, sites=stay)
+            ledger = complete_ledger(objects, spec, root)
             layout.write_root(objects, layout.Root(state="open", spec=spec, provenance=root.provenance))
-            seal(objects, root)
-        elif root.state == "open" and len(Store(objects, root).committed) == root.spec.n_shards:
+            seal(objects, root, ledger=ledger)
+        elif root.state == "open" and len(store.committed) == root.spec.n_shards:
             seal(objects)
         for name in names:
             _remove_site(objects, name)

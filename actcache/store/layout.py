@@ -22,7 +22,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from actcache.errors import ConfigError, CorruptShardError, NotAStoreError, StoreNotFoundError, StoreVersionError
 from actcache.spec import Site, StoreSpec
 from actcache.store import codecs, stats
+from actcache.store.binding import binding_in, frame_of
 from actcache.store.objects import Objects
 
 FORMAT_VERSION = 1
@@ -120,6 +121,8 @@ def _root(attributes: dict[str, Any]) -> Root:
         raise ValueError("its provenance is no mapping")
     if root.state not in ("creating", "open", "sealed"):
         raise ValueError(f"there is no state {root.state!r}")
+    if root.state != "sealed" and (root.fingerprint is not None or root.digests):
+        raise ValueError(f"its state is {root.state!r}, and yet it has the fingerprint of a sealed store")
     if root.state == "sealed" and len(root.digests) != len(columns(root.spec)):
         raise ValueError(f"{len(columns(root.spec))} digests belong there, it has {len(root.digests)}")
     for site in root.spec.sites:
@@ -246,9 +249,11 @@ class Record:
     n_rows: int
     n_bytes: int
     checksums: tuple[int, ...]
+    binding: bytes = b""
+    """Of a site's record: what its shard belongs to, see `binding.py`; empty where that is not said."""
 
     def to_bytes(self, length: int) -> bytes:
-        """The record as stored, padded with zeros to `length` bytes."""
+        """The record's values as stored, padded with zeros to `length` bytes."""
         body = np.array([self.n_rows, self.n_bytes], "<u8").tobytes()
         body += np.array(self.checksums, "<u4").tobytes()
         body = body.ljust(length - 32, b"\0")
@@ -294,6 +299,14 @@ def get_table(
     Raises:
         CorruptShardError: the object is missing or damaged; never answered with fill values.
     """
+    values, stored = _get_stored_table(objects, key, shape, dtype, at_least=at_least)
+    return values, codecs.checksum_of(stored)
+
+
+def _get_stored_table(
+    objects: Objects, key: str, shape: tuple[int, ...], dtype: np.dtype[Any], *, at_least: int = 0
+) -> tuple[NDArray[Any], memoryview]:
+    """See `get_table`; with the stored bytes."""
     most = math.prod(shape) * dtype.itemsize * 9 // 8 + (1 << 16)
     too_long = objects.is_local and objects.size(key) > most  # nothing of that size is even read
     stored = memoryview(b"") if too_long else objects.get(key)
@@ -305,7 +318,7 @@ def get_table(
     problem = codecs.TABLE.decode_into(stored, out)
     if problem:
         raise CorruptShardError(f"{key} of {objects} {problem}; run 'actcache verify {objects}'")
-    return out, codecs.checksum_of(stored)
+    return out, stored
 
 
 def sha256_of(values: NDArray[Any]) -> str:
@@ -328,9 +341,12 @@ def index_bytes(spec: StoreSpec) -> int:
 
 def record_object(spec: StoreSpec, column: str, shard: int, record: Record) -> tuple[str, bytes]:
     """Key and bytes of a commit record as it is stored."""
-    length = record_length(spec, column)
-    data = np.frombuffer(record.to_bytes(length), np.uint8).reshape(1, length)
-    return commit_key(column, shard), encode_table(data)[1]
+    data = record.to_bytes(record_length(spec, column))
+    if not record.binding:
+        return commit_key(column, shard), encode_table(np.frombuffer(data, np.uint8)[None])[1]
+    frame = frame_of(data, record.binding)
+    crc = codecs.chain_of("raw").encode(np.frombuffer(frame, np.uint8))[1]
+    return commit_key(column, shard), frame + codecs.crc_bytes(crc)
 
 
 def read_record(objects: Objects, spec: StoreSpec, column: str, shard: int) -> Record:
@@ -339,10 +355,11 @@ def read_record(objects: Objects, spec: StoreSpec, column: str, shard: int) -> R
     Raises:
         CorruptShardError: it is missing or damaged.
     """
-    key, shape = commit_key(column, shard), (1, record_length(spec, column))
-    data = get_table(objects, key, shape, UINT8)[0].tobytes()
+    key, length = commit_key(column, shard), record_length(spec, column)
+    values, stored = _get_stored_table(objects, key, (1, length), UINT8)
     try:
-        record = Record.from_bytes(data)
+        binding = b"" if column == ROWS else binding_in(stored[: -codecs.CRC_BYTES], length)
+        record = replace(Record.from_bytes(values.tobytes()), binding=binding)
         if record.n_rows > len(spec.shard_rows(shard)):
             raise ValueError(f"it lists {record.n_rows} rows, the shard has room for {len(spec.shard_rows(shard))}")
     except ValueError as error:

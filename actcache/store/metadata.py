@@ -62,6 +62,24 @@ def wrong_metadata(objects: Objects, root: layout.Root) -> Iterator[tuple[str, s
             yield key, reason
 
 
+def differences(objects: Objects, spec: StoreSpec, site: Site) -> Iterator[tuple[str, Any, Any]]:
+    """What a spec says of a site, and the metadata that its array was created with otherwise: name, and both values.
+
+    Nothing where there is no such metadata, or where it is damaged. How many rows there are may differ: stores grow.
+    """
+    key = f"{layout.site_prefix(site.name)}/acts/zarr.json"
+    found, wanted = _parsed(_stored(objects, key)), _sharded(spec, site, "acts")
+    try:
+        about = {"feature_exponents": [], **found["attributes"]}
+        about["rows of a shard"] = found["chunk_grid"]["configuration"]["chunk_shape"][0]
+        about["rows of a chunk"] = found["codecs"][0]["configuration"]["chunk_shape"][0]
+    except (KeyError, TypeError, IndexError):
+        return
+    said = {"feature_exponents": [], **wanted["attributes"]}
+    said |= {"rows of a shard": wanted["shards"][0], "rows of a chunk": wanted["chunks"][0]}
+    yield from ((name, value, about[name]) for name, value in said.items() if name in about and about[name] != value)
+
+
 def _mend(objects: Objects, key: str, wanted: bytes) -> None:
     stored = _stored(objects, key)
     if _difference(stored, wanted) is None:

@@ -222,6 +222,11 @@ class Objects:
         with self._named("list", prefix):
             return self.backend.names(prefix.rstrip("/"))
 
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Bytes of each object directly below a folder, by its name: one listing."""
+        with self._named("list", prefix):
+            return self.backend.sizes(prefix.rstrip("/"))
+
     def exists_any(self) -> bool:
         """Whether anything at all lies there. Empty folders count as nothing, and so do the locks of writers."""
         if self.root is not None and self.root.is_file():

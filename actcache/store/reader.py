@@ -6,8 +6,8 @@ shard's commit record lists, so that whole but misplaced objects (swapped, stale
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.errors import CorruptShardError, SiteError, StoreIncompleteError, StoreNotFoundError
+from actcache.errors import CorruptShardError, SiteError, StoreError, StoreIncompleteError, StoreNotFoundError
 from actcache.spec import StoreSpec, TokenBlocks, expand_names
-from actcache.store import codecs, layout, tables, views
+from actcache.store import codecs, layout, tables, values, views
 from actcache.store.context import Context, context
 from actcache.store.covariance import covariance
 from actcache.store.indexes import Index, Indexes, Kept
 from actcache.store.objects import Objects
 from actcache.store.rows import Rows, checked_rows, row_ids
+from actcache.store.sealed import Sealed, changed_since, check_open
 from actcache.store.stats import SiteStats
 from actcache.store.tokens import TokenArrays
 
@@ -57,12 +58,13 @@ class Store:
     to `spec.n_rows` is a row; a shard that leaves rows out ends before its last ids.
     """
 
-    def __init__(self, objects: Objects, root: layout.Root) -> None:
-        self.objects, self.root = objects, root
+    def __init__(self, objects: Objects, root: layout.Root, *, lies_there: bool = True) -> None:
+        # A writer also looks at stores as they were, or as they are going to be: with a root that does not lie there.
+        self.objects, self.root, self._lies_there = objects, root, lies_there
         self.spec: StoreSpec = root.spec
-        self.fingerprint: str | None = root.fingerprint
         self.stored_dtype = codecs.STORED_DTYPE[self.spec.dtype]
-        self.use_ledger = True
+        self.use_ledger, self.is_checked = True, False
+        self._seal = Sealed(objects, root)
         self._columns = layout.columns(self.spec)
         self._sites = {site.name: site for site in self.spec.sites}
         self._records = Kept[tuple[str, int], layout.Record](_RECORD_BYTES)
@@ -110,28 +112,51 @@ class Store:
             rows[shard] = self.record(layout.ROWS, shard).n_rows
         return rows
 
-    @cached_property
-    def ledger(self) -> NDArray[np.uint8]:
-        """`(S, C, 48)` heads of all records, of a sealed store.
+    @property
+    def fingerprint(self) -> str | None:
+        """sha256 (hex) over all that the store is, None unless it is sealed; raises like `check`."""
+        self.check()
+        return self.root.fingerprint
+
+    def check(self) -> None:
+        """Hold what the root says against what lies there, when it is first asked for: no value is read before.
 
         Raises:
-            CorruptShardError: it is missing, or not the one that the store was sealed with.
+            CorruptShardError: they disagree. StoreError: the store has changed since it was opened.
         """
-        ledger = layout.read_ledger(self.objects, self.spec)
-        self._check_sealed_with(layout.LEDGER_KEY, 0, ledger)
-        return ledger
+        if self.is_checked:
+            return
+        with self.explained():
+            if self.sealed:
+                self._seal.check_fingerprint()
+            else:
+                check_open(self.objects, self.spec)
+        self.is_checked = True
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Tell damage from a change: what is not as this store's root says may be as a newer one says."""
+        try:
+            yield
+        except CorruptShardError as error:
+            changed = self._changed()
+            if changed is None:
+                raise
+            raise changed from error
+
+    def _changed(self) -> StoreError | None:
+        return changed_since(self.objects, self.root) if self._lies_there else None
+
+    @property
+    def ledger(self) -> NDArray[np.uint8]:
+        """`(S, C, 48)` heads of all records, of a sealed store; raises like `check`."""
+        self.check()
+        return self._seal.ledger
 
     def total(self, site: str) -> NDArray[np.float64]:
-        """The merged statistics line of a site of a sealed store; raises like `ledger`."""
-        total = layout.read_total(self.objects, self._sites[site])
-        self._check_sealed_with(layout.total_key(site), self._columns.index(site), total)
-        return total
-
-    def _check_sealed_with(self, key: str, place: int, values: NDArray[Any]) -> None:
-        if layout.sha256_of(values) != self.root.digests[place]:
-            raise CorruptShardError(
-                f"{key} of {self.path} is not the one that the store was sealed with; run 'actcache verify {self.path}'"
-            )
+        """The merged statistics line of a site of a sealed store; raises like `check`."""
+        self.check()
+        return self._seal.totals[site]
 
     @cached_property
     def committed(self) -> list[int]:
@@ -155,18 +180,20 @@ class Store:
         return self._records.get((column, shard), read)
 
     def _read_record(self, column: str, shard: int) -> layout.Record:
+        self.check()
         if not self.sealed and self.objects.size(layout.commit_key(column, shard)) < 0:
             raise StoreIncompleteError(f"shard {shard} of {self.path} is not written yet; finish 'actcache extract'")
-        record = layout.read_record(self.objects, self.spec, column, shard)
+        with self.explained():
+            record = layout.read_record(self.objects, self.spec, column, shard)
         if self.sealed and self.use_ledger:
             head = record.to_bytes(layout.record_length(self.spec, column))[: layout.HEAD_BYTES]
             if head != self.ledger[shard, self._columns.index(column)].tobytes():
                 raise self.corrupt(column, shard, "has a commit record that differs from the ledger")
         return record
 
-    def corrupt(self, column: str, shard: int, reason: str) -> CorruptShardError:
-        """The error that names a shard's column and what is wrong with it."""
-        return CorruptShardError(
+    def corrupt(self, column: str, shard: int, reason: str) -> CorruptShardError | StoreError:
+        """The error that names a shard's column and what is wrong with it, or says that the store has changed."""
+        return self._changed() or CorruptShardError(
             f"shard {shard} of {column} in {self.path} {reason}; run 'actcache verify {self.path}'"
         )
 
@@ -183,7 +210,7 @@ class Store:
         Raises:
             CorruptShardError: anything about the chunk is not as it was written.
         """
-        index = self._indexes.of(self, site, array, shard)
+        index = self.index(site, array, shard)
         offset, size = index.spans[chunk].tolist()
         key, chain = layout.sharded_key(site, array, shard), layout.array_chain(self._sites[site], array)
         if chain.is_raw and size == out.nbytes + codecs.CRC_BYTES:
@@ -198,16 +225,20 @@ class Store:
             problem = chain.decode_into(stored, out) if n_read == size else ""
         if n_read != size:
             raise self.corrupt(site, shard, f"is missing or too short to hold chunk {chunk} of {array}")
-        self._check_chunk(site, array, shard, chunk, stored, index, problem)
+        self.check_chunk(site, array, shard, chunk, stored, index, problem)
+
+    def index(self, site: str, array: str, shard: int) -> Index:
+        """Where the chunks of a sharded object lie; CorruptShardError when it is not as written."""
+        return self._indexes.of(self, site, array, shard)
 
     def expect_chunk(self, site: str, shard: int, chunk: int, *, array: str = "acts") -> None:
         """Say that an inner chunk is going to be read soon, so that a disk can begin to."""
-        offset, size = self._indexes.of(self, site, array, shard).spans[chunk].tolist()
+        offset, size = self.index(site, array, shard).spans[chunk].tolist()
         self.objects.expect(layout.sharded_key(site, array, shard), offset, size)
 
     def fetch_chunk(self, site: str, shard: int, chunk: int, *, array: str = "acts") -> memoryview:
         """The stored bytes of one inner chunk, not yet checked: the part of `read_chunk` that waits for the storage."""
-        offset, size = self._indexes.of(self, site, array, shard).spans[chunk].tolist()
+        offset, size = self.index(site, array, shard).spans[chunk].tolist()
         stored = self.objects.span(layout.sharded_key(site, array, shard), offset, size)
         if stored is None or len(stored) != size:
             raise self.corrupt(site, shard, f"is missing or too short to hold chunk {chunk} of {array}")
@@ -218,11 +249,12 @@ class Store:
     ) -> None:
         """Check and decode what `fetch_chunk` gave: the part of `read_chunk` that works the processor."""
         problem = layout.array_chain(self._sites[site], array).decode_into(stored, out)
-        self._check_chunk(site, array, shard, chunk, stored, self._indexes.of(self, site, array, shard), problem)
+        self.check_chunk(site, array, shard, chunk, stored, self.index(site, array, shard), problem)
 
-    def _check_chunk(
+    def check_chunk(
         self, site: str, array: str, shard: int, chunk: int, stored: memoryview, index: Index, problem: str | None
     ) -> None:
+        """Raise unless there is no problem with a stored chunk, and it is the one that was committed."""
         if problem is None and codecs.checksum_of(stored) != index.checksums[chunk]:
             problem = "is not the one that was committed"
         if problem:
@@ -234,16 +266,7 @@ class Store:
         Raises:
             CorruptShardError: a byte, or the length, is not as it was written.
         """
-        index = self._indexes.of(self, site, array, shard)
-        chunks = np.flatnonzero(index.spans[:, 1] != layout.ABSENT_CHUNK)
-        key, spans = layout.sharded_key(site, array, shard), index.spans[chunks].tolist()
-        for chunk, (_, size), stored in zip(chunks.tolist(), spans, self.objects.pieces(key, spans), strict=True):
-            problem = "is cut short" if len(stored) != size else None
-            if problem is None and not codecs.is_whole(stored):
-                problem = "does not match its checksum"
-            self._check_chunk(site, array, shard, chunk, memoryview(stored), index, problem)
-        if self.objects.size(key) != sum(size for _, size in spans) + layout.index_bytes(self.spec):
-            raise self.corrupt(site, shard, f"is damaged: {key} is not as long as its chunks and its index")
+        values.check_sharded(self, site, array, shard)
 
     def read(self, site: str, rows: Rows, *, threads: int = 2) -> torch.Tensor:
         """Rows of a site as a `(n, D)` tensor in the logical dtype; `rows` is a slice, row ids, a mask, or a filter.
@@ -258,40 +281,7 @@ class Store:
 
     def read_stored(self, site: str, rows: Rows, *, threads: int = 2) -> NDArray[Any]:
         """What `read` gives, as a numpy array; numpy has no bfloat16, so those are given as the bits of uint16."""
-        self.check_site(site)
-        wanted = self.checked_rows(rows)
-        width = self._sites[site].width
-        values = np.empty((len(wanted), width), self.stored_dtype)
-        chunk_ids, places, counts = np.unique(
-            wanted // self.spec.rows_per_chunk, return_inverse=True, return_counts=True
-        )
-        # Which of the wanted rows each chunk holds, found by one sort and not by one scan a chunk.
-        rows_of_chunk = np.split(np.argsort(places, kind="stable"), np.cumsum(counts)[:-1])
-
-        def fetch(part: NDArray[np.int64]) -> None:
-            buffer, scratch = np.empty((self.spec.rows_per_chunk, width), self.stored_dtype), codecs.Scratch()
-            for number in part:
-                chunk_id = int(chunk_ids[number])
-                self._read_logical(site, *divmod(chunk_id, layout.chunks_per_shard(self.spec)), buffer, scratch)
-                here = rows_of_chunk[number]
-                values[here] = buffer[wanted[here] - chunk_id * self.spec.rows_per_chunk]
-
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(fetch, np.array_split(np.arange(len(chunk_ids)), threads)))
-        return values
-
-    def _read_logical(self, site: str, shard: int, chunk: int, out: NDArray[Any], scratch: codecs.Scratch) -> None:
-        """One chunk as values of the logical dtype; those of a quantised site are multiplied out."""
-        if not codecs.chain_of(self._sites[site].codec).quantised:
-            self.read_chunk(site, shard, chunk, out, scratch)
-            return
-        values, scale = np.empty(out.shape, "i1"), np.empty(len(out), "<u2")
-        self.read_chunk(site, shard, chunk, values, scratch)
-        self.read_chunk(site, shard, chunk, scale, scratch, array="scale")
-        wide = np.empty(out.shape, np.float32) if self.spec.dtype == "float16" else out
-        codecs.dequantise_rows(values, scale, wide, layout.exponents_of(self._sites[site]))
-        if wide is not out:
-            out[:] = wide
+        return values.read_stored(self, site, rows, threads)
 
     def row_ids(self) -> NDArray[np.int64]:
         """Ids of all rows that can be read now, in order: `range(n_rows)`, unless shards are not full or not there."""
@@ -329,7 +319,15 @@ class Store:
         Raises:
             CorruptShardError: they are not the ones that the store was begun with.
         """
-        return self._tokens.whole(array)
+        self.check()
+        with self.explained():
+            return self._tokens.whole(array)
+
+    def check_tokens(self) -> None:
+        """Hold all tokens against the digest in the spec, in little memory; raises like `tokens`."""
+        self.check()
+        with self.explained():
+            self._tokens.check()
 
     def shard_tokens(self, shard: int) -> NDArray[np.uint32]:
         """`(q, T)` token ids of a shard's sequences, of which only that part of the tokens is read.
@@ -339,11 +337,16 @@ class Store:
         Raises:
             IndexError: no such shard. CorruptShardError: the tokens are missing or damaged.
         """
-        return self._tokens.of_shard("ids", shard)
+        return self._tokens_of_shard("ids", shard)
 
     def shard_documents(self, shard: int) -> NDArray[np.uint32]:
         """`(q, T)` number of the text that each token of `shard_tokens` is from; raises like that."""
-        return self._tokens.of_shard("document", shard)
+        return self._tokens_of_shard("document", shard)
+
+    def _tokens_of_shard(self, array: str, shard: int) -> NDArray[np.uint32]:
+        self.check()
+        with self.explained():
+            return self._tokens.of_shard(array, shard)
 
     def token_blocks(self) -> TokenBlocks:
         """The store's tokens as they were given to `extract`."""

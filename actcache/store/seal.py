@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -11,11 +9,13 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.errors import AuditError
+from actcache.errors import AuditError, CorruptShardError
 from actcache.spec import StoreSpec
 from actcache.store import layout, metadata
+from actcache.store.hold import held_ledger
 from actcache.store.objects import Objects
 from actcache.store.reader import Store
+from actcache.store.sealed import fingerprint
 from actcache.store.stats import merge
 
 Check: TypeAlias = Callable[[Store], Mapping[str, Any]]
@@ -38,8 +38,9 @@ def check_before_sealing(objects: Objects, root: layout.Root, spec: StoreSpec, c
     """
     found = root.provenance.get("audits")
     entries = [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+    view = layout.Root(state="open", spec=spec, provenance=root.provenance)
     try:
-        entry = dict(check(Store(objects, layout.Root(state="open", spec=spec, provenance=root.provenance))))
+        entry = dict(check(Store(objects, view, lies_there=False)))
     except AuditError as error:
         if error.entry:
             others = [other for other in entries if not _is_the_failure(other, error.entry)]
@@ -55,48 +56,78 @@ def _is_the_failure(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     return earlier.get("sound") is False and all(earlier.get(name) == now.get(name) for name in ("of", "sites"))
 
 
-def seal(objects: Objects, before: layout.Root | None = None, provenance: Mapping[str, Any] | None = None) -> None:
+def complete_ledger(objects: Objects, spec: StoreSpec, before: layout.Root | None = None) -> NDArray[np.uint8]:
+    """`(S, C, 48)` the ledger of a store whose shards are all committed, each record held against what lies there.
+
+    Args:
+        objects: the store.
+        spec: what it holds now.
+        before: the sealed root of the same store before sites were added or deleted, if that is what happened: what it
+            says of the sites that stay is not read again.
+
+    Raises:
+        TornShardsError: objects are missing or too short, or belong elsewhere. CorruptShardError: the root or the
+        tokens are not those that the store was begun with.
+    """
+    earlier = _earlier(objects, before, spec)
+    known = {} if earlier is None else _known_heads(earlier, spec)
+    return held_ledger(_unsealed(objects, spec), known)
+
+
+def seal(
+    objects: Objects,
+    before: layout.Root | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    ledger: NDArray[np.uint8] | None = None,
+    *,
+    expected: str | None = None,
+) -> None:
     """Write ledger and totals of a store whose shards are all committed, and make it sealed.
 
     Args:
         objects: the store, in state `open`.
-        before: the sealed root of the same store before sites were added or deleted, if that is what happened: what it
-            says of the sites that stay is not read again.
+        before: see `complete_ledger`.
         provenance: what the sealed root says of how the store came to be; by default what the open one says.
+        ledger: from `complete_ledger`, which is called if it is not given.
+        expected: the fingerprint that has to come out; by default any.
 
     Raises:
-        CorruptShardError: a record or a statistics line is damaged.
+        CorruptShardError: a statistics line is damaged, or another fingerprint comes out. The others are those of
+        `complete_ledger`. Nothing has been written then.
     """
     root = layout.read_root(objects)
-    spec, reader = root.spec, Store(objects, replace(root, state="open"))
-    earlier = _earlier(objects, before, spec)
-    known = {} if earlier is None else _known_heads(earlier, spec)
-    ledger = np.empty((spec.n_shards, len(spec.sites) + 1, layout.HEAD_BYTES), np.uint8)
-    for column, name in enumerate(layout.columns(spec)):
-        if name in known:
-            ledger[:, column] = known[name]
-            continue
-        length = layout.record_length(spec, name)
-        for shard in range(spec.n_shards):
-            head = reader.record(name, shard).to_bytes(length)[: layout.HEAD_BYTES]
-            ledger[shard, column] = np.frombuffer(head, np.uint8)
-    totals = []
-    for site in spec.sites:
-        if earlier is not None and site.name in known:
-            totals.append(earlier.total(site.name))
-            continue
-        totals.append(merge(reader.shard_line(site.name, shard) for shard in range(spec.n_shards)))
-        layout.put_table(objects, layout.total_key(site.name), totals[-1])
+    spec, reader, earlier = root.spec, _unsealed(objects, root.spec), _earlier(objects, before, root.spec)
+    if ledger is None:
+        ledger = complete_ledger(objects, spec, before)
+    known = {} if earlier is None else {site: earlier.total(site) for site in earlier.sites}
+    new = {
+        site.name: merge(reader.shard_line(site.name, shard) for shard in range(spec.n_shards))
+        for site in spec.sites
+        if site.name not in known
+    }
+    sealed = sealed_root(spec, ledger, [{**known, **new}[site.name] for site in spec.sites])
+    if expected not in (None, sealed.fingerprint):
+        raise CorruptShardError(
+            f"{objects}: its commit records are not those that it was sealed with, or its zarr.json is not; extract "
+            "the store again to another place"
+        )
+    for site, total in new.items():
+        layout.put_table(objects, layout.total_key(site), total)
     metadata.put_ledger(objects, spec, ledger)
     provenance = root.provenance if provenance is None else provenance
-    layout.write_root(objects, replace(sealed_root(spec, ledger, totals), provenance=provenance))
+    layout.write_root(objects, replace(sealed, provenance=provenance))
+
+
+def _unsealed(objects: Objects, spec: StoreSpec) -> Store:
+    """A store that is read by its commit records, whatever its root says."""
+    return Store(objects, layout.Root(state="open", spec=spec), lies_there=False)
 
 
 def _earlier(objects: Objects, before: layout.Root | None, spec: StoreSpec) -> Store | None:
     """The store as it was sealed before, if it had the same rows."""
     if before is None or before.state != "sealed" or before.spec.n_sequences != spec.n_sequences:
         return None
-    return Store(objects, before)
+    return Store(objects, before, lies_there=False)
 
 
 def _known_heads(earlier: Store, spec: StoreSpec) -> dict[str, NDArray[np.uint8]]:
@@ -113,11 +144,3 @@ def sealed_root(spec: StoreSpec, ledger: NDArray[np.uint8], totals: list[NDArray
         fingerprint=fingerprint(spec, ledger, totals),
         digests=(layout.sha256_of(ledger), *map(layout.sha256_of, totals)),
     )
-
-
-def fingerprint(spec: StoreSpec, ledger: NDArray[np.uint8], totals: list[NDArray[np.float64]]) -> str:
-    """sha256 over the spec and everything that the records say: equal stores have equal fingerprints."""
-    digest = hashlib.sha256(json.dumps(spec.to_dict(), sort_keys=True).encode())
-    for part in (ledger, *totals):
-        digest.update(np.ascontiguousarray(part).tobytes())
-    return digest.hexdigest()

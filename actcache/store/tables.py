@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import ConfigError, CorruptShardError, StoreError
+from actcache.order import permutation
 from actcache.store import layout
 from actcache.store.rows import Rows, blocks_of_rows
 from actcache.store.stats import LineBuilder, SiteStats, line_length, merge, stats_of
@@ -32,7 +33,8 @@ def shard_row_table(
     for name, expected in zip(layout.ROW_ARRAYS, record.checksums, strict=False):
         if name not in arrays:
             continue
-        values, crc = layout.get_table(store.objects, layout.row_key(name, shard), shape, layout.UINT32)
+        with store.explained():
+            values, crc = layout.get_table(store.objects, layout.row_key(name, shard), shape, layout.UINT32)
         if crc != expected:
             raise store.corrupt(layout.ROWS, shard, f"is damaged: {name} is not the one that was committed")
         table[name] = values[: record.n_rows]
@@ -41,6 +43,20 @@ def shard_row_table(
         if record.n_rows and not possible[name].start <= table[name].min() <= table[name].max() < possible[name].stop:
             raise store.corrupt(layout.ROWS, shard, f"lists rows of a {name} that it cannot have")
     return table
+
+
+def check_rows(store: Store, shard: int) -> None:
+    """Hold a shard's row table against the tokens of its sequences, and its order against that of the spec's seed.
+
+    Raises:
+        CorruptShardError: it is of other tokens or of another order.
+    """
+    spec, table = store.spec, shard_row_table(store, shard)
+    ids, within = store.shard_tokens(shard), table["sequence"].astype(np.int64) - spec.shard_sequences(shard).start
+    place = within * spec.rows_per_sequence + table["position"] - spec.skip_first
+    order = np.sort(place)[permutation(len(place), spec.seed, shard)]
+    if not np.array_equal(ids[within, table["position"]], table["token"]) or not np.array_equal(order, place):
+        raise store.corrupt(layout.ROWS, shard, "lists other rows than the store's tokens and seed give")
 
 
 def row_table(store: Store) -> dict[str, NDArray[np.uint32]]:
@@ -65,7 +81,8 @@ def kept_rows(store: Store, shard: int) -> NDArray[np.bool_] | None:
 def shard_line(store: Store, site: str, shard: int) -> NDArray[np.float64]:
     """The statistics line of a shard."""
     shape = (1, line_length(store.spec.site(site).width))
-    values, crc = layout.get_table(store.objects, layout.stats_key(site, shard), shape, layout.FLOAT64)
+    with store.explained():
+        values, crc = layout.get_table(store.objects, layout.stats_key(site, shard), shape, layout.FLOAT64)
     if crc != store.record(site, shard).checksums[layout.stats_place(store.spec)]:
         raise store.corrupt(site, shard, "is damaged: its statistics are not the ones that were committed")
     line: NDArray[np.float64] = values[0]

@@ -32,12 +32,24 @@ class TokenArrays:
             for name in layout.TOKEN_ARRAYS:
                 part, seen[name] = (values, checksums) if name == array else self._read(name)
                 digest.update(part.data)
-            if digest.hexdigest() != self.spec.text.get("tokens", digest.hexdigest()):
-                raise CorruptShardError(
-                    f"the tokens of {self.objects} do not match their digest; run 'actcache verify {self.objects}'"
-                )
+            self._compare(digest.hexdigest())
             self._checksums = seen
         return values
+
+    def check(self) -> None:
+        """Hold all tokens against their digest, a chunk at a time; CorruptShardError when they do not match it."""
+        digest, per_chunk = hashlib.sha256(), layout.token_sequences_per_chunk(self.spec)
+        for array in layout.TOKEN_ARRAYS:
+            for first in range(0, self.spec.n_sequences, per_chunk):
+                values, _ = self._read_chunk(array, first // per_chunk)
+                digest.update(values[: self.spec.n_sequences - first].data)
+        self._compare(digest.hexdigest())
+
+    def _compare(self, digest: str) -> None:
+        if digest != self.spec.text.get("tokens", digest):
+            raise CorruptShardError(
+                f"the tokens of {self.objects} do not match their digest; run 'actcache verify {self.objects}'"
+            )
 
     def of_shard(self, array: str, shard: int) -> NDArray[np.uint32]:
         """`(q, T)` of the sequences of one shard, a copy; of one chunk only, whose own crc32c is checked.

@@ -7,7 +7,7 @@ command that made the store makes it again.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -19,9 +19,11 @@ from actcache.errors import ConfigError, CorruptShardError
 from actcache.order import permutation
 from actcache.spec import Progress
 from actcache.store import layout, metadata
+from actcache.store.hold import Homes
 from actcache.store.objects import Objects
 from actcache.store.reader import Store, open_store
-from actcache.store.seal import fingerprint, seal
+from actcache.store.seal import seal
+from actcache.store.sealed import check_open
 
 _MOST_MISSING = 1000
 _DISK_FAULTS = (errno.EIO, errno.EISDIR)
@@ -40,13 +42,24 @@ class Fault:
     """What is wrong, in words."""
 
 
+class Faults(list[Fault]):
+    """What `verify` has found: faults, and what it could not hold against all that it should be."""
+
+    def __init__(self, faults: Iterable[Fault] = ()) -> None:
+        super().__init__(faults)
+        self.not_bound: dict[str, list[int]] = {}
+        """By site: shards whose record does not say which tokens it belongs to, as those of earlier versions. No fault:
+        that the row table is of the store's tokens has been seen, that the site's values are of these rows has not."""
+
+
 def verify(
     path: str | Path | Objects, *, sample: float = 1.0, threads: int = 2, progress: Progress | None = None
-) -> list[Fault]:
+) -> Faults:
     """Read and check every committed byte; an empty list means that the store is sound.
 
     Stored bytes are held against the checksums in the commit records, those against the ledger, and the ledger against
-    the fingerprint, so that nothing has to be decompressed.
+    the fingerprint, so that nothing has to be decompressed. The row table is held against the tokens, and each site's
+    record against the tokens and rows that it is bound to; those that are bound to nothing are listed in `not_bound`.
 
     Args:
         path: the store.
@@ -62,15 +75,19 @@ def verify(
     try:
         store = open_store(path)
     except CorruptShardError as error:
-        return [Fault(column="attributes", shard=-1, reason=_reason(error))]
-    faults = _check(lambda: _check_ledger(store), "ledger", -1)
+        return Faults([Fault(column="attributes", shard=-1, reason=_reason(error))])
+    store.is_checked = True  # all of it here, fault by fault
+    faults = Faults(_check(lambda: _check_ledger(store), "ledger", -1))
     # A damaged ledger says nothing of the shards: they are held against their own commit records then.
     store.use_ledger = not faults
-    faults += [] if faults else _check(lambda: _check_fingerprint(store), "attributes", -1)
-    faults += _check(lambda: _check_tokens(store), "tokens", -1)
+    faults += [] if faults else _check(lambda: _check_root(store), "attributes", -1)
+    wrong_tokens = _check(lambda: _check_tokens(store), "tokens", -1)
+    faults += wrong_tokens
     wrong = metadata.wrong_metadata(store.objects, store.root)
     faults += [Fault(column="metadata", shard=-1, reason=f"{key} {reason}") for key, reason in wrong]
-    return faults + list(_check_shards(store, sample, threads, progress))
+    homes = None if wrong_tokens else Homes(store)
+    faults += _check_shards(store, homes, faults.not_bound, sample, threads, progress)
+    return faults
 
 
 def _check(check: Callable[[], None], column: str, shard: int) -> list[Fault]:
@@ -87,7 +104,14 @@ def _reason(error: Exception) -> str:
     return str(error).split("; run")[0]
 
 
-def _check_shards(store: Store, sample: float, threads: int, progress: Progress | None) -> Iterator[Fault]:
+def _check_shards(
+    store: Store,
+    homes: Homes | None,
+    not_bound: dict[str, list[int]],
+    sample: float,
+    threads: int,
+    progress: Progress | None,
+) -> Iterator[Fault]:
     listed, missing = _shards_to_check(store)
     yield from missing
     shards = np.array(listed)
@@ -96,11 +120,14 @@ def _check_shards(store: Store, sample: float, threads: int, progress: Progress 
 
     def check(pair: tuple[int, str]) -> list[Fault]:
         shard, name = pair
-        return _check(lambda: _check_column(store, name, shard), name, shard)
+        found = _check(lambda: _check_column(store, name, shard), name, shard)
+        return found or _check(lambda: _check_home(store, homes, name, shard), name, shard)
 
     with ThreadPoolExecutor(threads, thread_name_prefix="actcache-verify") as pool:
-        for done, found in enumerate(pool.map(check, pairs), 1):
+        for done, ((shard, name), found) in enumerate(zip(pairs, pool.map(check, pairs), strict=True), 1):
             yield from found
+            if name != layout.ROWS and not found and not store.record(name, shard).binding:
+                not_bound.setdefault(name, []).append(shard)
             if progress:
                 progress(done, len(pairs))
 
@@ -129,11 +156,12 @@ def _check_ledger(store: Store) -> None:
             store.total(site)
 
 
-def _check_fingerprint(store: Store) -> None:
-    if store.sealed:
-        totals = [store.total(site) for site in store.sites]
-        if fingerprint(store.spec, store.ledger, totals) != store.fingerprint:
-            raise CorruptShardError(f"{store.path}: spec, ledger and totals do not match the fingerprint")
+def _check_root(store: Store) -> None:
+    store.is_checked = False
+    try:
+        store.check()
+    finally:
+        store.is_checked = True
 
 
 def _check_tokens(store: Store) -> None:
@@ -149,6 +177,19 @@ def _check_column(store: Store, column: str, shard: int) -> None:
     store.shard_line(column, shard)
     for array in layout.arrays_of(store.spec.site(column)):
         store.check_sharded(column, array, shard)
+
+
+def _check_home(store: Store, homes: Homes | None, column: str, shard: int) -> None:
+    if homes is None:  # the tokens are at fault, and not what belongs to them
+        return
+    if column == layout.ROWS:
+        homes.check_rows(shard)
+        return
+    try:
+        homes.of(shard)
+    except CorruptShardError:  # the row table's own fault
+        return
+    homes.check(column, shard, store.record(column, shard))
 
 
 def repair(path: str | Path | Objects, faults: list[Fault]) -> list[int]:
@@ -167,14 +208,19 @@ def repair(path: str | Path | Objects, faults: list[Fault]) -> list[int]:
     bad = sorted({(fault.shard, fault.column) for fault in faults if fault.shard >= 0})
     bad_ledger = any(fault.column == "ledger" for fault in faults)
     with objects.lock():
-        root = open_store(objects).root
+        store = open_store(objects)
+        root = store.root
+        if not bad_ledger:
+            store.check()
+        elif bad:
+            check_open(objects, root.spec)  # without a ledger the fingerprint tells nothing
         objects.remove_partial_writes()
-        if root.state == "sealed" and (bad or bad_ledger):
+        if bad_ledger and not bad:
+            seal(objects, expected=(root.fingerprint or "none") if root.state == "sealed" else None)
+        elif root.state == "sealed" and bad:
             layout.write_root(objects, layout.Root(state="open", spec=root.spec, provenance=root.provenance))
         for shard, column in bad:
             objects.delete(layout.commit_key(column, shard))
-        if bad_ledger and not bad:
-            seal(objects)
         if any(fault.column == "metadata" for fault in faults):
             metadata.mend_metadata(objects, layout.read_root(objects))
     return sorted({shard for shard, _ in bad})

@@ -12,8 +12,9 @@ from __future__ import annotations
 import queue
 import random
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, TypeAlias
@@ -21,14 +22,16 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.errors import ConfigError, StoreBusyError, StoreIncompleteError, StoreMismatchError
+from actcache.errors import ConfigError, CorruptShardError, StoreBusyError, StoreIncompleteError, StoreMismatchError
 from actcache.spec import Site, StoreSpec, TokenBlocks
 from actcache.store import begin, codecs, grow, layout
+from actcache.store.binding import Bindings, home_of
 from actcache.store.buffers import Allocate, ShardBuffers, Written
 from actcache.store.encode import ShardEncoder
+from actcache.store.hold import TornShardsError, torn_among
 from actcache.store.objects import Objects
 from actcache.store.reader import Store
-from actcache.store.seal import Check, check_before_sealing, seal
+from actcache.store.seal import Check, check_before_sealing, complete_ledger, seal
 
 _Part: TypeAlias = tuple[layout.Record, NDArray[np.float64]]
 _CREATION_PATIENCE_S = 600.0
@@ -88,6 +91,8 @@ class StoreWriter:
         self._allocate, self._shared = allocate, shared
         self._before: layout.Root | None = None
         self._outgrown: int | None = None
+        self._columns, self._bindings = layout.columns(spec), Bindings(spec)
+        self._vouched = self._vouched_for()
         if shared:
             self._make_unless_there(blocks)
         self._lock = self.objects.lock(shared=shared)
@@ -131,6 +136,7 @@ class StoreWriter:
         found = begin.look(self.objects, self.spec, blocks, may_grow=may_grow)
         self._before = None if found is None or found.spec == self.spec else found
         self._outgrown = self._find_outgrown()
+        self._vouched = self._vouched_for()
         self._committed = self._list_committed()
         self._check_room()  # before anything is written
         self.objects.remove_partial_writes()
@@ -143,6 +149,12 @@ class StoreWriter:
             begin.put_arrays(self.objects, self.spec, blocks, found.spec.n_sequences)
             self._committed = self._list_committed()
         self.provenance = found.provenance
+        if found.state == "sealed" and self._before is None and self.pending():  # records are gone: a copy's, perhaps
+            layout.write_root(self.objects, replace(found, state="open", fingerprint=None, digests=()))
+        if found.state != "sealed" or self._before is not None:
+            reader = Store(self.objects, layout.Root(state="open", spec=self.spec), lies_there=False)
+            made = {shard: self._own(shard) for shard in range(self.spec.n_shards) if not self.missing(shard)}
+            self._take_back(torn_among(reader, made))
 
     def _make_unless_there(self, blocks: TokenBlocks | None) -> None:
         """Let the first of those who share a store make it, alone; the others wait until it is there."""
@@ -166,11 +178,16 @@ class StoreWriter:
         if found is None:
             raise StoreIncompleteError(f"{self.objects} was taken away and is being made anew; try again")
         self._committed = self._list_committed()
+        if found.state == "sealed" and self.pending():
+            raise CorruptShardError(
+                f"{self.objects} is sealed, and commit records of shards {self.pending()[:3]} are missing; "
+                "give the command again without a part"
+            )
         self._check_room()
         self.provenance = found.provenance
 
     def _list_committed(self) -> dict[str, set[int]]:
-        return {name: layout.committed_shards(self.objects, name) for name in layout.columns(self.spec)}
+        return {name: layout.committed_shards(self.objects, name) for name in self._columns}
 
     def _lacking(self) -> list[Site]:
         """Sites of which a shard has to be made."""
@@ -183,10 +200,37 @@ class StoreWriter:
         grown = self.spec.n_sequences > before.n_sequences and before.n_sequences % before.sequences_per_shard
         return before.n_shards - 1 if grown else None
 
+    def _vouched_for(self) -> tuple[int, list[str]]:
+        """How many shards, from the first on, a seal vouches for, and the columns that are added to those.
+
+        What a seal vouches for is not made again.
+        """
+        before = self._before
+        if before is None or before.state != "sealed":
+            return 0, []
+        known = layout.columns(before.spec)
+        return before.spec.n_shards - (self._outgrown is not None), [
+            name for name in self._columns if name not in known
+        ]
+
+    def _own(self, shard: int) -> list[str]:
+        """Columns of a shard that are made together: all, or those that are added to a sealed store."""
+        n_shards, added = self._vouched
+        return added if shard < n_shards else self._columns
+
     def missing(self, shard: int) -> list[str]:
-        """Columns of a shard that have to be written; the outgrown shard's all."""
-        names = layout.columns(self.spec)
-        return names if shard == self._outgrown else [name for name in names if shard not in self._committed[name]]
+        """Columns of a shard that have to be written: none, or all that are made together."""
+        names = self._own(shard)
+        there = all(shard in self._committed[name] for name in names)
+        return [] if there and shard != self._outgrown else names
+
+    def _take_back(self, shards: Iterable[int]) -> None:
+        """Un-commit what this writer is to make of some shards: no record may outlive what it lists."""
+        for shard in shards:
+            for name in self._own(shard):
+                if shard in self._committed[name]:
+                    self.objects.delete(layout.commit_key(name, shard))
+                    self._committed[name].discard(shard)
 
     def pending(self) -> list[int]:
         """Shards that have to be made, the outgrown one last: until then the store stays what it was."""
@@ -206,7 +250,7 @@ class StoreWriter:
             return bool(self.missing(shard))
         if not self._lock.claim(shard):
             return False
-        for name in self.missing(shard):  # another one may have committed it since we looked
+        for name in self._own(shard):  # another one may have committed it since we looked
             if self.objects.size(layout.commit_key(name, shard)) >= 0:
                 self._committed[name].add(shard)
         if self.missing(shard):
@@ -221,6 +265,7 @@ class StoreWriter:
             raise StoreBusyError(f"others may be making shard {shard} of {self.objects}; claim it before it is made")
         if shard == self._outgrown:
             self._adopt()
+        self._take_back([shard])  # what others have begun of it
         if self._buffers_left:
             self._buffers_left -= 1
             buffers = ShardBuffers(self.spec, self.sites, self._allocate)
@@ -268,7 +313,9 @@ class StoreWriter:
             root = layout.read_root(self.objects)
             if root.state != "sealed" or root.spec != self.spec:
                 self._seal(root, check)
-        return Store(self.objects, layout.read_root(self.objects))
+        store = Store(self.objects, layout.read_root(self.objects))
+        store.check()
+        return store
 
     def wait(self) -> None:
         """Wait until all shards that were submitted are committed. Raises what a write has raised."""
@@ -278,9 +325,14 @@ class StoreWriter:
 
     def _seal(self, root: layout.Root, check: Check | None) -> None:
         """Seal a store of which everything is there, alone; `root` is the one that lies there."""
+        try:
+            ledger = complete_ledger(self.objects, self.spec, self._before)
+        except TornShardsError as error:
+            self._take_back({shard for shard, column in error.torn if column in self._own(shard)})
+            raise
         provenance = None if check is None else check_before_sealing(self.objects, root, self.spec, check)
         self._adopt()
-        seal(self.objects, self._before, provenance)
+        seal(self.objects, self._before, provenance, ledger)
 
     def _seal_together(self, check: Check | None) -> None:
         """Give the store back, and if all of it is there seal it, alone; of several who try at once the first does.
@@ -355,8 +407,13 @@ class StoreWriter:
     def _commit(self, buffers: ShardBuffers, ids: NDArray[np.uint32], sites: dict[str, _Part | None]) -> None:
         """The row table, then the records of all columns: from here on the shard counts."""
         made = {name: part for name, part in sites.items() if part is not None}
-        records = {layout.ROWS: self._write_rows(buffers, ids), **{name: record for name, (record, _) in made.items()}}
-        missing = self.missing(buffers.shard)
+        rows, missing = self._write_rows(buffers, ids), self.missing(buffers.shard)
+        home = home_of(rows.to_bytes(layout.record_length(self.spec, layout.ROWS)), ids)
+        bound = {
+            name: replace(record, binding=self._bindings.of(name, buffers.shard, home))
+            for name, (record, _) in made.items()
+        }
+        records = {layout.ROWS: rows, **bound}
         self.objects.put_all([layout.record_object(self.spec, name, buffers.shard, records[name]) for name in missing])
         for name in missing:
             self._committed[name].add(buffers.shard)
