@@ -13,7 +13,7 @@ import numpy as np
 from actcache.errors import CorruptShardError, SiteError, StoreIncompleteError, StoreMismatchError
 from actcache.spec import StoreSpec, TokenBlocks
 from actcache.store import layout
-from actcache.store.objects import Objects
+from actcache.store.objects import Objects, to_write
 from actcache.store.reader import Store
 from actcache.store.seal import seal
 
@@ -82,6 +82,7 @@ def clear_leftovers(objects: Objects, found: StoreSpec, asked: StoreSpec, blocks
         if found.n_shards <= shard < asked.n_shards and not _fits(reader, shard, blocks):
             for name in layout.columns(asked):
                 objects.delete(layout.commit_key(name, shard))
+    objects.flush()  # before anything of them is written again
 
 
 def _fits(reader: Store, shard: int, blocks: TokenBlocks) -> bool:
@@ -105,7 +106,7 @@ def delete_sites(path: str | Path | Objects, names: list[str]) -> None:
     Raises:
         SiteError: no such site. ConfigError: none would be left. StoreIncompleteError: the store is not finished.
     """
-    objects = path if isinstance(path, Objects) else Objects(path, read_only=False)
+    objects = to_write(path)
     with objects.lock():
         root = layout.read_root(objects)
         objects.remove_partial_writes()
@@ -130,3 +131,4 @@ def _remove_site(objects: Objects, name: str) -> None:
     """Remove a site's objects, its records first: what is left when this is cut short counts for nothing."""
     for prefix in (f"{layout.site_prefix(name)}/commit", layout.site_prefix(name)):
         objects.delete_all(prefix)
+        objects.flush()

@@ -65,6 +65,7 @@ def wrong_metadata(objects: Objects, root: layout.Root) -> Iterator[tuple[str, s
 def _mend(objects: Objects, key: str, wanted: bytes) -> None:
     stored = _stored(objects, key)
     if _difference(stored, wanted) is None:
+        objects.keep(key)
         return
     found, parsed = _parsed(stored), json.loads(wanted)
     if isinstance(found, dict):  # what somebody else has added stays

@@ -28,6 +28,8 @@ def seal(objects: Objects, before: layout.Root | None = None) -> None:
         CorruptShardError: a record or a statistics line is damaged.
     """
     root = layout.read_root(objects)
+    for name in layout.columns(root.spec):
+        objects.keep(f"{layout.column_prefix(name)}/commit")
     spec, reader = root.spec, Store(objects, replace(root, state="open"))
     earlier = _earlier(objects, before, spec)
     known = {} if earlier is None else _known_heads(earlier, spec)

@@ -19,7 +19,7 @@ from actcache.errors import ConfigError, CorruptShardError
 from actcache.order import permutation
 from actcache.spec import Progress
 from actcache.store import layout, metadata
-from actcache.store.objects import Objects
+from actcache.store.objects import Objects, to_write
 from actcache.store.reader import Store, open_store
 from actcache.store.seal import fingerprint, seal
 
@@ -163,7 +163,7 @@ def repair(path: str | Path | Objects, faults: list[Fault]) -> list[int]:
     beyond = [fault for fault in faults if fault.column in ("tokens", "attributes")]
     if beyond:
         raise CorruptShardError(f"{path} cannot be repaired: {beyond[0].reason}; extract it anew to another place")
-    objects = path if isinstance(path, Objects) else Objects(path, read_only=False)
+    objects = to_write(path)
     bad = sorted({(fault.shard, fault.column) for fault in faults if fault.shard >= 0})
     bad_ledger = any(fault.column == "ledger" for fault in faults)
     with objects.lock():
@@ -177,4 +177,5 @@ def repair(path: str | Path | Objects, faults: list[Fault]) -> list[int]:
             seal(objects)
         if any(fault.column == "metadata" for fault in faults):
             metadata.mend_metadata(objects, layout.read_root(objects))
+        objects.flush()
     return sorted({shard for shard, _ in bad})
