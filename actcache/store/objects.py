@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
-from actcache import files
 from actcache.errors import ActcacheError
+from actcache.files import free_bytes, full_disk_explained
 from actcache.store import lock as locks
 from actcache.store.backends import backend_of
 from actcache.store.folders import PARTIAL, FileBackend, at_once
@@ -153,7 +153,7 @@ class Objects:
 
     def full_disk_explained(self, what: str) -> AbstractContextManager[None]:
         """Turn the system's "no space left" into our error, which says what was needed and how to go on."""
-        return files.full_disk_explained(f"in {self} for {what}", self.root)
+        return full_disk_explained(f"in {self} for {what}", self.root)
 
     @contextmanager
     def _named(self, doing: str, what: str) -> Iterator[None]:
@@ -268,7 +268,7 @@ class Objects:
 
     def free_bytes(self) -> int | None:
         """Room on the file system that the store is or will be on, None where nobody knows."""
-        return files.free_bytes(self.root)
+        return free_bytes(self.root)
 
     def lock(self, *, shared: bool = False) -> WriterLock:
         """The lock that a writer holds, alone or with others that share it; use as a context manager."""
