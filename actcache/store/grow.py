@@ -73,16 +73,29 @@ def clear_leftovers(objects: Objects, found: StoreSpec, asked: StoreSpec, blocks
         stored = objects.get(f"{layout.site_prefix(site.name)}/acts/zarr.json")
         if stored is None:
             continue
-        about = {"feature_exponents": [], **json.loads(bytes(stored))["attributes"]}
+        about = {"feature_exponents": [], **_attributes(stored)}
         wanted = {"codec": site.codec, "feature_exponents": list(site.feature_exponents), "shape": list(site.shape)}
         if any(about.get(name) != value for name, value in wanted.items()):
             _remove_site(objects, site.name)
     reader = Store(objects, layout.Root(state="open", spec=asked))
-    for shard in sorted(layout.committed_shards(objects, layout.ROWS)):
-        if found.n_shards <= shard < asked.n_shards and not _fits(reader, shard, blocks):
-            for name in layout.columns(asked):
+    columns = layout.columns(asked)
+    committed = {name: layout.committed_shards(objects, name) for name in columns}
+    for shard in sorted(set().union(*committed.values())):
+        # Without a row table nothing says of which tokens a site's record is.
+        behind = found.n_shards <= shard < asked.n_shards
+        if behind and not (shard in committed[layout.ROWS] and _fits(reader, shard, blocks)):
+            for name in columns:
                 objects.delete(layout.commit_key(name, shard))
     objects.flush()  # before anything of them is written again
+
+
+def _attributes(stored: memoryview) -> dict[str, Any]:
+    """The attributes in a `zarr.json`; none where it is damaged, as a power cut may leave it."""
+    try:
+        found = json.loads(bytes(stored))["attributes"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _fits(reader: Store, shard: int, blocks: TokenBlocks) -> bool:

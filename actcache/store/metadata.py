@@ -27,8 +27,11 @@ _GROWING = "tokens/ids/zarr.json"
 
 def write_metadata(objects: Objects, spec: StoreSpec) -> None:
     """Put the metadata of every group and array that lacks it, has grown or is damaged; leave what is as it should."""
-    for key, wanted in sorted(_wanted(spec).items(), key=lambda item: item[0] != _GROWING):
-        _mend(objects, key, wanted)
+    wanted = _wanted(spec)
+    _mend(objects, _GROWING, wanted[_GROWING])
+    objects.flush()  # it says what the others mean
+    for key in sorted(wanted.keys() - {_GROWING}):
+        _mend(objects, key, wanted[key])
 
 
 def put_ledger(objects: Objects, spec: StoreSpec, ledger: NDArray[np.uint8]) -> None:
