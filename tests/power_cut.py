@@ -1,4 +1,4 @@
-"""A disk that loses what was not flushed: what a process does to a folder is recorded, and played back up to any moment.
+"""A disk that loses what was not flushed: what is done to a folder is recorded, and played back up to any moment.
 
 The system calls that change the folder are recorded on their way. From the record comes the folder as a power cut at
 any moment would leave it, by what POSIX promises: a file's bytes are there once the file was flushed, a name once its

@@ -21,7 +21,7 @@ from actcache.cluster.worker import Report, Task, make_shards, where
 from actcache.errors import ActcacheError, ClusterError, ConfigError, StoreBusyError
 from actcache.extraction import begin
 from actcache.spec import TokenBlocks, Watch
-from actcache.store import Store, StoreWriter, open_store
+from actcache.store import Objects, Store, StoreWriter, open_store, to_write
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -48,6 +48,7 @@ def extract_on_cluster(
     cluster: str | Client,
     threads: int | None = None,
     batch_sequences: Any = None,
+    durable: bool = True,
     watch: Watch | None = None,
     say: Say | None = None,
     **settings: Any,
@@ -65,6 +66,7 @@ def extract_on_cluster(
         cluster: `local:N` for N processes of this machine, a scheduler's address (`tcp://host:8786`), or a client.
         threads: encoding threads of each worker; by default its share of its machine's cores.
         batch_sequences: as for `extract`; `auto` is found out here, on the driver.
+        durable: as for `extract`.
         watch: called with a `Status` of all workers together, about twice a second.
         say: called with sentences for the user, such as where the dashboard is.
         settings: `codec`, `dtype`, `skip_first`, `seed`, `sequences_per_shard`, `rows_per_chunk`, as for `extract`.
@@ -89,7 +91,7 @@ def extract_on_cluster(
         n_local = local_workers(cluster)
         n_model_threads = None if n_local is None else model_threads(n_local)
         with _torch_threads(n_model_threads):
-            begin(lm, blocks, patterns, place, batch_sequences=batch_sequences, **settings)
+            begin(lm, blocks, patterns, place, batch_sequences=batch_sequences, durable=durable, **settings)
         task = Task(
             shards=(),
             path=place,
@@ -97,11 +99,12 @@ def extract_on_cluster(
             topic=f"actcache-{uuid.uuid4().hex}",
             batch_sequences=batch_sequences if isinstance(batch_sequences, int) else None,
             threads=threads,
+            durable=durable,
             model_threads=n_model_threads,
             workers_per_machine=1,
         )
         Driver(client, task, watch or _unwatched).run()
-    return sealed(place)
+    return sealed(to_write(place, durable=durable))
 
 
 class Driver:
@@ -257,7 +260,7 @@ def _next_group(left: deque[int], n_workers: int) -> tuple[int, ...]:
     return tuple(group)
 
 
-def sealed(path: str) -> Store:
+def sealed(path: Objects) -> Store:
     """The finished store, sealed if the worker that made the last shard has not done so.
 
     Raises:

@@ -46,6 +46,7 @@ def import_saelens(
     sequences_per_shard: int | None = None,
     rows_per_chunk: int | None = None,
     threads: int = 2,
+    durable: bool = True,
     progress: Progress | None = None,
 ) -> Store:
     """Make a store of SAELens' cached activations: each column of activations becomes a site.
@@ -62,6 +63,7 @@ def import_saelens(
         sequences_per_shard: as for `import_npy`.
         rows_per_chunk: as for `import_npy`.
         threads: encoding threads.
+        durable: as for `extract`.
         progress: called with (sequences done, in all).
 
     Raises:
@@ -96,6 +98,7 @@ def import_saelens(
         sequences_per_shard=sequences_per_shard,
         rows_per_chunk=rows_per_chunk,
         threads=threads,
+        durable=durable,
         progress=progress,
     )
 

@@ -22,7 +22,7 @@ from actcache.extraction.settle import (
 )
 from actcache.extraction.sink import pinned_for
 from actcache.spec import Dtype, Progress, StoreSpec, TokenBlocks, Watch
-from actcache.store import Store, StoreWriter, open_store
+from actcache.store import Objects, Store, StoreWriter, open_store, to_write
 
 if TYPE_CHECKING:
     from actcache.lm import LanguageModel
@@ -43,6 +43,7 @@ def extract(
     batch_sequences: BatchSequences | None = None,
     threads: int | None = None,
     part: tuple[int, int] | None = None,
+    durable: bool = True,
     progress: Progress | None = None,
     watch: Watch | None = None,
 ) -> Store:
@@ -67,6 +68,7 @@ def extract(
         part: `(i, n)`, to make only part i of n (from 1 on) of the shards, while other processes, here or on other
             machines, make the others with the same call. Whoever comes last seals the store; before that, the store
             that is returned is not sealed.
+        durable: flush what is written (`fsync`), so that a power cut takes no shard that counts; False is for scratch.
         progress: called with (sequences done, sequences in all) after each forward pass.
         watch: called with a `Status` after each forward pass: speeds, queue, statistics.
 
@@ -89,8 +91,9 @@ def extract(
         "sequences_per_shard": sequences_per_shard,
         "rows_per_chunk": rows_per_chunk,
     }
+    place = to_write(path, durable=durable)
     writer, batch = _begin(
-        lm, blocks, patterns, path, codec, settings, batch_sequences, threads, shared=part is not None
+        lm, blocks, patterns, place, codec, settings, batch_sequences, threads, shared=part is not None
     )
     return Run(
         lm=lm,
@@ -111,6 +114,7 @@ def begin(
     *,
     codec: str | Mapping[str, str] = "lossless",
     batch_sequences: BatchSequences | None = None,
+    durable: bool = True,
     **settings: Any,
 ) -> Store:
     """Create the store that `extract` would write, with its tokens and without a shard, for `fill` to go on with.
@@ -118,7 +122,8 @@ def begin(
     Arguments and errors are those of `extract`; `settings` are `dtype`, `skip_first`, `seed`, `sequences_per_shard` and
     `rows_per_chunk`. A store that is there already is returned as it is.
     """
-    writer, _ = _begin(lm, blocks, patterns, path, codec, settings, batch_sequences, 1, shared=True, elsewhere=True)
+    place = to_write(path, durable=durable)
+    writer, _ = _begin(lm, blocks, patterns, place, codec, settings, batch_sequences, 1, shared=True, elsewhere=True)
     with writer:
         return writer.finish()
 
@@ -130,6 +135,7 @@ def fill(
     *,
     batch_sequences: int | None = None,
     threads: int | None = None,
+    durable: bool = True,
     watch: Watch | None = None,
 ) -> Store:
     """Make some shards of a store that exists, from the tokens that lie in it, as one of several processes.
@@ -140,9 +146,10 @@ def fill(
     Raises:
         StoreMismatchError: the store is of another model. The others are those of `extract`.
     """
-    store = open_store(path)
-    batch = batch_size(batch_sequences, path, lambda: 0)
-    writer = _writer(lm, path, replace(store.spec, model=lm.identity), None, batch, threads, shared=True)
+    place = to_write(path, durable=durable)
+    store = open_store(place)
+    batch = batch_size(batch_sequences, place, lambda: 0)
+    writer = _writer(lm, place, replace(store.spec, model=lm.identity), None, batch, threads, shared=True)
     return Run(lm=lm, writer=writer, tokens=tokens_in(store), batch_sequences=batch, shards=list(shards), watch=watch)()
 
 
@@ -153,6 +160,7 @@ def extend(
     *,
     batch_sequences: BatchSequences | None = None,
     threads: int | None = None,
+    durable: bool = True,
     progress: Progress | None = None,
     watch: Watch | None = None,
 ) -> Store:
@@ -164,13 +172,14 @@ def extend(
     Raises:
         StoreMismatchError: another model, or sequences of another length. The others are those of `extract`.
     """
-    store = open_store(path)
+    place = to_write(path, durable=durable)
+    store = open_store(place)
     digest = more.digest()
     parts = store.spec.text.get("parts", [{**store.spec.text, "n_sequences": store.spec.n_sequences}])
     blocks, spec = store.token_blocks(), replace(store.spec, model=lm.identity)
     if more.sequence_length != spec.sequence_length:
         raise StoreMismatchError(
-            f"{path} has sequences of {spec.sequence_length} tokens, the new ones have {more.sequence_length}; "
+            f"{place} has sequences of {spec.sequence_length} tokens, the new ones have {more.sequence_length}; "
             f"make token blocks with length={spec.sequence_length}"
         )
     if len(parts) < 2 or parts[-1]["tokens"] != digest:
@@ -178,8 +187,8 @@ def extend(
         parts = [*parts, {**more.description, "tokens": digest, "n_sequences": more.n_sequences}]
         spec = replace(spec, n_sequences=blocks.n_sequences, text={"tokens": blocks.digest(), "parts": parts})
     resolved = lm.resolve(store.sites, length=spec.sequence_length)
-    batch = batch_size(batch_sequences, path, lambda: fastest_batch(lm, resolved, blocks))
-    writer = _writer(lm, path, spec, blocks, batch, threads, grow=True)
+    batch = batch_size(batch_sequences, place, lambda: fastest_batch(lm, resolved, blocks))
+    writer = _writer(lm, place, spec, blocks, batch, threads, grow=True)
     run = Run(lm=lm, writer=writer, tokens=tokens_of(blocks, writer), batch_sequences=batch)
     return replace(run, progress=progress, watch=watch)()
 
@@ -192,6 +201,7 @@ def add_sites(
     codec: str | Mapping[str, str] = "lossless",
     batch_sequences: BatchSequences | None = None,
     threads: int | None = None,
+    durable: bool = True,
     progress: Progress | None = None,
     watch: Watch | None = None,
 ) -> Store:
@@ -202,14 +212,15 @@ def add_sites(
     Raises:
         StoreMismatchError: another model. The others are those of `extract`.
     """
-    store = open_store(path)
+    place = to_write(path, durable=durable)
+    store = open_store(place)
     blocks, spec = store.token_blocks(), store.spec
     new = [site for site in lm.resolve(patterns, length=spec.sequence_length) if site.site.name not in store.sites]
     warn_of_the_slow_path(lm, new)
-    sites = with_codecs(lm, blocks, new, path, codec, spec)
+    sites = with_codecs(lm, blocks, new, place, codec, spec)
     spec = replace(spec, model=lm.identity, sites=(*spec.sites, *sites))
-    batch = batch_size(batch_sequences, path, lambda: fastest_batch(lm, new, blocks))
-    writer = _writer(lm, path, spec, blocks, batch, threads, grow=True)
+    batch = batch_size(batch_sequences, place, lambda: fastest_batch(lm, new, blocks))
+    writer = _writer(lm, place, spec, blocks, batch, threads, grow=True)
     run = Run(lm=lm, writer=writer, tokens=tokens_of(blocks, writer), batch_sequences=batch)
     return replace(run, kept_rows=store.kept_rows, progress=progress, watch=watch)()
 
@@ -218,7 +229,7 @@ def _begin(
     lm: LanguageModel,
     blocks: TokenBlocks,
     patterns: Sequence[str],
-    path: str | Path,
+    place: Objects,
     codec: str | Mapping[str, str],
     settings: Mapping[str, Any],
     batch_sequences: BatchSequences | None,
@@ -231,11 +242,11 @@ def _begin(
     resolved = lm.resolve(patterns, length=blocks.sequence_length)
     warn_of_the_slow_path(lm, resolved)
     plain = store_spec(lm, blocks, [site.site for site in resolved], **settings)
-    batch = batch_size(batch_sequences, path, lambda: fastest_batch(lm, resolved, blocks))
+    batch = batch_size(batch_sequences, place, lambda: fastest_batch(lm, resolved, blocks))
 
     def made() -> StoreWriter:
-        spec = replace(plain, sites=with_codecs(lm, blocks, resolved, path, codec, plain))
-        return _writer(lm, path, spec, blocks, batch, threads, shared=shared, elsewhere=elsewhere)
+        spec = replace(plain, sites=with_codecs(lm, blocks, resolved, place, codec, plain))
+        return _writer(lm, place, spec, blocks, batch, threads, shared=shared, elsewhere=elsewhere)
 
     try:
         return made(), batch
@@ -248,7 +259,7 @@ def _begin(
 
 def _writer(
     lm: LanguageModel,
-    path: str | Path,
+    place: Objects,
     spec: StoreSpec,
     blocks: TokenBlocks | None,
     batch_sequences: int,
@@ -260,7 +271,7 @@ def _writer(
 ) -> StoreWriter:
     mine = provenance(None if elsewhere else lm, batch_sequences)
     writer = StoreWriter(
-        path,
+        place,
         spec,
         blocks,
         grow=grow,
@@ -270,7 +281,7 @@ def _writer(
         provenance=mine,
     )
     if writer.pending():
-        warn_of_other_circumstances(path, mine, writer.provenance)
+        warn_of_other_circumstances(place, mine, writer.provenance)
     return writer
 
 

@@ -194,10 +194,11 @@ class FileBackend:
             if not changed:
                 return
             folders = {folder for place in changed for folder in self._above(place)} - self._settled
-            if not self._settled:  # once: those above may be as new as the store
+            if self._root in folders:  # those above the store may be as new as it is
                 changed.update(folders_to_flush(self.root.absolute()))
+            changed.update(os.path.dirname(folder) for folder in folders - {self._root})
             try:
-                at_once(flush, changed | folders, _FLUSHES)
+                at_once(flush, changed, _FLUSHES)
             except OSError as error:
                 self._failure = error
                 raise
