@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from rich.console import Console
 
+from actcache.addresses import shown
 from actcache.cli.options import Flag, Flat, ModelOptions, Strings, TextOptions
 from actcache.cli.screen import Screen, sites_table, store_lines
 from actcache.errors import ConfigError
@@ -306,10 +307,11 @@ def verify(store: str, /, *, sample: float = 1.0, json: Flag = False) -> int:
         faults = [asdict(fault) for fault in found]
         lines = [f"{_place(f['column'], f['shard'])}: {f['reason']}" for f in faults]
         way_out = f"found {len(faults)} fault{'s' * (len(faults) > 1)}; see 'actcache repair --help'"
-        sound = f"{store} is sound" if sample == 1 else f"{store}: no fault in the {100 * sample:g} % of it looked at"
-        shown = "\n".join([*lines, way_out]) if faults else sound
-        payload = {"path": store, "sound": not faults, "sample": sample, "faults": faults}
-        screen.result(payload, lambda out: out.print(shown, markup=False, highlight=False))
+        place = shown(store)
+        sound = f"{place} is sound" if sample == 1 else f"{place}: no fault in the {100 * sample:g} % of it looked at"
+        said = "\n".join([*lines, way_out]) if faults else sound
+        payload = {"path": place, "sound": not faults, "sample": sample, "faults": faults}
+        screen.result(payload, lambda out: out.print(said, markup=False, highlight=False))
     return UNSOUND if faults else 0
 
 
@@ -332,18 +334,19 @@ def repair(store: str, /, *, unlock: Flag = False, json: Flag = False) -> int:
     from actcache.store import unlock as unlock_store
     from actcache.store import verify as verify_store
 
+    place = shown(store)
     with Screen(json=json) as screen:
         if unlock:
-            said = f"the lock of {store} is taken away" if unlock_store(store) else f"{store} was not locked"
-            screen.result({"path": store, "said": said}, lambda out: out.print(said, markup=False, highlight=False))
+            said = f"the lock of {place} is taken away" if unlock_store(store) else f"{place} was not locked"
+            screen.result({"path": place, "said": said}, lambda out: out.print(said, markup=False, highlight=False))
             return 0
         faults = verify_store(store, progress=screen.stage("Verify", "columns"))
         shards = repair_store(store, faults)
         opened = f"shards {', '.join(map(str, shards))} are open again; repeat the extract command to make them anew"
         mended = (
-            "the ledger was damaged, and was written anew from the commit records" if faults else f"{store} is sound"
+            "the ledger was damaged, and was written anew from the commit records" if faults else f"{place} is sound"
         )
-        payload = {"path": store, "shards": shards}
+        payload = {"path": place, "shards": shards}
         screen.result(payload, lambda out: out.print(opened if shards else mended, markup=False, highlight=False))
     return 0
 

@@ -15,6 +15,7 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from actcache.addresses import shown
 from actcache.cluster.connect import Say, check_installed, connected, local_workers, model_threads
 from actcache.cluster.sums import Sums
 from actcache.cluster.worker import Report, Task, make_shards, where
@@ -144,7 +145,7 @@ class Driver:
             self._watch(self._sums.status())
         except KeyboardInterrupt as interrupt:
             n_done = self._n_shards - len(self._missing())
-            interrupt.add_note(f"{n_done} of {self._n_shards} shards of {self._task.path} are on disk")
+            interrupt.add_note(f"{n_done} of {self._n_shards} shards of {shown(self._task.path)} are on disk")
             raise
         finally:
             with suppress(OSError, RuntimeError, ValueError):  # the connection may be what was lost
@@ -241,10 +242,10 @@ class Driver:
 
     def _others_hold(self, shards: Sequence[int]) -> StoreBusyError:
         names = ", ".join(map(str, shards[:6])) + ", ..." * (len(shards) > 6)
+        place = shown(self._task.path)
         return StoreBusyError(
-            f"shards {names} of {self._task.path} are being made by others, who have finished none for "
-            f"{_PATIENCE_S:.0f} s; if these are gone, run 'actcache repair {self._task.path} --unlock', and give the "
-            "same command again"
+            f"shards {names} of {place} are being made by others, who have finished none for {_PATIENCE_S:.0f} s; if "
+            f"these are gone, run 'actcache repair {place} --unlock', and give the same command again"
         )
 
 

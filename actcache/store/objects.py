@@ -16,7 +16,8 @@ from typing import Any, TypeAlias
 from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
-from actcache.errors import ActcacheError
+from actcache.addresses import cause_of, shown
+from actcache.errors import ActcacheError, ConfigError
 from actcache.files import free_bytes, full_disk_explained
 from actcache.store import lock as locks
 from actcache.store.backends import backend_of
@@ -26,6 +27,8 @@ from actcache.store.lock import WriterLock
 from actcache.store.urls import first_line, open_url
 
 _UNFINISHED = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(PARTIAL)}$")
+_LOST_A_SLASH = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")
+"""What `pathlib` makes of a URL."""
 _PUTS = 32
 """Small objects written at a time, where each answer takes its time."""
 _Names: TypeAlias = list[str]  # within the class, `list` is a method
@@ -53,6 +56,8 @@ class Objects:
         self.location, self._read_only, self._durable = location, read_only, durable
         if isinstance(location, Store):
             self.store = location
+        elif _LOST_A_SLASH.match(str(location)):
+            raise ConfigError(f"{shown(location)} is neither a path nor a URL; give a URL as text, with two slashes")
         elif "://" in str(location):
             self.store = open_url(str(location), read_only=read_only)
         else:
@@ -61,7 +66,8 @@ class Objects:
         self.backend = backend_of(self.store, durable=durable)
 
     def __str__(self) -> str:
-        return str(self.location)
+        """Where the store lies, as people may see it: of a URL without user, password and query."""
+        return shown(self.location)
 
     def __reduce__(self) -> Any:
         return _opened, (self.location, self._read_only, self._durable)
@@ -166,12 +172,13 @@ class Objects:
             if self.is_local:
                 raise
             said = (
-                f"could not {doing} {what or 'the objects'} of {self}: {first_line(error)}; "
+                f"could not {doing} {what or 'the objects'} of {self}: {first_line(error, self.location)}; "
                 "see to the connection, the address and the rights, and give the same command again"
             )
             if isinstance(error, OSError) and error.errno:
-                raise OSError(error.errno, said) from error
-            raise (PermissionError if type(error).__name__ in _DENIED else OSError)(said) from error
+                raise OSError(error.errno, said) from cause_of(error, self.location)
+            kind = PermissionError if type(error).__name__ in _DENIED else OSError
+            raise kind(said) from cause_of(error, self.location)
 
     def _check_writable(self) -> None:
         if self._read_only or self.store.read_only:

@@ -160,10 +160,10 @@ def repair(path: str | Path | Objects, faults: list[Fault]) -> list[int]:
     Raises:
         CorruptShardError: tokens or root attributes are damaged, which no re-extraction of shards can mend.
     """
+    objects = to_write(path)
     beyond = [fault for fault in faults if fault.column in ("tokens", "attributes")]
     if beyond:
-        raise CorruptShardError(f"{path} cannot be repaired: {beyond[0].reason}; extract it anew to another place")
-    objects = to_write(path)
+        raise CorruptShardError(f"{objects} cannot be repaired: {beyond[0].reason}; extract it anew to another place")
     bad = sorted({(fault.shard, fault.column) for fault in faults if fault.shard >= 0})
     bad_ledger = any(fault.column == "ledger" for fault in faults)
     with objects.lock():
