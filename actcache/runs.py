@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache import report
-from actcache.errors import RunNotFoundError, StateError, StoreError
+from actcache.errors import ConfigError, RunNotFoundError, StateError, StoreError
 from actcache.spec import Progress
 
 if TYPE_CHECKING:
@@ -348,7 +348,7 @@ def _training_store(facts: Mapping[str, Any]) -> Store | None:
 
     try:
         store = open_store(facts["path"])
-    except StoreError:
+    except (StoreError, ConfigError, OSError):  # of a URL, what it took to open it may be missing here
         return None
     return store if store.fingerprint == facts["fingerprint"] else None
 

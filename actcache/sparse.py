@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from actcache.errors import ConfigError, ModelNotFoundError, StateError
+from actcache.files import write_whole
 from actcache.spec import check_positive
 
 VERSION = 1
@@ -64,7 +64,6 @@ class SparseMLP(nn.Module):
         from safetensors.torch import save
 
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         weights = save({name: w.detach().cpu().contiguous() for name, w in self.state_dict().items()})
         config = {
             "format": "actcache sparse MLP",
@@ -73,8 +72,8 @@ class SparseMLP(nn.Module):
             "weights_sha256": hashlib.sha256(weights).hexdigest(),
             "about": self.about,
         }
-        write_atomic(folder / WEIGHTS, weights)
-        write_atomic(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        write_whole(folder / WEIGHTS, weights)
+        write_whole(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, folder: str | Path) -> SparseMLP:
@@ -111,16 +110,6 @@ def _read_saved(folder: Path) -> tuple[dict[str, Any], bytes]:
     if hashlib.sha256(weights).hexdigest() != config["weights_sha256"]:
         raise StateError(f"sparse MLP in {folder}: {WEIGHTS} does not match its digest; save or train it again")
     return config, weights
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file as a whole: after a crash there is the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

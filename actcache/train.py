@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from actcache.errors import ConfigError, SiteError, StateError, TrainingError
+from actcache.files import write_whole
 from actcache.memory import keep_freed_memory
-from actcache.sparse import Scaling, SparseMLP, fold_scaling, initialise, sparse_loss, write_atomic
+from actcache.sparse import Scaling, SparseMLP, fold_scaling, initialise, sparse_loss
 from actcache.spec import Progress, check_positive
 
 if TYPE_CHECKING:
@@ -293,8 +294,7 @@ class Trainer:
             "loader": self.loader.state_dict(),
             "history": self.history,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, save(self._tensors(), metadata={"state": json.dumps(state)}))
+        write_whole(path, save(self._tensors(), metadata={"state": json.dumps(state)}))
 
     @torch.no_grad()
     def _resume(self, path: Path) -> None:

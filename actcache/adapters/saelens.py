@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -18,6 +17,7 @@ import numpy as np
 
 from actcache.adapters import require
 from actcache.errors import ConfigError, StateError
+from actcache.files import write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -74,9 +74,7 @@ class Provider(Iterator[T], Generic[T]):
         if checkpoint_path is None:  # the trainer was told of no place to keep checkpoints in
             return
         file = Path(checkpoint_path) / STATE_FILE
-        beside = file.with_suffix(".partial")
-        beside.write_text(json.dumps(self.state_dict()), encoding="utf-8")
-        os.replace(beside, file)
+        write_whole(file, json.dumps(self.state_dict()).encode())
 
     def load_checkpoint(self, checkpoint_path: str | Path) -> None:
         """Continue where the checkpoint in that folder was taken.

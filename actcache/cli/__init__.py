@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from cyclopts import App, CycloptsError, Parameter
 
 from actcache import __version__
+from actcache.addresses import hidden
 from actcache.cli import audit, exchange, serve, sites, stores, verbs
 from actcache.cli.interrupts import INTERRUPTED
 from actcache.cli.screen import error_line
@@ -90,13 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return build_app()(tokens) or FINE
     except CycloptsError as error:
         way_out = f"See '{' '.join(['actcache', *(error.command_chain or ()), '--help'])}'."
-        error_line(f"{error}\n{way_out}", json=as_json)
+        error_line(hidden(f"{error}\n{way_out}"), json=as_json)
         return USER_ERROR
     except (AuditError, CorruptShardError) as error:
-        error_line(str(error), json=as_json)
+        error_line(hidden(str(error)), json=as_json)
         return UNSOUND
     except (ActcacheError, OSError) as error:
-        error_line(str(error), json=as_json)
+        error_line(hidden(str(error)), json=as_json)
         return USER_ERROR
     except KeyboardInterrupt as interrupt:
         # An interrupt cuts in half whatever was being done, the construction of an event loop for one. What such

@@ -29,6 +29,7 @@ def import_store(
     seed: int = 0,
     sequences_per_shard: int | None = None,
     rows_per_chunk: int | None = None,
+    no_fsync: Flag = False,
     json: Flag = False,
 ) -> int:
     """Make a store of activations that another tool has cached. Run again, it goes on where it stopped.
@@ -57,6 +58,8 @@ def import_store(
         Sequences of a shard; by default a quarter of a gigabyte or less.
     rows_per_chunk
         Rows of the unit of reading; by default half a megabyte.
+    no_fsync
+        As for "actcache extract".
     json
         Print one JSON object on stdout; progress stays on stderr.
     """
@@ -72,6 +75,7 @@ def import_store(
             "seed": seed,
             "sequences_per_shard": sequences_per_shard,
             "rows_per_chunk": rows_per_chunk,
+            "durable": not no_fsync,
             "progress": screen.stage("Import", "sequences"),
         }
         if format == "saelens":

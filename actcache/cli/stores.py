@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from rich.console import Console
 
+from actcache.addresses import shown
 from actcache.cli.options import Flag, Flat, ModelOptions, Strings, TextOptions
 from actcache.cli.screen import Screen, sites_table, store_lines
 from actcache.errors import ConfigError
@@ -36,6 +37,7 @@ def extract(
     part: str | None = None,
     dask: str | None = None,
     no_audit: Flag = False,
+    no_fsync: Flag = False,
     json: Flag = False,
 ) -> int:
     """Run the model over a text once and keep its activations in a store. Run again, it goes on where it stopped.
@@ -71,6 +73,8 @@ def extract(
     no_audit
         Seal the store without the small audit that holds some of its rows against the plain model (see "actcache
         audit"). A store whose audit has failed is sealed by this alone.
+    no_fsync
+        Do not flush what is written to the disk: a little faster, and a power cut may take shards that count.
     json
         Print one JSON object on stdout; events, one JSON object a line, go to stderr.
     """
@@ -93,6 +97,7 @@ def extract(
             "rows_per_chunk": rows_per_chunk,
             "batch_sequences": batch_sequences,
             "audit": not no_audit,
+            "durable": not no_fsync,
         }
         blocks = text.blocks_for(lm, screen)
         settings["watch"] = screen.watch("Extract activations")
@@ -116,6 +121,7 @@ def extend(
     text: Annotated[TextOptions | None, Flat] = None,
     batch_sequences: Batch = None,
     no_audit: Flag = False,
+    no_fsync: Flag = False,
     json: Flag = False,
 ) -> int:
     """Append sequences to a store. Use --skip-documents, so that they are not those that it has.
@@ -128,6 +134,8 @@ def extend(
         As for "actcache extract".
     no_audit
         As for "actcache extract".
+    no_fsync
+        As for "actcache extract".
     json
         Print one JSON object on stdout; progress stays on stderr.
     """
@@ -137,7 +145,8 @@ def extend(
         lm = (model or ModelOptions()).load()
         blocks = (text or TextOptions()).blocks_for(lm, screen)
         watch = screen.watch("Extract activations")
-        grown = extend_store(lm, store, blocks, batch_sequences=batch_sequences, audit=not no_audit, watch=watch)
+        settings: dict[str, Any] = {"batch_sequences": batch_sequences, "audit": not no_audit, "durable": not no_fsync}
+        grown = extend_store(lm, store, blocks, watch=watch, **settings)
         show_store(screen, grown.info())
     return 0
 
@@ -151,6 +160,7 @@ def add_sites(
     codec: Strings = ("lossless",),  # type: ignore[assignment]
     batch_sequences: Batch = None,
     no_audit: Flag = False,
+    no_fsync: Flag = False,
     json: Flag = False,
 ) -> int:
     """Add sites to a store: the model runs over the store's own tokens once more, and only the new sites are kept.
@@ -167,6 +177,8 @@ def add_sites(
         As for "actcache extract".
     no_audit
         As for "actcache extract".
+    no_fsync
+        As for "actcache extract".
     json
         Print one JSON object on stdout; progress stays on stderr.
     """
@@ -174,9 +186,9 @@ def add_sites(
 
     with Screen(json=json) as screen:
         lm = (model or ModelOptions()).load()
-        settings: dict[str, Any] = {"codec": codecs_by_pattern(codec), "batch_sequences": batch_sequences}
-        watch = screen.watch("Extract activations")
-        grown = add(lm, store, sites, **settings, audit=not no_audit, watch=watch)
+        watch, codecs = screen.watch("Extract activations"), codecs_by_pattern(codec)
+        settings: dict[str, Any] = {"batch_sequences": batch_sequences, "audit": not no_audit, "durable": not no_fsync}
+        grown = add(lm, store, sites, codec=codecs, watch=watch, **settings)
         show_store(screen, grown.info())
     return 0
 
@@ -214,6 +226,7 @@ def export(
     sequences_per_shard: int | None = None,
     rows_per_chunk: int | None = None,
     format: Literal["zarr", "saelens"] = "zarr",  # noqa: A002  # the option's name
+    no_fsync: Flag = False,
     json: Flag = False,
 ) -> int:
     """Copy a store, or a part of it, into a new one, perhaps with other codecs or sizes. Run again, it goes on.
@@ -238,6 +251,8 @@ def export(
         Rows of the unit of reading; by default the store's, where it fits.
     format
         `zarr`, a store; or `saelens`, a folder that SAELens trains from (of whole sites, so with --sites only).
+    no_fsync
+        As for "actcache extract".
     json
         Print one JSON object on stdout; progress stays on stderr.
     """
@@ -260,6 +275,7 @@ def export(
             rows=None if rows is None else stretch("--rows", rows),
             sequences_per_shard=sequences_per_shard,
             rows_per_chunk=rows_per_chunk,
+            durable=not no_fsync,
             progress=screen.stage("Export", "shards"),
         )
         show_store(screen, copied.info())
@@ -302,13 +318,14 @@ def verify(store: str, /, *, sample: float = 1.0, json: Flag = False) -> int:
         faults = [asdict(fault) for fault in found]
         lines = [f"{_place(f['column'], f['shard'])}: {f['reason']}" for f in faults]
         way_out = f"found {len(faults)} fault{'s' * (len(faults) > 1)}; see 'actcache repair --help'"
-        sound = f"{store} is sound" if sample == 1 else f"{store}: no fault in the {100 * sample:g} % of it looked at"
-        shown = "\n".join([*lines, way_out]) if faults else sound
+        place = shown(store)
+        sound = f"{place} is sound" if sample == 1 else f"{place}: no fault in the {100 * sample:g} % of it looked at"
+        said = "\n".join([*lines, way_out]) if faults else sound
         if found.not_bound:
             shards = len({shard for shards in found.not_bound.values() for shard in shards})
-            shown += f"\n{shards:,} shards of an earlier version do not say which tokens their values belong to"
-        payload = {"path": store, "sound": not faults, "sample": sample, "faults": faults, "not_bound": found.not_bound}
-        screen.result(payload, lambda out: out.print(shown, markup=False, highlight=False))
+            said += f"\n{shards:,} shards of an earlier version do not say which tokens their values belong to"
+        payload = {"path": place, "sound": not faults, "sample": sample, "faults": faults, "not_bound": found.not_bound}
+        screen.result(payload, lambda out: out.print(said, markup=False, highlight=False))
     return UNSOUND if faults else 0
 
 
@@ -331,18 +348,19 @@ def repair(store: str, /, *, unlock: Flag = False, json: Flag = False) -> int:
     from actcache.store import unlock as unlock_store
     from actcache.store import verify as verify_store
 
+    place = shown(store)
     with Screen(json=json) as screen:
         if unlock:
-            said = f"the lock of {store} is taken away" if unlock_store(store) else f"{store} was not locked"
-            screen.result({"path": store, "said": said}, lambda out: out.print(said, markup=False, highlight=False))
+            said = f"the lock of {place} is taken away" if unlock_store(store) else f"{place} was not locked"
+            screen.result({"path": place, "said": said}, lambda out: out.print(said, markup=False, highlight=False))
             return 0
         faults = verify_store(store, progress=screen.stage("Verify", "columns"))
         shards = repair_store(store, faults)
         opened = f"shards {', '.join(map(str, shards))} are open again; repeat the extract command to make them anew"
         mended = (
-            "the ledger was damaged, and was written anew from the commit records" if faults else f"{store} is sound"
+            "the ledger was damaged, and was written anew from the commit records" if faults else f"{place} is sound"
         )
-        payload = {"path": store, "shards": shards}
+        payload = {"path": place, "shards": shards}
         screen.result(payload, lambda out: out.print(opened if shards else mended, markup=False, highlight=False))
     return 0
 

@@ -14,7 +14,7 @@ from actcache.train import TrainConfig
 
 
 def train(
-    store: Path,
+    store: str,
     /,
     *,
     site_in: str,
@@ -31,7 +31,7 @@ def train(
     Parameters
     ----------
     store
-        A finished store.
+        A finished store, a folder or a URL.
     site_in
         Site of the input.
     site_out

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from rich.console import Console
 
+from actcache.addresses import shown
 from actcache.cli.options import Flag, Flat, ModelOptions, TextOptions
 from actcache.cli.screen import Screen, paths_lines, results_table, stages_table
 from actcache.demo import DemoConfig, run_demo
@@ -103,7 +104,7 @@ def _show_run(out: Console, run: Path, metrics: Mapping[str, Any]) -> None:
 
 
 def typed() -> str:
-    """The command as it was typed, without the path of the program."""
+    """The command as it was typed, without the path of the program, and of URLs what may be seen."""
     import shlex
 
-    return shlex.join(["actcache", *sys.argv[1:]])
+    return shlex.join(["actcache", *map(shown, sys.argv[1:])])

@@ -15,6 +15,7 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from actcache.addresses import shown
 from actcache.auditing import check_before_sealing
 from actcache.cluster.connect import Say, check_installed, connected, local_workers, model_threads
 from actcache.cluster.sums import Sums
@@ -22,7 +23,7 @@ from actcache.cluster.worker import Report, Task, make_shards, where
 from actcache.errors import ActcacheError, ClusterError, ConfigError, StoreBusyError
 from actcache.extraction import begin
 from actcache.spec import TokenBlocks, Watch
-from actcache.store import Check, Store, StoreWriter, open_store
+from actcache.store import Check, Objects, Store, StoreWriter, open_store, to_write
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -50,6 +51,7 @@ def extract_on_cluster(
     threads: int | None = None,
     batch_sequences: Any = None,
     audit: bool = True,
+    durable: bool = True,
     watch: Watch | None = None,
     say: Say | None = None,
     **settings: Any,
@@ -68,6 +70,7 @@ def extract_on_cluster(
         threads: encoding threads of each worker; by default its share of its machine's cores.
         batch_sequences: as for `extract`; `auto` is found out here, on the driver.
         audit: whoever seals the store audits it first, as `extract` does.
+        durable: as for `extract`.
         watch: called with a `Status` of all workers together, about twice a second.
         say: called with sentences for the user, such as where the dashboard is.
         settings: `codec`, `dtype`, `skip_first`, `seed`, `sequences_per_shard`, `rows_per_chunk`, as for `extract`.
@@ -92,7 +95,7 @@ def extract_on_cluster(
         n_local = local_workers(cluster)
         n_model_threads = None if n_local is None else model_threads(n_local)
         with _torch_threads(n_model_threads):
-            begin(lm, blocks, patterns, place, batch_sequences=batch_sequences, **settings)
+            begin(lm, blocks, patterns, place, batch_sequences=batch_sequences, durable=durable, **settings)
         task = Task(
             shards=(),
             path=place,
@@ -100,12 +103,13 @@ def extract_on_cluster(
             topic=f"actcache-{uuid.uuid4().hex}",
             batch_sequences=batch_sequences if isinstance(batch_sequences, int) else None,
             threads=threads,
+            durable=durable,
             model_threads=n_model_threads,
             workers_per_machine=1,
             audit=audit,
         )
         Driver(client, task, watch or _unwatched).run()
-    return sealed(place, check_before_sealing(lm, "extract") if audit else None)
+    return sealed(to_write(place, durable=durable), check_before_sealing(lm, "extract") if audit else None)
 
 
 class Driver:
@@ -145,7 +149,7 @@ class Driver:
             self._watch(self._sums.status())
         except KeyboardInterrupt as interrupt:
             n_done = self._n_shards - len(self._missing())
-            interrupt.add_note(f"{n_done} of {self._n_shards} shards of {self._task.path} are on disk")
+            interrupt.add_note(f"{n_done} of {self._n_shards} shards of {shown(self._task.path)} are on disk")
             raise
         finally:
             with suppress(OSError, RuntimeError, ValueError):  # the connection may be what was lost
@@ -242,10 +246,10 @@ class Driver:
 
     def _others_hold(self, shards: Sequence[int]) -> StoreBusyError:
         names = ", ".join(map(str, shards[:6])) + ", ..." * (len(shards) > 6)
+        place = shown(self._task.path)
         return StoreBusyError(
-            f"shards {names} of {self._task.path} are being made by others, who have finished none for "
-            f"{_PATIENCE_S:.0f} s; if these are gone, run 'actcache repair {self._task.path} --unlock', and give the "
-            "same command again"
+            f"shards {names} of {place} are being made by others, who have finished none for {_PATIENCE_S:.0f} s; if "
+            f"these are gone, run 'actcache repair {place} --unlock', and give the same command again"
         )
 
 
@@ -261,7 +265,7 @@ def _next_group(left: deque[int], n_workers: int) -> tuple[int, ...]:
     return tuple(group)
 
 
-def sealed(path: str, check: Check | None) -> Store:
+def sealed(path: Objects, check: Check | None) -> Store:
     """The finished store, sealed after this check if the worker that made the last shard has not done so.
 
     Raises:

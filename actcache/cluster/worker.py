@@ -8,7 +8,7 @@ import threading
 import uuid
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ class Task:
 
     shards: tuple[int, ...]
     """Neighbours."""
-    path: str
+    path: str = field(repr=False)  # it may hold a password
     """The store's folder or URL, the same for all workers."""
     recipe: Mapping[str, Any]
     """Arguments of `load_lm`."""
@@ -50,6 +50,8 @@ class Task:
     """Sequences in one forward pass; None for what the store was begun with."""
     threads: int | None
     """Encoding threads; None for the worker's share of its machine."""
+    durable: bool
+    """Whether what is written is flushed."""
     model_threads: int | None
     """Threads of the forward pass; None for as many as the worker was started with."""
     workers_per_machine: int
@@ -105,6 +107,7 @@ def _fill(task: Task, worker: Worker, reporter: Reporter) -> None:
         batch_sequences=task.batch_sequences,
         threads=task.threads or max(1, CPU_COUNT // task.workers_per_machine),
         audit=task.audit,
+        durable=task.durable,
         watch=reporter,
     )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from actcache.addresses import shown
 from actcache.errors import ConfigError
 from actcache.estimate.amounts import Amounts, Asked, amounts_of
 from actcache.estimate.measure import Measured, measure
@@ -182,7 +183,7 @@ def plan(
         workers=workers,
         batch_sequences=batch,
         model=lm.name,
-        out=None if out is None else str(out),
+        out=None if out is None else shown(out),
         free_bytes=free_bytes,
     )
 

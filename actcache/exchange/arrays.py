@@ -39,6 +39,7 @@ def import_npy(
     sequences_per_shard: int | None = None,
     rows_per_chunk: int | None = None,
     threads: int = 2,
+    durable: bool = True,
     progress: Progress | None = None,
 ) -> Store:
     """Make a store of `.npy` files, which are memory-mapped.
@@ -56,6 +57,7 @@ def import_npy(
             fewer where that would exceed 256 MB.
         rows_per_chunk: rows of the unit of reading; by default half a megabyte of the widest hook.
         threads: encoding threads.
+        durable: as for `extract`.
         progress: called with (sequences done, in all).
 
     Raises:
@@ -108,6 +110,7 @@ def import_npy(
         sequences_per_shard=sequences_per_shard,
         rows_per_chunk=rows_per_chunk,
         threads=threads,
+        durable=durable,
         progress=progress,
     )
 
@@ -123,6 +126,7 @@ def import_safetensors(
     sequences_per_shard: int | None = None,
     rows_per_chunk: int | None = None,
     threads: int = 2,
+    durable: bool = True,
     progress: Progress | None = None,
 ) -> Store:
     """Make a store of safetensors chunks; positions that are masked become no rows.
@@ -142,6 +146,7 @@ def import_safetensors(
         sequences_per_shard: as for `import_npy`.
         rows_per_chunk: as for `import_npy`.
         threads: encoding threads.
+        durable: as for `extract`.
         progress: called with (sequences done, in all).
 
     Raises:
@@ -199,6 +204,7 @@ def import_safetensors(
         sequences_per_shard=sequences_per_shard,
         rows_per_chunk=rows_per_chunk,
         threads=threads,
+        durable=durable,
         progress=progress,
     )
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from actcache.errors import ConfigError
 from actcache.spec import DTYPES, Dtype, Progress, Site, StoreSpec, TokenBlocks
-from actcache.store import ShardBuffers, Store, StoreWriter
+from actcache.store import ShardBuffers, Store, StoreWriter, to_write
 from actcache.store.codecs import STORED_DTYPE
 from actcache.store.fit import codec_of, fitted, given, needs_trial
 from actcache.store.sizes import default_sizes
@@ -68,13 +68,14 @@ def write(
     sequences_per_shard: int | None,
     rows_per_chunk: int | None,
     threads: int,
+    durable: bool,
     progress: Progress | None,
 ) -> Store:
     """Write the activations into a store, or go on with it; see the importers for what the options mean."""
     blocks = _token_blocks(origin)
     logical = common_dtype(origin.dtypes) if dtype is None else dtype
     spec = _spec(origin, blocks, logical, codec, skip_first, seed, sequences_per_shard, rows_per_chunk)
-    with StoreWriter(path, spec, blocks, threads=threads) as writer:
+    with StoreWriter(to_write(path, durable=durable), spec, blocks, threads=threads) as writer:
         pending = writer.pending()
         done = spec.n_sequences - sum(len(spec.shard_sequences(shard)) for shard in pending)
         for shard in pending:

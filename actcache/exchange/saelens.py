@@ -19,8 +19,10 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
+from actcache.addresses import shown
 from actcache.errors import ConfigError, StoreError, StoreIncompleteError
 from actcache.exchange.origin import TORCH_DTYPES, Origin, checked_ids, write
+from actcache.files import flush, full_disk_explained, write_whole
 from actcache.spec import Dtype, Progress, expand_names
 from actcache.store import Store
 
@@ -46,6 +48,7 @@ def import_saelens(
     sequences_per_shard: int | None = None,
     rows_per_chunk: int | None = None,
     threads: int = 2,
+    durable: bool = True,
     progress: Progress | None = None,
 ) -> Store:
     """Make a store of SAELens' cached activations: each column of activations becomes a site.
@@ -62,6 +65,7 @@ def import_saelens(
         sequences_per_shard: as for `import_npy`.
         rows_per_chunk: as for `import_npy`.
         threads: encoding threads.
+        durable: as for `extract`.
         progress: called with (sequences done, in all).
 
     Raises:
@@ -96,6 +100,7 @@ def import_saelens(
         sequences_per_shard=sequences_per_shard,
         rows_per_chunk=rows_per_chunk,
         threads=threads,
+        durable=durable,
         progress=progress,
     )
 
@@ -201,6 +206,8 @@ def export_saelens(
             f"{store.path} has {store.n_rows:,} of the {store.spec.n_rows:,} rows of its sequences, the others were "
             "left out; SAELens' layout is made of whole sequences, so export a store that leaves none out"
         )
+    if "://" in str(folder):
+        raise ConfigError(f"export: {shown(folder)} is a URL; SAELens' layout is written to a folder of this machine")
     names, out = expand_names(sites, store.sites), Path(folder)
     if dtype not in (None, "float16", "float32"):
         raise ConfigError(f"export: SAELens' layout has float16 and float32, not {dtype}")
@@ -220,7 +227,7 @@ def export_saelens(
             _put_table(out / file, values, features.arrow_schema)
         if progress:
             progress(shard + 1, n_shards)
-    _put_json(out / "state.json", _state(store, files, features))
+    write_whole(out / "state.json", json.dumps(_state(store, files, features), indent=2).encode())
     return out
 
 
@@ -241,7 +248,8 @@ def _begin(store: Store, out: Path, features: datasets.Features) -> None:
     info = DatasetInfo(description=json.dumps(origin), features=features)
     out.mkdir(parents=True, exist_ok=True)
     if not any(out.iterdir()):
-        info.write_to_directory(str(out))
+        with full_disk_explained(f"for {out}: a few kilobytes", out):
+            info.write_to_directory(str(out))
         return
     file = out / "dataset_info.json"
     found = DatasetInfo.from_directory(str(out)) if file.exists() else None
@@ -271,12 +279,14 @@ def _put_table(file: Path, values: Mapping[str, NDArray[Any]], schema: pa.Schema
     n_sequences = len(values[TOKENS])
     widest = max(array[0].nbytes for array in values.values())
     per_batch = max(1, _BATCH_BYTES // widest)
-    partial = file.with_suffix(".partial")
-    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
-        for start in range(0, n_sequences, per_batch):
-            arrays = [_column(values[f.name][start : start + per_batch], f.type) for f in schema]
-            stream.write_batch(pa.record_batch(arrays, schema=schema))
-    os.replace(partial, file)
+    partial, n_bytes = file.with_suffix(".partial"), sum(array.nbytes for array in values.values())
+    with full_disk_explained(f"for {file}: {n_bytes:,} bytes", file):
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
+            for start in range(0, n_sequences, per_batch):
+                arrays = [_column(values[f.name][start : start + per_batch], f.type) for f in schema]
+                stream.write_batch(pa.record_batch(arrays, schema=schema))
+        flush(str(partial))  # what has its name is whole, after a power cut too
+        os.replace(partial, file)
 
 
 def _column(values: NDArray[Any], kind: pa.DataType) -> pa.Array:
@@ -301,9 +311,3 @@ def _state(store: Store, files: list[str], features: datasets.Features) -> dict[
         "_output_all_columns": False,
         "_split": None,
     }
-
-
-def _put_json(file: Path, content: Mapping[str, Any]) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2))
-    os.replace(partial, file)

@@ -24,7 +24,7 @@ from actcache.extraction.settle import (
 )
 from actcache.extraction.sink import pinned_for
 from actcache.spec import Dtype, Progress, StoreSpec, TokenBlocks, Watch
-from actcache.store import Check, Store, StoreWriter, open_store
+from actcache.store import Check, Objects, Store, StoreWriter, open_store, to_write
 
 if TYPE_CHECKING:
     from actcache.lm import LanguageModel
@@ -46,6 +46,7 @@ def extract(
     threads: int | None = None,
     part: tuple[int, int] | None = None,
     audit: bool = True,
+    durable: bool = True,
     progress: Progress | None = None,
     watch: Watch | None = None,
 ) -> Store:
@@ -72,6 +73,7 @@ def extract(
             that is returned is not sealed.
         audit: end with a small audit of what was made (see `actcache.audit`): a hundredth of the run, four sequences at
             least. If it fails, nothing is deleted and the store is not sealed; without it the store is sealed.
+        durable: flush what is written (`fsync`), so that a power cut takes no shard that counts; False is for scratch.
         progress: called with (sequences done, sequences in all) after each forward pass.
         watch: called with a `Status` after each forward pass: speeds, queue, statistics.
 
@@ -95,8 +97,9 @@ def extract(
         "sequences_per_shard": sequences_per_shard,
         "rows_per_chunk": rows_per_chunk,
     }
+    place = to_write(path, durable=durable)
     writer, batch = _begin(
-        lm, blocks, patterns, path, codec, settings, batch_sequences, threads, shared=part is not None
+        lm, blocks, patterns, place, codec, settings, batch_sequences, threads, shared=part is not None
     )
     return Run(
         lm=lm,
@@ -118,6 +121,7 @@ def begin(
     *,
     codec: str | Mapping[str, str] = "lossless",
     batch_sequences: BatchSequences | None = None,
+    durable: bool = True,
     **settings: Any,
 ) -> Store:
     """Create the store that `extract` would write, with its tokens and without a shard, for `fill` to go on with.
@@ -125,7 +129,8 @@ def begin(
     Arguments and errors are those of `extract`; `settings` are `dtype`, `skip_first`, `seed`, `sequences_per_shard` and
     `rows_per_chunk`. A store that is there already is returned as it is.
     """
-    writer, _ = _begin(lm, blocks, patterns, path, codec, settings, batch_sequences, 1, shared=True, elsewhere=True)
+    place = to_write(path, durable=durable)
+    writer, _ = _begin(lm, blocks, patterns, place, codec, settings, batch_sequences, 1, shared=True, elsewhere=True)
     with writer:
         return writer.finish()
 
@@ -138,6 +143,7 @@ def fill(
     batch_sequences: int | None = None,
     threads: int | None = None,
     audit: bool = True,
+    durable: bool = True,
     watch: Watch | None = None,
 ) -> Store:
     """Make some shards of a store that exists, from the tokens that lie in it, as one of several processes.
@@ -148,10 +154,11 @@ def fill(
     Raises:
         StoreMismatchError: the store is of another model. The others are those of `extract`.
     """
-    store = open_store(path)
-    batch = batch_size(batch_sequences, path, lambda: 0)
+    place = to_write(path, durable=durable)
+    store = open_store(place)
+    batch = batch_size(batch_sequences, place, lambda: 0)
     writer = _writer(
-        lm, path, replace(store.spec, model=lm.identity_for(store.spec.model)), None, batch, threads, shared=True
+        lm, place, replace(store.spec, model=lm.identity_for(store.spec.model)), None, batch, threads, shared=True
     )
     return Run(
         lm=lm,
@@ -172,6 +179,7 @@ def extend(
     batch_sequences: BatchSequences | None = None,
     threads: int | None = None,
     audit: bool = True,
+    durable: bool = True,
     progress: Progress | None = None,
     watch: Watch | None = None,
 ) -> Store:
@@ -184,13 +192,14 @@ def extend(
     Raises:
         StoreMismatchError: another model, or sequences of another length. The others are those of `extract`.
     """
-    store = open_store(path)
+    place = to_write(path, durable=durable)
+    store = open_store(place)
     digest = more.digest()
     parts = store.spec.text.get("parts", [{**store.spec.text, "n_sequences": store.spec.n_sequences}])
     blocks, spec = store.token_blocks(), replace(store.spec, model=lm.identity_for(store.spec.model))
     if more.sequence_length != spec.sequence_length:
         raise StoreMismatchError(
-            f"{path} has sequences of {spec.sequence_length} tokens, the new ones have {more.sequence_length}; "
+            f"{place} has sequences of {spec.sequence_length} tokens, the new ones have {more.sequence_length}; "
             f"make token blocks with length={spec.sequence_length}"
         )
     lm.check_ids(more.ids)
@@ -199,8 +208,8 @@ def extend(
         parts = [*parts, {**more.description, "tokens": digest, "n_sequences": more.n_sequences}]
         spec = replace(spec, n_sequences=blocks.n_sequences, text={"tokens": blocks.digest(), "parts": parts})
     resolved = lm.resolve(store.sites, length=spec.sequence_length)
-    batch = batch_size(batch_sequences, path, lambda: fastest_batch(lm, resolved, blocks))
-    writer = _writer(lm, path, spec, blocks, batch, threads, grow=True)
+    batch = batch_size(batch_sequences, place, lambda: fastest_batch(lm, resolved, blocks))
+    writer = _writer(lm, place, spec, blocks, batch, threads, grow=True)
     new = range(spec.n_sequences - more.n_sequences, spec.n_sequences)
     run = Run(lm=lm, writer=writer, tokens=tokens_of(blocks, writer), batch_sequences=batch)
     return replace(run, check=_check(audit, lm, "extend", sequences=new), progress=progress, watch=watch)()
@@ -215,6 +224,7 @@ def add_sites(
     batch_sequences: BatchSequences | None = None,
     threads: int | None = None,
     audit: bool = True,
+    durable: bool = True,
     progress: Progress | None = None,
     watch: Watch | None = None,
 ) -> Store:
@@ -226,14 +236,15 @@ def add_sites(
     Raises:
         StoreMismatchError: another model. The others are those of `extract`.
     """
-    store = open_store(path)
+    place = to_write(path, durable=durable)
+    store = open_store(place)
     blocks, spec = store.token_blocks(), store.spec
     new = [site for site in lm.resolve(patterns, length=spec.sequence_length) if site.site.name not in store.sites]
     warn_of_the_slow_path(lm, new)
-    sites = with_codecs(lm, blocks, new, path, codec, spec)
+    sites = with_codecs(lm, blocks, new, place, codec, spec)
     spec = replace(spec, model=lm.identity_for(spec.model), sites=(*spec.sites, *sites))
-    batch = batch_size(batch_sequences, path, lambda: fastest_batch(lm, new, blocks))
-    writer = _writer(lm, path, spec, blocks, batch, threads, grow=True)
+    batch = batch_size(batch_sequences, place, lambda: fastest_batch(lm, new, blocks))
+    writer = _writer(lm, place, spec, blocks, batch, threads, grow=True)
     check = _check(audit, lm, "add_sites", sites=[site.name for site in sites])
     run = Run(lm=lm, writer=writer, tokens=tokens_of(blocks, writer), batch_sequences=batch)
     return replace(run, kept_rows=store.kept_rows, check=check, progress=progress, watch=watch)()
@@ -249,7 +260,7 @@ def _begin(
     lm: LanguageModel,
     blocks: TokenBlocks,
     patterns: Sequence[str],
-    path: str | Path,
+    place: Objects,
     codec: str | Mapping[str, str],
     settings: Mapping[str, Any],
     batch_sequences: BatchSequences | None,
@@ -262,12 +273,12 @@ def _begin(
     resolved = lm.resolve(patterns, length=blocks.sequence_length)
     warn_of_the_slow_path(lm, resolved)
     plain = store_spec(lm, blocks, [site.site for site in resolved], **settings)
-    batch = batch_size(batch_sequences, path, lambda: fastest_batch(lm, resolved, blocks))
+    batch = batch_size(batch_sequences, place, lambda: fastest_batch(lm, resolved, blocks))
 
     def made() -> StoreWriter:
-        sites = with_codecs(lm, blocks, resolved, path, codec, plain)
-        spec = replace(plain, sites=sites, model=model_for(lm, path))
-        return _writer(lm, path, spec, blocks, batch, threads, shared=shared, elsewhere=elsewhere)
+        sites = with_codecs(lm, blocks, resolved, place, codec, plain)
+        spec = replace(plain, sites=sites, model=model_for(lm, place))
+        return _writer(lm, place, spec, blocks, batch, threads, shared=shared, elsewhere=elsewhere)
 
     try:
         return made(), batch
@@ -280,7 +291,7 @@ def _begin(
 
 def _writer(
     lm: LanguageModel,
-    path: str | Path,
+    place: Objects,
     spec: StoreSpec,
     blocks: TokenBlocks | None,
     batch_sequences: int,
@@ -292,7 +303,7 @@ def _writer(
 ) -> StoreWriter:
     mine = provenance(None if elsewhere else lm, batch_sequences)
     writer = StoreWriter(
-        path,
+        place,
         spec,
         blocks,
         grow=grow,
@@ -302,7 +313,7 @@ def _writer(
         provenance=mine,
     )
     if writer.pending():
-        warn_of_other_circumstances(path, mine, writer.provenance)
+        warn_of_other_circumstances(place, mine, writer.provenance)
     return writer
 
 

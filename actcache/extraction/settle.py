@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +17,7 @@ from actcache.errors import StoreError
 from actcache.extraction.sink import Sink
 from actcache.memory import is_out_of_memory
 from actcache.spec import Dtype, Site, StoreSpec, TokenBlocks, check_positive
-from actcache.store import ShardBuffers, open_store
+from actcache.store import Objects, ShardBuffers, open_store
 from actcache.store.fit import codec_of, fitted, given, is_result_of, needs_trial
 from actcache.store.sizes import default_sizes
 
@@ -74,7 +73,7 @@ def store_spec(
     )
 
 
-def model_for(lm: LanguageModel, path: str | Path) -> Mapping[str, Any]:
+def model_for(lm: LanguageModel, path: Objects) -> Mapping[str, Any]:
     """The model's identity; where a store of the same model is begun, as it stands there: folders may differ."""
     with suppress(StoreError):
         return lm.identity_for(open_store(path).spec.model)
@@ -85,7 +84,7 @@ def with_codecs(
     lm: LanguageModel,
     blocks: TokenBlocks,
     resolved: Sequence[ResolvedSite],
-    path: str | Path,
+    path: Objects,
     codec: str | Mapping[str, str],
     spec: StoreSpec,
 ) -> tuple[Site, ...]:
@@ -152,7 +151,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def batch_size(asked: BatchSequences | None, path: str | Path, find: Callable[[], int]) -> int:
+def batch_size(asked: BatchSequences | None, path: Objects, find: Callable[[], int]) -> int:
     """The batch that is asked for; where that is `auto` or nothing, that of the store that is there, or a new one.
 
     A matrix product may round differently for another batch, so who continues a store had better keep to its batch.
@@ -198,7 +197,7 @@ def _sequences_per_s(lm: LanguageModel, sites: Sequence[ResolvedSite], ids: np.n
     return len(ids) / min(seconds)
 
 
-def warn_of_other_circumstances(path: str | Path, mine: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+def warn_of_other_circumstances(path: Objects, mine: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Say what is not as it was when the store was begun: shards made now may differ in their last bits."""
     both = [key for key in found if key in mine]
     differences = [f"{key}: {found[key]!r}, now {mine[key]!r}" for key in both if found[key] != mine[key]]

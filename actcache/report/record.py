@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from actcache import __version__
+from actcache.addresses import all_hidden
 from actcache.errors import RunNotFoundError, StateError
+from actcache.files import write_whole
 
 FORMAT = 1
 """Version of `metrics.json`; a reader refuses what is newer."""
@@ -50,22 +52,13 @@ def read_metrics(run: Path | str) -> dict[str, Any]:
 
 def write_atomically(file: Path, text: str) -> Path:
     """Write a text file so that a reader sees the old content or the new, whatever happens in between."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(file, text.encode(), beside=f".{file.name}.{os.getpid()}.partial")  # several may train into one run
     return file
 
 
 def write_metrics(run: Path | str, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Write `RUN/metrics.json` in one atomic step, and return what it holds now."""
-    plain: dict[str, Any] = finite({"format": FORMAT, **metrics})
+    plain: dict[str, Any] = all_hidden(finite({"format": FORMAT, **metrics}))
     write_atomically(Path(run) / "metrics.json", json.dumps(plain, indent=1, allow_nan=False) + "\n")
     return plain
 

@@ -256,9 +256,10 @@ class _Server:
         consumer.state = self._state if message.get("state") is None else self._checked(message["state"])
         consumer.process = message["process"]
         loader = self._loader
+        address = str(loader.store.objects.location)  # the whole of it: consumers open the store themselves
         greeting = {
             "actcache": PROTOCOL,
-            "store": loader.store.path if "://" in loader.store.path else os.path.abspath(loader.store.path),
+            "store": address if "://" in address else os.path.abspath(address),
             "rows_per_shard": loader.store.spec.rows_per_shard,
             "sites": self._widths,
             "region_bytes": self._shared.region_bytes,

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import tempfile
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from hashlib import sha256
+from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.errors import ConfigError, TextError
+from actcache.errors import ConfigError, StorageFullError, TextError
+from actcache.files import full_disk_explained
 from actcache.order import permutation
 from actcache.source.bos import Bos, BosPolicy
 from actcache.source.kinds import Document, Kind
@@ -91,6 +94,7 @@ def token_blocks(
     policy = Bos(bos, tokenizer)
     tokeniser = Tokeniser(tokenizer, policy, chat_template)
     with ExitStack() as files:
+        files.enter_context(_room_for_tokens())
         ids_file, document_file = (files.enter_context(tempfile.TemporaryFile()) for _ in range(2))
         kind = _Packed if packing == "packed" else _OneEach
         sequences: _Sequences = kind(ids_file, document_file, length, count, policy.sequence())
@@ -116,6 +120,20 @@ def token_blocks(
         **_out_of_the_ordinary(sequences.kinds, policy, tokeniser),
     }
     return TokenBlocks(ids=ids, document=document_numbers, description=description)
+
+
+@contextmanager
+def _room_for_tokens() -> Iterator[None]:
+    """Say where there is no room for the tokens, and how to name another place."""
+    try:
+        folder = Path(tempfile.gettempdir())
+    except FileNotFoundError as error:  # Python looks for a folder that it can write something to
+        raise StorageFullError(
+            errno.ENOSPC, f"no folder for temporary files has room: {error.strerror}; name one with TMPDIR"
+        ) from error
+    what = "for the tokens in the temporary folder (TMPDIR names another one): about 12 bytes a token"
+    with full_disk_explained(f"in {folder} {what}", folder):
+        yield
 
 
 class _Sequences(ABC):

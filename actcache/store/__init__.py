@@ -5,7 +5,7 @@ from actcache.store.codecs import PRESETS
 from actcache.store.context import Context
 from actcache.store.export import export
 from actcache.store.grow import delete_sites
-from actcache.store.objects import Objects, unlock
+from actcache.store.objects import Objects, to_write, unlock
 from actcache.store.reader import Store, open_store
 from actcache.store.rows import RowFilter
 from actcache.store.seal import Check
@@ -29,6 +29,7 @@ __all__ = [
     "export",
     "open_store",
     "repair",
+    "to_write",
     "unlock",
     "verify",
 ]

@@ -1,12 +1,11 @@
 """Three ways to reach the objects of a store, with the same few methods each: files, a bucket, any zarr store.
 
-Files are read straight into the caller's buffer: on hot paths the first touch of fresh memory costs more than the copy.
-A bucket (`s3://`, `gs://`, `az://`, `http://`) is asked through obstore from the calling thread, which costs a fifth of
-the way through an event loop. Everything else goes through zarr's own asynchronous store interface.
+Files are in `folders.py`. A bucket (`s3://`, `gs://`, `az://`, `http://`) is asked through obstore from the calling
+thread, which costs a fifth of the way through an event loop. Everything else goes through zarr's own asynchronous store
+interface.
 
-Each backend has `get`, `read_into`, `tail`, `size`, `put`, `create`, `walk`, `names`, `sizes`, `delete` and
-`delete_all`, as `Objects` documents them, and says in `identity` what two of them have in common that reach the same
-store.
+The methods of `Backend` are those that `Objects` documents; `identity` says what two of them have in common that reach
+the same store.
 """
 
 # ruff: noqa: D102 (the methods are those of `Objects`, and documented there)
@@ -14,15 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
-import stat
 import threading
-import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
+from collections.abc import Coroutine, Hashable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
-from io import FileIO
+from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -30,14 +25,11 @@ from zarr.abc.store import RangeByteRequest, Store, SuffixByteRequest
 from zarr.buffer import cpu, default_buffer_prototype
 from zarr.storage import FsspecStore, LocalStore, ObjectStore
 
-from actcache.errors import ConfigError, StoreError
+from actcache.errors import ConfigError
+from actcache.store.folders import FileBackend
 
 T = TypeVar("T")
 _ABSENT = (FileNotFoundError, NotADirectoryError)
-PARTIAL = ".partial"
-"""How the names of zarr's unfinished local writes end."""
-_MOST_PARTS = 512
-"""Parts given to the system at a time; Linux takes 1,024."""
 
 
 class Backend(Protocol):
@@ -189,176 +181,6 @@ class ZarrBackend(_Whole):
                 await self.store.delete(key)
 
 
-class FileBackend:
-    """A folder. Puts are done as zarr does them: beside their place, their name ending in `.partial`, then renamed.
-
-    They are done here so that the parts of an object go to the file as they are, without being joined in memory first.
-    """
-
-    shared = creates_once = True
-
-    def __init__(self, store: LocalStore) -> None:
-        self.store, self.root = store, store.root
-        self._root = str(store.root)
-        self.identity: Hashable = self._root
-        self.n_waits = 0
-        """Reads into memory that had to wait for a disk; about, since threads may miss each other's."""
-        self._tells_what_is_at_hand = hasattr(os, "RWF_NOWAIT") and hasattr(os, "posix_fadvise")
-
-    def get(self, key: str) -> memoryview | None:
-        descriptor = self._open(key)
-        if descriptor is None:
-            return None
-        with FileIO(descriptor) as file:  # no buffer: most objects are small, and each is read once
-            return memoryview(file.readall())
-
-    def _open(self, key: str) -> int | None:
-        """The descriptor of a file; None when there is none. A folder is none, nor a pipe, which would make us wait."""
-        try:
-            descriptor = os.open(f"{self._root}/{key}", os.O_RDONLY | os.O_NONBLOCK)
-        except _ABSENT:
-            return None
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return descriptor
-        os.close(descriptor)
-        return None
-
-    def read_into(self, key: str, offset: int, outs: tuple[memoryview, ...]) -> int:
-        descriptor = self._open(key)
-        if descriptor is None:
-            return -1
-        try:
-            if self._tells_what_is_at_hand:
-                n_read = self._at_hand(descriptor, outs, offset)
-                if n_read == sum(map(len, outs)):
-                    return n_read
-                self.n_waits += 1
-            return os.preadv(descriptor, outs, offset)
-        finally:
-            os.close(descriptor)
-
-    def _at_hand(self, descriptor: int, outs: tuple[memoryview, ...], offset: int) -> int:
-        """Read what the system has in memory; fewer bytes, or -1, where a disk would have to be waited for."""
-        try:
-            return os.preadv(descriptor, outs, offset, os.RWF_NOWAIT)
-        except BlockingIOError:
-            return -1
-        except OSError:  # a file system that cannot tell
-            self._tells_what_is_at_hand = False
-            return -1
-
-    def expect(self, key: str, offset: int, n_bytes: int) -> None:
-        """Have the system begin to read a stretch into its memory, where it is not there yet."""
-        if (descriptor := self._open(key)) is not None:
-            try:
-                os.posix_fadvise(descriptor, offset, n_bytes, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(descriptor)
-
-    def span(self, key: str, offset: int, n_bytes: int) -> memoryview | None:
-        descriptor = self._open(key)
-        if descriptor is None:
-            return None
-        try:
-            return memoryview(os.pread(descriptor, n_bytes, offset))
-        finally:
-            os.close(descriptor)
-
-    def pieces(self, key: str, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-        descriptor = self._open(key)
-        if descriptor is None:
-            yield from (b"" for _ in spans)
-            return
-        try:
-            for offset, n_bytes in spans:
-                yield os.pread(descriptor, n_bytes, offset)
-        finally:
-            os.close(descriptor)
-
-    def tail(self, key: str, n_bytes: int) -> memoryview | None:
-        descriptor = self._open(key)
-        if descriptor is None:
-            return None
-        try:
-            return memoryview(os.pread(descriptor, n_bytes, max(0, os.fstat(descriptor).st_size - n_bytes)))
-        finally:
-            os.close(descriptor)
-
-    def size(self, key: str) -> int:
-        try:
-            found = os.stat(f"{self._root}/{key}")
-        except _ABSENT:
-            return -1
-        return found.st_size if stat.S_ISREG(found.st_mode) else -1
-
-    def put(self, key: str, *parts: memoryview | bytes) -> None:
-        with self.writing(key) as add:
-            add(*parts)
-
-    @contextmanager
-    def writing(self, key: str) -> Iterator[Callable[..., None]]:
-        place = self.own(key)
-        beside = f"{place}.{uuid.uuid4().hex}{PARTIAL}"
-        os.makedirs(os.path.dirname(place), exist_ok=True)
-        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            try:
-                yield lambda *parts: _write_all(descriptor, [memoryview(part).cast("B") for part in parts])
-            finally:
-                os.close(descriptor)
-            os.replace(beside, place)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                os.unlink(beside)
-            raise
-
-    def create(self, key: str, data: bytes) -> None:
-        self.own(key)
-        _LOOP.run(self.store.set_if_not_exists(key, cpu.Buffer.from_bytes(data)))
-
-    def own(self, key: str) -> str:
-        """The path of an object that may be changed; StoreError when a linked folder leads out of the store to it."""
-        place, root = f"{self._root}/{key}", os.path.realpath(self._root)
-        if not f"{os.path.realpath(os.path.dirname(place))}/".startswith(f"{root.rstrip('/')}/"):
-            raise StoreError(
-                f"{key} of {self._root} lies elsewhere, behind a link, so it is not changed; copy it there"
-            )
-        return place
-
-    def walk(self, prefix: str) -> Iterator[str]:
-        for folder, _, names in os.walk(self.root / prefix):
-            below = os.path.relpath(folder, self.root)
-            for name in names:
-                if not name.endswith(PARTIAL):
-                    yield name if below == "." else f"{below}/{name}"
-
-    def names(self, prefix: str) -> list[str]:
-        try:
-            with os.scandir(f"{self._root}/{prefix}") as entries:
-                return [entry.name for entry in entries if entry.is_file() and not entry.name.endswith(PARTIAL)]
-        except _ABSENT:
-            return []
-
-    def sizes(self, prefix: str) -> dict[str, int]:
-        try:
-            with os.scandir(f"{self._root}/{prefix}") as entries:
-                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
-        except _ABSENT:
-            return {}
-
-    def delete(self, key: str) -> None:
-        with suppress(*_ABSENT):
-            os.unlink(self.own(key))
-
-    def delete_all(self, prefix: str) -> None:
-        place = self.own(prefix)
-        with suppress(*_ABSENT):
-            if os.path.islink(place):
-                os.unlink(place)
-            else:
-                shutil.rmtree(place)
-
-
 class BucketBackend(_Whole):
     """An object store behind obstore. Objects above 5 MB go up in parts and appear whole when the last one is there."""
 
@@ -470,23 +292,10 @@ class BucketBackend(_Whole):
             obstore.delete(self._bucket, keys)
 
 
-def _write_all(descriptor: int, parts: list[memoryview]) -> None:
-    """Write the parts one after the other, however little the system takes at a time."""
-    while parts:
-        n_bytes = os.writev(descriptor, parts[:_MOST_PARTS])
-        done = 0
-        while done < len(parts) and n_bytes >= len(parts[done]):
-            n_bytes -= len(parts[done])
-            done += 1
-        parts = parts[done:]
-        if n_bytes:
-            parts[0] = parts[0][n_bytes:]
-
-
-def backend_of(store: Store) -> Backend:
-    """The quickest way to the objects of a zarr store."""
+def backend_of(store: Store, *, durable: bool) -> Backend:
+    """The quickest way to the objects of a zarr store; `durable` is for folders only."""
     if isinstance(store, LocalStore):
-        return FileBackend(store)
+        return FileBackend(store, durable=durable)
     if type(store) is ObjectStore:  # of a subclass nobody knows what it wants to see of the requests
         return BucketBackend(store)
     return ZarrBackend(store)

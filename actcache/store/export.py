@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from actcache.errors import ConfigError, StoreIncompleteError
 from actcache.spec import Progress, Site, StoreSpec, expand_names
 from actcache.store.fit import codec_of, fitted, given, needs_trial
+from actcache.store.objects import Objects, to_write
 from actcache.store.reader import Store
 from actcache.store.rows import Rows
 from actcache.store.sizes import default_sizes
@@ -24,7 +25,7 @@ from actcache.store.writer import StoreWriter
 
 def export(
     store: Store,
-    path: str | Path,
+    path: str | Path | Objects,
     *,
     sites: Sequence[str] = ("*",),
     codec: str | Mapping[str, str] | None = None,
@@ -33,6 +34,7 @@ def export(
     sequences_per_shard: int | None = None,
     rows_per_chunk: int | None = None,
     threads: int = 2,
+    durable: bool = True,
     progress: Progress | None = None,
 ) -> Store:
     """Copy a store, or a part of it, and return the new, sealed one.
@@ -47,6 +49,7 @@ def export(
         sequences_per_shard: sequences of a shard; by default the store's.
         rows_per_chunk: rows of the unit of reading; by default the store's, where it fits.
         threads: encoding threads.
+        durable: as for `extract`.
         progress: called with (shards done, in all).
 
     Raises:
@@ -61,7 +64,7 @@ def export(
     wanted = _wanted(store, rows)
     blocks, names = store.token_blocks().take(chosen), expand_names(sites, store.sites)
     spec = _spec(store, chosen, blocks.digest(), names, codec, wanted, sequences_per_shard, rows_per_chunk)
-    with StoreWriter(path, spec, blocks, threads=threads) as writer:
+    with StoreWriter(to_write(path, durable=durable), spec, blocks, threads=threads) as writer:
         pending = writer.pending()
         for done, shard in enumerate(pending, spec.n_shards - len(pending) + 1):
             part = spec.shard_sequences(shard)

@@ -18,7 +18,7 @@ from actcache.errors import NotAStoreError, StoreBusyError
 from actcache.store.leases import LEASE, busy, claim_key, lock_keys, read_lease
 
 if TYPE_CHECKING:
-    from actcache.store.backends import FileBackend
+    from actcache.store.folders import FileBackend
     from actcache.store.objects import Objects
 
 _NO_FLOCK = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
@@ -74,8 +74,7 @@ class Flocks:
             self._unlock(LEASE)
         self._close(LEASE)
         for folder in ("tokens/ids", "tokens"):  # made by us, where no store came to be
-            with suppress(OSError):
-                os.rmdir(self._backend.own(folder))
+            self._backend.remove_folder(folder)
 
     def forget(self) -> None:
         """In a forked child: let go without unlocking what the parent still holds."""

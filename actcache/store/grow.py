@@ -12,7 +12,7 @@ import numpy as np
 from actcache.errors import CorruptShardError, SiteError, StoreIncompleteError, StoreMismatchError
 from actcache.spec import StoreSpec, TokenBlocks
 from actcache.store import layout, metadata
-from actcache.store.objects import Objects
+from actcache.store.objects import Objects, to_write
 from actcache.store.reader import Store
 from actcache.store.seal import complete_ledger, seal
 
@@ -72,10 +72,15 @@ def clear_leftovers(objects: Objects, found: StoreSpec, asked: StoreSpec, blocks
         if any(True for _ in metadata.differences(objects, asked, site)):
             _remove_site(objects, site.name)
     reader = Store(objects, layout.Root(state="open", spec=asked), lies_there=False)
-    for shard in sorted(layout.committed_shards(objects, layout.ROWS)):
-        if found.n_shards <= shard < asked.n_shards and not _fits(reader, shard, blocks):
-            for name in layout.columns(asked):
+    columns = layout.columns(asked)
+    committed = {name: layout.committed_shards(objects, name) for name in columns}
+    for shard in sorted(set().union(*committed.values())):
+        # Without a row table nothing says of which tokens a site's record is.
+        behind = found.n_shards <= shard < asked.n_shards
+        if behind and not (shard in committed[layout.ROWS] and _fits(reader, shard, blocks)):
+            for name in columns:
                 objects.delete(layout.commit_key(name, shard))
+    objects.flush()  # before anything of them is written again
 
 
 def _fits(reader: Store, shard: int, blocks: TokenBlocks) -> bool:
@@ -100,7 +105,7 @@ def delete_sites(path: str | Path | Objects, names: list[str]) -> None:
         SiteError: no such site. ConfigError: none would be left. StoreIncompleteError: the store is not finished.
         CorruptShardError: what stays is damaged; nothing has been changed.
     """
-    objects = path if isinstance(path, Objects) else Objects(path, read_only=False)
+    objects = to_write(path)
     with objects.lock():
         root = layout.read_root(objects)
         store = Store(objects, root)
@@ -128,3 +133,4 @@ def _remove_site(objects: Objects, name: str) -> None:
     """Remove a site's objects, its records first: what is left when this is cut short counts for nothing."""
     for prefix in (f"{layout.site_prefix(name)}/commit", layout.site_prefix(name)):
         objects.delete_all(prefix)
+        objects.flush()

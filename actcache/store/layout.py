@@ -141,7 +141,7 @@ def write_root(objects: Objects, root: Root) -> None:
             f"what {objects} holds takes {len(data):,} bytes to describe, at most {_MOST_ROOT_BYTES:,} are possible; "
             "spread the sites over several stores"
         )
-    objects.put("zarr.json", data)
+    objects.commit([("zarr.json", data)])
 
 
 @lru_cache(maxsize=4096)  # asked for with every chunk

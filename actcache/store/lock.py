@@ -21,8 +21,8 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING, Protocol, Self
 
 from actcache.errors import ConfigError, StoreBusyError
-from actcache.store.backends import FileBackend
 from actcache.store.flocks import Flocks, NoFlockError, remove_flocks
+from actcache.store.folders import FileBackend
 from actcache.store.leases import HELD, Leases, remove_leases
 
 if TYPE_CHECKING:

@@ -27,8 +27,11 @@ _GROWING = "tokens/ids/zarr.json"
 
 def write_metadata(objects: Objects, spec: StoreSpec) -> None:
     """Put the metadata of every group and array that lacks it, has grown or is damaged; leave what is as it should."""
-    for key, wanted in sorted(_wanted(spec).items(), key=lambda item: item[0] != _GROWING):
-        _mend(objects, key, wanted)
+    wanted = _wanted(spec)
+    _mend(objects, _GROWING, wanted[_GROWING])
+    objects.flush()  # it says what the others mean
+    for key in sorted(wanted.keys() - {_GROWING}):
+        _mend(objects, key, wanted[key])
 
 
 def put_ledger(objects: Objects, spec: StoreSpec, ledger: NDArray[np.uint8]) -> None:
@@ -83,6 +86,7 @@ def differences(objects: Objects, spec: StoreSpec, site: Site) -> Iterator[tuple
 def _mend(objects: Objects, key: str, wanted: bytes) -> None:
     stored = _stored(objects, key)
     if _difference(stored, wanted) is None:
+        objects.keep(key)
         return
     found, parsed = _parsed(stored), json.loads(wanted)
     if isinstance(found, dict):  # what somebody else has added stays

@@ -6,30 +6,31 @@ is the business of `backends.py`.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
-from actcache.errors import ActcacheError, StorageFullError
+from actcache.addresses import cause_of, shown
+from actcache.errors import ActcacheError, ConfigError
+from actcache.files import free_bytes, full_disk_explained
 from actcache.store import lock as locks
-from actcache.store.backends import PARTIAL, FileBackend, backend_of
+from actcache.store.backends import backend_of
+from actcache.store.folders import PARTIAL, FileBackend, at_once
 from actcache.store.leases import LEASE
 from actcache.store.lock import WriterLock
 from actcache.store.urls import first_line, open_url
 
 _UNFINISHED = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(PARTIAL)}$")
+_LOST_A_SLASH = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")
+"""What `pathlib` makes of a URL."""
 _PUTS = 32
-"""Small objects written at a time."""
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Small objects written at a time, where each answer takes its time."""
 _Names: TypeAlias = list[str]  # within the class, `list` is a method
 _DENIED = ("PermissionDeniedError", "UnauthenticatedError")
 
@@ -44,27 +45,32 @@ class Objects:
         location: a folder; a URL (`s3://`, `gs://`, `az://`, `http(s)://` through obstore, all that fsspec knows
             otherwise); or a zarr store object.
         read_only: refuse puts and deletes.
+        durable: flush what is written to a folder (`fsync`), so that a power cut takes nothing that was committed.
+            Elsewhere it makes no difference: a bucket has stored what it has taken.
 
     Raises:
         ConfigError: a URL that cannot be opened here.
     """
 
-    def __init__(self, location: str | Path | Store, *, read_only: bool) -> None:
-        self.location, self._read_only = location, read_only
+    def __init__(self, location: str | Path | Store, *, read_only: bool, durable: bool = True) -> None:
+        self.location, self._read_only, self._durable = location, read_only, durable
         if isinstance(location, Store):
             self.store = location
+        elif _LOST_A_SLASH.match(str(location)):
+            raise ConfigError(f"{shown(location)} is neither a path nor a URL; give a URL as text, with two slashes")
         elif "://" in str(location):
             self.store = open_url(str(location), read_only=read_only)
         else:
             self.store = LocalStore(Path(location).expanduser(), read_only=read_only)
         self.root = self.store.root if isinstance(self.store, LocalStore) else None
-        self.backend = backend_of(self.store)
+        self.backend = backend_of(self.store, durable=durable)
 
     def __str__(self) -> str:
-        return str(self.location)
+        """Where the store lies, as people may see it: of a URL without user, password and query."""
+        return shown(self.location)
 
     def __reduce__(self) -> Any:
-        return _opened, (self.location, self._read_only)
+        return _opened, (self.location, self._read_only, self._durable)
 
     @property
     def is_local(self) -> bool:
@@ -87,13 +93,36 @@ class Objects:
 
     def put_all(self, objects: Sequence[tuple[str, bytes]]) -> None:
         """Write several small objects in any order, all at once where each answer takes its time; raises like `put`."""
-        if self.is_local:
-            for key, data in objects:
-                self.put(key, data)
+        at_once(lambda item: self.put(*item), objects, 1 if self.is_local else _PUTS)
+
+    def commit(self, objects: Sequence[tuple[str, bytes]]) -> None:
+        """Write small objects that make others count; raises like `put`.
+
+        All that was put, deleted or kept before is on the disk before one of these can be seen, and they are when this
+        returns. Each is whole or not there at all, after a power cut too. What a bucket has taken is there to stay.
+        """
+        if not isinstance(self.backend, FileBackend):
+            self.put_all(objects)
             return
-        with ThreadPoolExecutor(_PUTS, thread_name_prefix="actcache-put") as pool:
-            for put in [pool.submit(self.put, key, data) for key, data in objects]:
-                put.result()
+        self._check_writable()
+        with self.full_disk_explained(
+            f"{objects[0][0]} and what it stands for: {sum(len(o[1]) for o in objects):,} bytes"
+        ):
+            self.backend.commit(objects)
+
+    def flush(self) -> None:
+        """Have all that was put, deleted or kept so far on the disk."""
+        if isinstance(self.backend, FileBackend):
+            with self.full_disk_explained("what was written: some bytes"):
+                self.backend.flush()
+
+    def keep(self, key: str) -> None:
+        """Count an object, or a folder, among what has to be flushed, although somebody else has put it.
+
+        A writer that was killed may have left it in the system's memory, where everybody sees it.
+        """
+        if isinstance(self.backend, FileBackend):
+            self.backend.keep(key)
 
     @contextmanager
     def writing(self, key: str) -> Iterator[Callable[..., None]]:
@@ -111,7 +140,7 @@ class Objects:
             yield lambda *parts: kept.extend(map(bytes, parts))
             self.put(key, *kept)
             return
-        with self.backend.writing(key) as write:
+        with self.full_disk_explained(key), self.backend.writing(key) as write:
 
             def add(*parts: memoryview | bytes) -> None:
                 with self.full_disk_explained(f"a part of {key}: {sum(map(len, parts)):,} bytes"):
@@ -128,20 +157,9 @@ class Objects:
         with self.full_disk_explained(f"{key}: {len(data):,} bytes"), self._named("write", key):
             self.backend.create(key, data)
 
-    @contextmanager
-    def full_disk_explained(self, what: str) -> Iterator[None]:
+    def full_disk_explained(self, what: str) -> AbstractContextManager[None]:
         """Turn the system's "no space left" into our error, which says what was needed and how to go on."""
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            free = self.free_bytes()
-            raise StorageFullError(
-                error.errno,
-                f"no room in {self} for {what} needed, {'too few' if free is None else f'{free:,}'} free; "
-                "make room and give the same command again, it continues where it stopped",
-            ) from error
+        return full_disk_explained(f"in {self} for {what}", self.root)
 
     @contextmanager
     def _named(self, doing: str, what: str) -> Iterator[None]:
@@ -154,12 +172,13 @@ class Objects:
             if self.is_local:
                 raise
             said = (
-                f"could not {doing} {what or 'the objects'} of {self}: {first_line(error)}; "
+                f"could not {doing} {what or 'the objects'} of {self}: {first_line(error, self.location)}; "
                 "see to the connection, the address and the rights, and give the same command again"
             )
             if isinstance(error, OSError) and error.errno:
-                raise OSError(error.errno, said) from error
-            raise (PermissionError if type(error).__name__ in _DENIED else OSError)(said) from error
+                raise OSError(error.errno, said) from cause_of(error, self.location)
+            kind = PermissionError if type(error).__name__ in _DENIED else OSError
+            raise kind(said) from cause_of(error, self.location)
 
     def _check_writable(self) -> None:
         if self._read_only or self.store.read_only:
@@ -261,18 +280,20 @@ class Objects:
 
     def free_bytes(self) -> int | None:
         """Room on the file system that the store is or will be on, None where nobody knows."""
-        if self.root is None:
-            return None
-        here = self.root.absolute()
-        return shutil.disk_usage(next(place for place in (here, *here.parents) if place.exists())).free
+        return free_bytes(self.root)
 
     def lock(self, *, shared: bool = False) -> WriterLock:
         """The lock that a writer holds, alone or with others that share it; use as a context manager."""
         return WriterLock(self, shared=shared)
 
 
-def _opened(location: str | Path | Store, read_only: bool) -> Objects:
-    return Objects(location, read_only=read_only)
+def _opened(location: str | Path | Store, read_only: bool, durable: bool) -> Objects:
+    return Objects(location, read_only=read_only, durable=durable)
+
+
+def to_write(path: str | Path | Objects, *, durable: bool = True) -> Objects:
+    """The objects of a store that is going to be written; those that are given as such keep their own settings."""
+    return path if isinstance(path, Objects) else Objects(path, read_only=False, durable=durable)
 
 
 def unlock(path: str | Path | Objects) -> str | None:
@@ -281,4 +302,4 @@ def unlock(path: str | Path | Objects) -> str | None:
     Raises:
         StoreBusyError: one of the writers is a living process of this machine.
     """
-    return locks.unlock(path if isinstance(path, Objects) else Objects(path, read_only=False))
+    return locks.unlock(to_write(path))

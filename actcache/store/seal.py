@@ -97,6 +97,8 @@ def seal(
     """
     root = layout.read_root(objects)
     spec, reader, earlier = root.spec, _unsealed(objects, root.spec), _earlier(objects, before, root.spec)
+    for name in layout.columns(spec):
+        objects.keep(f"{layout.column_prefix(name)}/commit")
     if ledger is None:
         ledger = complete_ledger(objects, spec, before)
     known = {} if earlier is None else {site: earlier.total(site) for site in earlier.sites}

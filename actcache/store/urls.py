@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore, ObjectStore
 
+from actcache.addresses import cause_of, hidden, shown
 from actcache.errors import ConfigError
 
 _ENVIRONMENT = {
@@ -57,7 +58,7 @@ def open_url(url: str, *, read_only: bool) -> Store:
     Raises:
         ConfigError: nobody knows the scheme, what it needs is not installed, or the environment does not suit it.
     """
-    scheme = urlsplit(url).scheme
+    scheme = re.split("[^a-z0-9+.-]", url.lower(), maxsplit=1)[0]
     if scheme == "file":
         return LocalStore(unquote(urlsplit(url).path), read_only=read_only)
     if scheme in _ENVIRONMENT and find_spec("obstore") is not None:
@@ -74,7 +75,7 @@ def _bucket(url: str, scheme: str, read_only: bool) -> Store:
         known = url.replace("gcs://", "gs://", 1)  # fsspec's name for it
         return ObjectStore(from_url(known, client_options=options, retry_config=RETRIES), read_only=read_only)
     except (BaseError, ValueError) as error:
-        raise ConfigError(f"cannot open {url}: {first_line(error)}") from error
+        raise _cannot_open(url, error) from cause_of(error, url)
 
 
 def _client_options(scheme: str) -> dict[str, str]:
@@ -86,7 +87,7 @@ def _client_options(scheme: str) -> dict[str, str]:
         options["allow_http"] = "true"
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     if prefix == "AWS_" and endpoint.startswith("http://") and options.get("allow_http", "").lower() not in _YES:
-        raise ConfigError(f"the endpoint {endpoint} is not encrypted; set AWS_ALLOW_HTTP=true if that is meant")
+        raise ConfigError(f"the endpoint {shown(endpoint)} is not encrypted; set AWS_ALLOW_HTTP=true if that is meant")
     return options
 
 
@@ -97,22 +98,33 @@ def _filesystem(url: str, scheme: str, read_only: bool) -> Store:
     try:
         import fsspec
     except ImportError:
-        raise ConfigError(f"{url}: '{scheme}://' needs more; pip install 'actcache[remote]'") from None
+        raise ConfigError(f"{shown(url)}: '{scheme}://' needs more; pip install 'actcache[remote]'") from None
     if scheme not in fsspec.available_protocols():
         known = ", ".join(f"{name}://" for name in ("s3", "gs", "az", "https", "memory"))
-        raise ConfigError(f"{url}: nobody here knows '{scheme}://'; give a path, or one of {known} or fsspec's others")
+        raise ConfigError(
+            f"{shown(url)}: nobody here knows '{scheme}://'; give a path, or one of {known} or fsspec's others"
+        )
     try:
         return FsspecStore.from_url(url, read_only=read_only)
     except ImportError as error:
         instead = "pip install 'actcache[remote]'" if scheme in _ENVIRONMENT else "install what it names"
-        raise ConfigError(f"{url}: '{scheme}://' needs more ({first_line(error)}); {instead}") from error
+        said = f"{shown(url)}: '{scheme}://' needs more ({first_line(error, url)}); {instead}"
+        raise ConfigError(said) from cause_of(error, url)
     except Exception as error:  # each of fsspec's file systems has errors of its own
-        raise ConfigError(f"cannot open {url}: {first_line(error)}") from error
+        raise _cannot_open(url, error) from cause_of(error, url)
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, without obstore's page of debugging, and of a server's page of XML only the message."""
+def _cannot_open(url: str, error: BaseException) -> ConfigError:
+    return ConfigError(f"cannot open {shown(url)}: {first_line(error, url)}")
+
+
+def first_line(error: BaseException, location: object) -> str:
+    """What an error about a location says, and nothing that only its user may know.
+
+    Without obstore's page of debugging, and of a server's page of XML only the message.
+    """
     said = str(error).split("\n\nDebug source")[0]
     head, _, page = said.partition("<?xml")
     message = re.search("<Message>(.*?)</Message>", page, re.DOTALL)
-    return " ".join(f"{head} {message[1] if message else ''}".split())[:400] or type(error).__name__
+    line = " ".join(f"{head} {message[1] if message else ''}".split())
+    return hidden(line, location)[:400] or type(error).__name__

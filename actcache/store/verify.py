@@ -20,7 +20,7 @@ from actcache.order import permutation
 from actcache.spec import Progress
 from actcache.store import layout, metadata
 from actcache.store.hold import Homes
-from actcache.store.objects import Objects
+from actcache.store.objects import Objects, to_write
 from actcache.store.reader import Store, open_store
 from actcache.store.seal import seal
 from actcache.store.sealed import check_open
@@ -201,10 +201,10 @@ def repair(path: str | Path | Objects, faults: list[Fault]) -> list[int]:
     Raises:
         CorruptShardError: tokens or root attributes are damaged, which no re-extraction of shards can mend.
     """
+    objects = to_write(path)
     beyond = [fault for fault in faults if fault.column in ("tokens", "attributes")]
     if beyond:
-        raise CorruptShardError(f"{path} cannot be repaired: {beyond[0].reason}; extract it anew to another place")
-    objects = path if isinstance(path, Objects) else Objects(path, read_only=False)
+        raise CorruptShardError(f"{objects} cannot be repaired: {beyond[0].reason}; extract it anew to another place")
     bad = sorted({(fault.shard, fault.column) for fault in faults if fault.shard >= 0})
     bad_ledger = any(fault.column == "ledger" for fault in faults)
     with objects.lock():
@@ -223,4 +223,5 @@ def repair(path: str | Path | Objects, faults: list[Fault]) -> list[int]:
             objects.delete(layout.commit_key(column, shard))
         if any(fault.column == "metadata" for fault in faults):
             metadata.mend_metadata(objects, layout.read_root(objects))
+        objects.flush()
     return sorted({shard for shard, _ in bad})

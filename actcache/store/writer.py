@@ -29,7 +29,7 @@ from actcache.store.binding import Bindings, home_of
 from actcache.store.buffers import Allocate, ShardBuffers, Written
 from actcache.store.encode import ShardEncoder
 from actcache.store.hold import TornShardsError, torn_among
-from actcache.store.objects import Objects
+from actcache.store.objects import Objects, to_write
 from actcache.store.reader import Store
 from actcache.store.seal import Check, check_before_sealing, complete_ledger, seal
 
@@ -85,7 +85,7 @@ class StoreWriter:
             raise ConfigError("a store that grows is written by one writer alone; leave out either grow or shared")
         for site in spec.sites:
             codecs.chain_of(site.codec)
-        self.objects = path if isinstance(path, Objects) else Objects(path, read_only=False)
+        self.objects = to_write(path)
         self.spec, self.n_buffers = spec, n_buffers
         self.provenance: Mapping[str, Any] = provenance or {}
         self._allocate, self._shared = allocate, shared
@@ -414,7 +414,7 @@ class StoreWriter:
             for name, (record, _) in made.items()
         }
         records = {layout.ROWS: rows, **bound}
-        self.objects.put_all([layout.record_object(self.spec, name, buffers.shard, records[name]) for name in missing])
+        self.objects.commit([layout.record_object(self.spec, name, buffers.shard, records[name]) for name in missing])
         for name in missing:
             self._committed[name].add(buffers.shard)
         with self._counting:
