@@ -21,6 +21,7 @@ from actcache.extraction.settle import (
     with_codecs,
 )
 from actcache.extraction.sink import pinned_for
+from actcache.source import as_token_blocks
 from actcache.spec import Dtype, Progress, StoreSpec, TokenBlocks, Watch
 from actcache.store import Store, StoreWriter, open_store
 
@@ -50,7 +51,8 @@ def extract(
 
     Args:
         lm: the base model.
-        blocks: `(Q, T)` tokens, already in the order in which they are to be stored.
+        blocks: `(Q, T)` tokens, already in the order in which they are to be stored; ids as an array, tensor or list of
+            equally long lists are taken too.
         patterns: hook names or glob patterns of them, such as `blocks.*.hook_mlp_out`.
         path: folder or URL where the store is made, or continued when an earlier call was interrupted.
         codec: a preset (`raw`, `lossless`, `sparse`, `int8`), `auto` (the smallest lossless preset, tried for each site
@@ -89,6 +91,7 @@ def extract(
         "sequences_per_shard": sequences_per_shard,
         "rows_per_chunk": rows_per_chunk,
     }
+    blocks = as_token_blocks(blocks)
     writer, batch = _begin(
         lm, blocks, patterns, path, codec, settings, batch_sequences, threads, shared=part is not None
     )
@@ -164,7 +167,7 @@ def extend(
     Raises:
         StoreMismatchError: another model, or sequences of another length. The others are those of `extract`.
     """
-    store = open_store(path)
+    store, more = open_store(path), as_token_blocks(more)
     digest = more.digest()
     parts = store.spec.text.get("parts", [{**store.spec.text, "n_sequences": store.spec.n_sequences}])
     blocks, spec = store.token_blocks(), replace(store.spec, model=lm.identity)
@@ -228,6 +231,7 @@ def _begin(
     elsewhere: bool = False,
 ) -> tuple[StoreWriter, int]:
     """The writer of the store that is asked for, and the batch to fill it with."""
+    blocks = as_token_blocks(blocks)
     resolved = lm.resolve(patterns, length=blocks.sequence_length)
     warn_of_the_slow_path(lm, resolved)
     plain = store_spec(lm, blocks, [site.site for site in resolved], **settings)
