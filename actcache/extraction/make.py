@@ -121,6 +121,7 @@ def begin(
     Arguments and errors are those of `extract`; `settings` are `dtype`, `skip_first`, `seed`, `sequences_per_shard` and
     `rows_per_chunk`. A store that is there already is returned as it is.
     """
+    blocks = as_token_blocks(blocks)
     writer, _ = _begin(lm, blocks, patterns, path, codec, settings, batch_sequences, 1, shared=True, elsewhere=True)
     with writer:
         return writer.finish()
@@ -231,7 +232,6 @@ def _begin(
     elsewhere: bool = False,
 ) -> tuple[StoreWriter, int]:
     """The writer of the store that is asked for, and the batch to fill it with."""
-    blocks = as_token_blocks(blocks)
     resolved = lm.resolve(patterns, length=blocks.sequence_length)
     warn_of_the_slow_path(lm, resolved)
     plain = store_spec(lm, blocks, [site.site for site in resolved], **settings)

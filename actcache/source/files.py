@@ -114,11 +114,16 @@ def _read_plain(file: Opened, wanted: Wanted, place: Place) -> Iterator[str | Ba
             stacklevel=2,
         )
     # What is not UTF-8 becomes surrogates, which no UTF-8 has, and is found below.
-    lines = io.TextIOWrapper(file.stream, encoding="utf-8-sig", errors="surrogateescape")
+    with io.TextIOWrapper(file.stream, encoding="utf-8-sig", errors="surrogateescape") as lines:
+        yield from _plain_documents(iter(partial(lines.readline, unpack.MOST_BYTES), ""), place)
+
+
+def _plain_documents(lines: Iterator[str], place: Place) -> Iterator[str | Bad]:
+    """The documents of plain text: what stands between lines of the separator."""
     place.unit, place.number = "line", 1
     document: list[str] = []
     n_lines = n_characters = 0
-    for line in iter(partial(lines.readline, unpack.MOST_BYTES), ""):
+    for line in lines:
         n_lines += 1
         if line.strip() == _SEPARATOR:
             yield _plain_text(document, place)

@@ -25,9 +25,7 @@ _AT_THE_END = 16
 
 def read_json(stream: BufferedReader, wanted: Wanted, place: Place, *, named_lines: bool) -> Iterator[Document | Bad]:
     """The documents of a JSON file. `named_lines`: its name says that each line is a record."""
-    if stream.peek(len(BOM)).startswith(BOM):
-        stream.read(len(BOM))
-    layout = _layout(stream.peek(HEAD_BYTES).decode(errors="replace"), named_lines)
+    layout = _layout(stream.peek(HEAD_BYTES).removeprefix(BOM).decode(errors="replace"), named_lines)
     if layout == "lines":
         return _of_lines(stream, wanted, place)
     return _of_array(stream, wanted, place) if layout == "array" else _of_objects(stream, wanted, place)
@@ -83,7 +81,7 @@ def _of_lines(stream: BufferedReader, wanted: Wanted, place: Place) -> Iterator[
         if not line.strip():
             continue
         try:
-            text = line.decode()
+            text = line.decode("utf-8-sig" if place.number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             yield place.bad(f"not UTF-8 text (byte {error.start + 1} of the line: {error.reason})", error)
             continue
@@ -149,10 +147,11 @@ class _Values:
 
     def __init__(self, stream: BufferedReader, place: Place) -> None:
         self._stream, self._place = stream, place
-        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+        self._decode_bytes = codecs.getincrementaldecoder("utf-8-sig")()
         self._decoder = json.JSONDecoder()
         self._text, self._at = "", 0
         self._is_read = False
+        self._n_bytes = 0
 
     def elements(self) -> Iterator[Any]:
         """The elements of one array."""
@@ -215,7 +214,10 @@ class _Values:
             raise TextError(f"{self._place} is longer than {unpack.MOST_BYTES:,} characters: too much for one document")
         data = self._stream.read(max(HEAD_BYTES, len(self._text)))
         self._is_read = not data
+        begin = self._n_bytes - len(self._decode_bytes.getstate()[0])
+        self._n_bytes += len(data)
         try:
-            self._text += self._decode(data, self._is_read)
+            self._text += self._decode_bytes.decode(data, self._is_read)
         except UnicodeDecodeError as error:
-            raise TextError(f"{self._place} or the next is not UTF-8 text ({error.reason})") from error
+            where = f"{self._place.where}: not UTF-8 text (byte {begin + error.start + 1}: {error.reason})"
+            raise TextError(where) from error
