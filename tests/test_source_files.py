@@ -1,4 +1,4 @@
-"""Text is read as what it is: by the first bytes of a file, then by its name; what is not text is refused by what it is."""
+"""Text is read as what it is: by a file's first bytes, then by its name; what is not text is refused by what it is."""
 
 import bz2
 import gzip

@@ -64,9 +64,7 @@ def _rendered(tokenizer: Any, messages: list[dict[str, Any]], template: str) -> 
         raise TextError(f"the chat template refuses it: {str(error) or type(error).__name__}") from error
     for shown in _reprs(messages):
         if shown in text:
-            raise TextError(
-                f"the chat template does not know how to write {shown:.80}, and writes it as Python shows it"
-            )
+            raise TextError(f"the chat template cannot write {shown:.80}, and shows it as Python does")
     return text
 
 

@@ -161,6 +161,7 @@ class _Sequences(ABC):
         self.n_tokens = 0
         self.n_documents = 0
         self.n_control = 0
+        self._n_written = 0
         self.kinds: Counter[Kind] = Counter()
         if len(begin) >= length:
             raise ConfigError(f"length must be more than {len(begin)}, the tokens that begin a sequence; got {length}")
@@ -188,12 +189,13 @@ class _Sequences(ABC):
         if isinstance(document, Bad):
             tally.add(document.error)
             return
-        n_tokens = self.n_tokens
+        n_tokens, n_written = self.n_tokens, self._n_written
         try:
             self.append(document)
         except TextError as error:
             tally.add(error)
-            self._back_to(n_tokens)
+            self._take_back(n_written)
+            self.n_tokens = n_tokens
             return
         self.n_documents += 1
         self.n_control += document.n_control
@@ -207,15 +209,16 @@ class _Sequences(ABC):
         try:
             for file, values in zip(self._files, (ids, document), strict=True):
                 file.write(values.astype("<u4", copy=False).tobytes())
+            self._n_written += len(ids)
         except OSError as error:
             _no_room(error)
 
-    def _back_to(self, n_tokens: int) -> None:
-        """Take out what was written since there were so many tokens."""
+    def _take_back(self, n_written: int) -> None:
+        """Take out what was written behind so many tokens."""
         for file in self._files:
-            file.seek(4 * n_tokens)
+            file.seek(4 * n_written)
             file.truncate()
-        self.n_tokens = n_tokens
+        self._n_written = n_written
 
 
 class _Packed(_Sequences):
