@@ -238,7 +238,7 @@ def test_control_tokens_that_a_message_spells():
     template = "<|bos|>{{ messages[0].content }}<|end|>"
     with pytest.warns(UserWarning, match="spell control tokens of the tokenizer once"):
         token_blocks([chat, CHAT], PLAIN, length=4, chat_template=template)
-    with pytest.raises(TextError, match=r"chat number 0: a message spells '<|end|>', which cannot be told from"):
+    with pytest.raises(TextError, match=r"chat number 0: a message spells '<\|end\|>', which cannot be told from"):
         token_blocks([chat], PLAIN, length=4, chat_template=template, control_tokens="text")
     blocks = token_blocks([CHAT, SPELLED], PLAIN, length=4, chat_template=template, control_tokens="text")
     assert (blocks.ids == END).sum() == 1  # that of the template

@@ -7,8 +7,8 @@ import tempfile
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
 from typing import IO, Any, Literal, NoReturn, get_args
 
@@ -385,11 +385,18 @@ def _permuted(
         _no_room(error)
 
 
-def _temporary_file() -> IO[bytes]:
+@contextmanager
+def _temporary_file() -> Iterator[IO[bytes]]:
     try:
-        return tempfile.TemporaryFile()
+        file = tempfile.TemporaryFile()  # noqa: SIM115  # closed below
     except OSError as error:
         _no_room(error)
+    try:
+        yield file
+    finally:
+        # What was still to be written is needed no more, or there was no room for it, which has been said.
+        with suppress(OSError):
+            file.close()
 
 
 def _no_room(error: OSError) -> NoReturn:
