@@ -223,6 +223,16 @@ def test_spelled_control_tokens_can_be_the_characters_that_they_are():
         token_blocks([SPELLED], PLAIN, length=64, control_tokens="error")
 
 
+def test_a_token_for_unknown_text_is_no_control_token_unless_it_is_one_otherwise_too():
+    unknown = byte_level(bos_token="<|bos|>", unk_token="<|end|>")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        token_blocks(["a <|end|> b"], unknown, length=2)
+    gpt2_like = byte_level(bos_token="<|end|>", eos_token="<|end|>", unk_token="<|end|>")
+    with pytest.warns(UserWarning, match="documents spell control tokens of the tokenizer once"):
+        token_blocks(["a <|end|> b"], gpt2_like, length=2)
+
+
 def test_control_tokens_of_slow_tokenizers(tmp_path):
     from transformers import ByT5Tokenizer
 
@@ -284,6 +294,15 @@ def test_content_parts_are_given_to_a_template_that_knows_them():
     )
     parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "there"}]
     assert rendered([{"role": "user", "content": parts}], template) == "[Hi][there]"
+
+
+def test_a_template_may_be_a_file_and_must_have_a_place_for_messages(tmp_path):
+    (tmp_path / "t.jinja").write_text(TEMPLATE)
+    assert rendered(CHAT, tmp_path / "t.jinja") == rendered(CHAT)
+    with pytest.raises(ConfigError, match=r"'.*t.jinja' is none of these: it has nothing to put messages in"):
+        rendered(CHAT, str(tmp_path / "t.jinja"))
+    with pytest.raises(ConfigError, match=r"chat_template: .*gone.jinja"):
+        rendered(CHAT, tmp_path / "gone.jinja")
 
 
 def test_missing_contents_are_never_written_as_none(tmp_path):

@@ -36,6 +36,7 @@ PACKERS = {
     "bz2": bz2.compress,
     "xz": lzma.compress,
     "lzma": lambda data: lzma.compress(data, format=lzma.FORMAT_ALONE),
+    "zstd": lambda data: b"\x50\x2a\x4d\x18\x04\x00\x00\x00size" + zstandard.compress(data),
     "zst": lambda data: zstandard.compress(data[:30]) + zstandard.compress(data[30:]),
 }
 
@@ -159,6 +160,7 @@ NOT_TEXT = {
     "binary data": lambda _: np.random.default_rng(0).bytes(3000),
     "binary data, not text": lambda _: b"\x00" * 500,
     "program": lambda _: b"\x7fELF\x02\x01\x01" + bytes(57),
+    "web archive": lambda _: b"WARC/1.0\r\nWARC-Type: warcinfo\r\n" * 9,
     "Avro file": lambda _: b"Obj\x01\x04\x14avro.codec\x08null\x00" + bytes(range(128, 200)),
     "ORC file": lambda _: b"ORC\n\x0b\x00\x00" + bytes(range(128, 200)),
 }
@@ -196,7 +198,8 @@ def test_what_is_not_text_is_refused_by_what_it_is(tmp_path, what, name):
         ("a.json", b'[{"text": "a"}\n] [', "goes on after the end of its array"),
         ("a.json", b"[" * 100_000, "not JSON that can be read"),
         ("a.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "a.jsonl, line 1: not JSON that can be read"),
-        ("a.json", b'{"version": 1,\n "data": [{"text": "a"}]}', "it is no record itself, but has a list in 'data'"),
+        ("a.json", b'{"version": 1,\n "data": [{"text": "a"}]}', "'data' is a list of records: write that list to"),
+        ("a.json", b'{"data": [{"text": "a"}]}', "line 1: no text column .*'data' is a list of records"),
         ("a.json", b'{"text": ["a", "b"]}', "column 'text' holds list, not text"),
         ("a.csv", b"id,body\n1,a\n", r"no text column .* among \['id', 'body'\]; .*its first line is its header"),
         ("a.csv", b"text,text\na,b\n", "has the column 'text' more than once"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from actcache.errors import ConfigError, TextError
@@ -84,7 +86,7 @@ def _json(value: Any) -> str | None:
         return None
 
 
-def template_of(tokenizer: Any, chat_template: str | None) -> str:
+def template_of(tokenizer: Any, chat_template: str | os.PathLike[str] | None) -> str:
     """The template to use: the one given, the tokenizer's of the name given, or the tokenizer's own.
 
     Raises:
@@ -96,9 +98,17 @@ def template_of(tokenizer: Any, chat_template: str | None) -> str:
             "chat_template (--chat-template), or take the tokenizer of the model's chat version"
         )
     try:
-        return str(tokenizer.get_chat_template(chat_template))
+        if isinstance(chat_template, os.PathLike):
+            chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
+        template = str(tokenizer.get_chat_template(chat_template))
     except Exception as error:
         raise ConfigError(f"chat_template: {error}") from error
+    if "{{" not in template and "{%" not in template:
+        raise ConfigError(
+            "chat_template is the text of a Jinja template, the name of one of the tokenizer's, or the Path of a file; "
+            f"{template[:60]!r} is none of these: it has nothing to put messages in"
+        )
+    return template
 
 
 def _message(message: Any) -> dict[str, Any]:

@@ -49,8 +49,10 @@ class Control:
 
 def _control_tokens(tokenizer: Any) -> dict[int, str]:
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    names = {int(i): str(token) for i, token in added.items() if getattr(token, "special", True)}
+    names = {i: str(token) for i, token in added.items() if getattr(token, "special", True)}
     ids = getattr(tokenizer, "all_special_ids", ())
-    names |= {int(i): str(name) for i, name in zip(ids, getattr(tokenizer, "all_special_tokens", ()), strict=False)}
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    return {i: name for i, name in names.items() if i != unknown and name}
+    names |= {i: str(name) for i, name in zip(ids, getattr(tokenizer, "all_special_tokens", ()), strict=False)}
+    # GPT-2's token for unknown text, of which it has none, is its end-of-text token.
+    others = {getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "pad", "cls", "sep", "mask")}
+    unknown = {getattr(tokenizer, "unk_token_id", None)} - others
+    return {int(i): name for i, name in names.items() if i is not None and i not in unknown and name}

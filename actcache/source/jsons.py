@@ -115,7 +115,9 @@ def _of_record(record: Any, wanted: Wanted, place: Place) -> Document | Bad:
     try:
         return wanted.of_record(record)
     except TextError as error:
-        return place.bad(error, error)
+        inner = [key for key, value in record.items() if _are_records(value)] if isinstance(record, dict) else []
+        hint = f"; {inner[0]!r} is a list of records: write that list to a file of its own" if inner else ""
+        return place.bad(f"{error}{hint}", error)
 
 
 def _of_array(stream: BufferedReader, wanted: Wanted, place: Place) -> Iterator[Document | Bad]:
@@ -135,11 +137,7 @@ def _of_objects(stream: BufferedReader, wanted: Wanted, place: Place) -> Iterato
     """Objects that take several lines each, one after the other."""
     place.unit, place.number = "object", 0
     for value in _Values(stream, place).values():
-        document = _of_record(value, wanted, place)
-        lists = [key for key, inner in value.items() if _are_records(inner)] if isinstance(value, dict) else []
-        if isinstance(document, Bad) and lists:
-            document = place.bad(f"it is no record itself, but has a list in {lists[0]!r}: write that list to a file")
-        yield document
+        yield _of_record(value, wanted, place)
 
 
 class _Values:

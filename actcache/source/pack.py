@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import tempfile
 import warnings
 from abc import ABC, abstractmethod
@@ -39,7 +40,7 @@ def token_blocks(
     seed: int = 0,
     packing: Packing = "packed",
     bos: BosPolicy = "auto",
-    chat_template: str | None = None,
+    chat_template: str | os.PathLike[str] | None = None,
     on_bad: OnBad = "error",
     control_tokens: ControlTokens = "token",
     progress: Progress | None = None,
@@ -89,7 +90,8 @@ def token_blocks(
         seed: Seed of the order of sequences.
         packing: How documents become sequences.
         bos: Which tokens are added.
-        chat_template: A Jinja template, or the name of one of the tokenizer's, in place of the tokenizer's own.
+        chat_template: A Jinja template, the name of one of the tokenizer's, or the Path of a file with one, in place of
+            the tokenizer's own.
         on_bad: What happens to a document that is not valid (half a surrogate pair, ids that the tokenizer does not
             have, a chat that its template refuses): `error`, or `skip`, which leaves it out; a warning and the
             description count them, with those that a reader of `read_texts` and the like finds on the way. Documents
@@ -345,7 +347,7 @@ def _full_sequences(sequences: _Sequences, tally: Tally) -> int:
 
 
 def _say_what_was_special(
-    sequences: _Sequences, tally: Tally, chat_template: str | None, control_tokens: ControlTokens
+    sequences: _Sequences, tally: Tally, chat_template: Any, control_tokens: ControlTokens
 ) -> None:
     """Warn of bad documents, of control tokens, and of options that nothing was there for."""
     tally.warn(stacklevel=3)

@@ -50,9 +50,10 @@ _MARKS: tuple[tuple[bytes, str], ...] = (
     (b"fLaC", "a FLAC audio file"),
     (b"ID3", "an MP3 audio file"),
     (b"\x1aE\xdf\xa3", "a Matroska video"),
+    (b"WARC/", "a web archive (WARC): extract its texts first"),
     (b"version https://git-lfs.github.com/spec/", "a git-lfs pointer, not the file itself: run 'git lfs pull'"),
 )
-_TEXT_MARKS = (b"%PDF", b"\\rtf", b"/spec/")
+_TEXT_MARKS = (b"%PDF", b"\\rtf", b"WARC/", b"/spec/")
 """Marks of kinds that may be text to the last byte. The other marks of letters only count before something else than
 text: a story may begin with ORC.
 """
@@ -93,6 +94,8 @@ def _kind_without_mark(head: bytes) -> str:
         return _UTF32
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return _UTF16
+    if head[1:4] == b"\x2a\x4d\x18" and head[:1] in b"PQRSTUVWXYZ[\\]^_":
+        return "zstd"  # with a frame in front that is skipped, as pzstd writes it
     if head[257:262] == b"ustar":
         return "a tar archive: unpack it, and give the folder"
     if head[:4] == b"RIFF" and head[8:12] in (b"WAVE", b"WEBP", b"AVI "):

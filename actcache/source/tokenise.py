@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,7 +95,11 @@ class Tokeniser:
     """Documents of all kinds to token ids."""
 
     def __init__(
-        self, tokenizer: Any | None, bos: Bos, chat_template: str | None, control_tokens: ControlTokens
+        self,
+        tokenizer: Any | None,
+        bos: Bos,
+        chat_template: str | os.PathLike[str] | None,
+        control_tokens: ControlTokens,
     ) -> None:
         if control_tokens not in get_args(ControlTokens):
             raise ConfigError(
