@@ -299,7 +299,7 @@ def test_content_parts_are_given_to_a_template_that_knows_them():
 def test_a_template_may_be_a_file_and_must_have_a_place_for_messages(tmp_path):
     (tmp_path / "t.jinja").write_text(TEMPLATE)
     assert rendered(CHAT, tmp_path / "t.jinja") == rendered(CHAT)
-    with pytest.raises(ConfigError, match=r"'.*t.jinja' is none of these: it has nothing to put messages in"):
+    with pytest.raises(ConfigError, match="is none of these: it has nothing to put messages in"):
         rendered(CHAT, str(tmp_path / "t.jinja"))
     with pytest.raises(ConfigError, match=r"chat_template: .*gone.jinja"):
         rendered(CHAT, tmp_path / "gone.jinja")
