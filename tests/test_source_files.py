@@ -275,7 +275,9 @@ def test_chats_and_ids_in_every_form_of_json(tmp_path):
     }.items():
         (tmp_path / name).write_text(text)
         assert [ids.tolist() for ids in read_tokens(tmp_path / name)] == [[1, 2]]
-    long = list(range(40_000))
+    long = list(range(1_000_000, 1_060_000))
+    (tmp_path / "pretty.json").write_text(json.dumps(long, indent=0))  # read in parts that end within a number
+    assert [ids.tolist() for ids in read_tokens(tmp_path / "pretty.json")] == [long]
     (tmp_path / "long.jsonl").write_text(f"{long}\n[3]\n")
     assert [ids.tolist() for ids in read_tokens(tmp_path / "long.jsonl")] == [long, [3]]
 

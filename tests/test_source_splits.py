@@ -82,7 +82,7 @@ def test_where_there_are_no_splits_to_choose_one_is_an_error(tmp_path):
     assert texts(tmp_path) == ["a.txt", "b.txt"]
     for source in (tmp_path, tmp_path / "a.txt", tmp_path / "*.txt", "stories-corpus"):
         with pytest.raises(ConfigError, match=r"leave split \(--split\) out"):
-            read_texts(source, split="validation")
+            read_texts(source, split="train")
     np.save(tmp_path / "a.npy", np.arange(3))
     with pytest.raises(ConfigError, match="is a single file and has no split 'train'"):
         read_tokens(tmp_path / "a.npy", split="train")

@@ -111,7 +111,7 @@ def _read(source: Any, split: str | None, wanted: Wanted, on_bad: OnBad) -> Docu
 
 def _stream(source: str, split: str | None, wanted: Wanted, place: Place) -> Iterator[Document | Bad]:
     if source == EMBEDDED_CORPUS:
-        if split not in (None, ALL, "train"):
+        if split not in (None, ALL):
             raise ConfigError(f"{source} has no splits: leave split (--split) out")
         return read_file(_embedded_corpus(), wanted, place)
     if "://" in source:
