@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from actcache.errors import ConfigError
+from actcache.source import as_token_blocks
 from actcache.sparse import SparseMLP
 from actcache.spec import Progress, TokenBlocks, check_positive
 from actcache.train import choose_sites
@@ -155,6 +156,7 @@ def spliced_loss(
     logits of `batch_sequences` sequences are in memory at once.
     """
     check_positive("spliced loss", batch_sequences=batch_sequences)
+    blocks = as_token_blocks(blocks)
     if not 0 <= skip_first < blocks.sequence_length or blocks.sequence_length < 2:
         limits = f"skip_first must be between 0 and {blocks.sequence_length - 1}, and sequences at least 2 tokens long"
         raise ConfigError(f"spliced loss: {limits}; got {skip_first} and {blocks.sequence_length}")

@@ -342,6 +342,8 @@ class TokenBlocks:
     """How the blocks were made (length, seed, documents read, tokenizer digest, token digest): JSON-able."""
 
     def __post_init__(self) -> None:
+        for name in ("ids", "document"):
+            object.__setattr__(self, name, _uint32_array(name, getattr(self, name)))
         if self.ids.ndim != 2 or self.ids.shape != self.document.shape or 0 in self.ids.shape:
             raise ConfigError(
                 "token blocks: ids and document must be equal (Q, T) arrays, "
@@ -388,6 +390,21 @@ class TokenBlocks:
             document=self.document[part],
             description={**self.description, "taken": [part.start, part.stop, part.step]},
         )
+
+
+def _uint32_array(name: str, values: Any) -> NDArray[np.uint32]:
+    """Ids or document numbers as a store has them; an array of these is taken as it is, memory-mapped or not."""
+    if isinstance(values, np.ndarray) and values.dtype == np.uint32:
+        return values
+    try:
+        array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"token blocks: {name} must be a (Q, T) array of integers: {error}") from error
+    if array.dtype.kind not in "iu":
+        raise ConfigError(f"token blocks: {name} must be a (Q, T) array of integers, got {array.dtype}")
+    if array.size and not 0 <= int(array.min()) <= int(array.max()) < 1 << 32:
+        raise ConfigError(f"token blocks: {name} must be between 0 and 2**32 - 1, got {array.min()} to {array.max()}")
+    return array.astype(np.uint32)
 
 
 def lengths_of(document: NDArray[np.uint32]) -> NDArray[np.int64]:

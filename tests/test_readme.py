@@ -124,6 +124,20 @@ def test_links_lead_somewhere(document: Path) -> None:
     assert not missing
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_nothing_is_left_over_in_plain_view(document: Path) -> None:
+    """No half of a comment, and no heading twice, as edits leave them behind."""
+    text = FENCE.sub("", document.read_text(encoding="utf-8"))
+    text = re.sub(r"^<!--.*?-->$", "", text, flags=re.MULTILINE | re.DOTALL)
+    assert "<!--" not in text
+    assert "-->" not in text
+    assert "```" not in text
+    sections = re.findall(r"^## .*$", text, re.MULTILINE)
+    assert len(sections) == len(set(sections))
+    headings = re.findall(r"^#+ .*$", text, re.MULTILINE)
+    assert [heading for heading in headings if heading.count('"') % 2 or heading.count("`") % 2] == []
+
+
 def anchors(document: Path) -> set[str]:
     """Anchors of a document's headings, as forges make them."""
     headings = re.findall(r"^#+ (.*)$", FENCE.sub("", document.read_text(encoding="utf-8")), re.MULTILINE)

@@ -265,7 +265,7 @@ def test_column_chooses_among_several(tmp_path):
         ("a.jsonl", b'{"text": 3}\n', "column 'text' holds int, not text"),
         ("a.txt", b"caf\xe9", "not UTF-8"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "story"}\n' * 99)[:-12], "cannot read .*a.jsonl.gz"),
-        ("a.jsonl.xz", b"not xz", "cannot read .*a.jsonl.xz"),
+        ("a.jsonl.xz", b"not xz", "a.jsonl.xz, line 1: not valid JSON"),
         ("a.parquet", b"not parquet", "cannot read .*a.parquet"),
     ],
 )

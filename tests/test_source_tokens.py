@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from cyclopts import App
-from tokenizers_at_hand import BOS, STORY, byte_level
+from tokenizers_at_hand import BOS, END, STORY, byte_level
 
 from actcache.cli.options import Flat, TextOptions
 from actcache.cli.screen import Screen
-from actcache.errors import TextError
+from actcache.errors import ConfigError, TextError
 from actcache.source import read_chats, read_documents, read_texts, read_tokens, token_blocks
 
 ROWS = [[5, 6, 7, 8], [9, 10, 11, 12], [65000, 0, 1, 2]]
@@ -228,6 +228,49 @@ def test_the_command_line_passes_all_options_through(tmp_path):
     n_tokens = int(blocks.lengths(range(1))[0])
     assert blocks.ids[0, 0] == BOS
     assert tokenizer.decode(blocks.ids[0, 1:n_tokens].tolist()) == "user: Hi. assistant: Ho. "
+
+
+def test_the_command_line_leaves_bad_documents_out_and_spells_control_tokens(tmp_path):
+    lines = ['{"text": "skipped"}', '{"text": null}', '{"text": "a <|end|> b"}']
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    (tmp_path / "test.jsonl").write_text('{"text": "other"}')
+    tokenizer = byte_level(bos_token="<|bos|>", eos_token="<|end|>")
+    typed = options(
+        *(
+            "--text",
+            str(tmp_path),
+            "--split",
+            "train",
+            "--length",
+            "12",
+            "--skip-documents",
+            "1",
+            "--packing",
+            "documents",
+        ),
+        *("--on-bad", "skip", "--control-tokens", "text"),
+    )
+    with pytest.warns(UserWarning, match=r"1 bad documents were left out; the first: .*train.jsonl, line 2"):
+        blocks = typed.blocks(tokenizer, Screen(json=True))
+    assert tokenizer.decode(blocks.ids[0][: blocks.lengths(range(1))[0]].tolist()) == "<|bos|>a <|end|> b"
+    assert (blocks.ids == END).sum() == 0
+    assert blocks.description["n_bad_documents"] == 1
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (("--skip-documents", "-1"), "--skip-documents must not be negative"),
+        (("--split", "test"), r"has no splits: leave split \(--split\) out"),
+        (("--length", "0"), "length must be a positive integer"),
+        (("--chat-template", "/no/such/file"), "--chat-template takes a file with a Jinja template, and /no/such/file"),
+        (("--chat-template", "/usr/bin/env"), "--chat-template takes a file"),
+        (("--chat-template", "/"), "--chat-template takes a file"),
+    ],
+)
+def test_options_of_the_command_line_that_cannot_be_meant(typed, message):
+    with pytest.raises(ConfigError, match=message):
+        options(*typed).blocks(byte_level(bos_token="<|bos|>"), Screen(json=True))
 
 
 def test_the_default_text_is_the_embedded_corpus():

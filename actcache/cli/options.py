@@ -6,7 +6,6 @@ In: what was typed. Out: a model, token blocks.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +13,7 @@ from cyclopts import Parameter
 
 from actcache.cli.screen import Screen
 from actcache.errors import ConfigError
-from actcache.source import BosPolicy, Packing
+from actcache.source import BosPolicy, ControlTokens, Documents, OnBad, Packing
 from actcache.spec import Dtype
 
 Flat = Parameter(name="*")
@@ -72,14 +71,16 @@ class TextOptions:
     """Which text, and how it is cut into sequences."""
 
     text: str = "stories-corpus"
-    """Text, chats or token ids: `stories-corpus` (embedded), a txt, jsonl, parquet or npy file, a folder of those or of
-    `save_to_disk`, or a `datasets` name, optionally with `:config`."""
+    """Text, chats or token ids: `stories-corpus` (embedded), a file (txt, json, jsonl, csv, tsv, parquet, arrow, npy;
+    text also compressed), a folder or pattern of those, a folder of `save_to_disk`, or a `datasets` name; a dataset
+    optionally with `:config`."""
     length: int = 256
     """Tokens of a sequence."""
     count: int | None = None
     """Sequences at most; by default all that the text gives."""
-    split: str = "train"
-    """Split of a dataset that has several."""
+    split: str | None = None
+    """Split of a dataset that has several, by default train; of a folder by its README.md or the names of its files,
+    where `all` takes all."""
     column: str | None = None
     """Column of the documents; by default the first of text, story, content, messages, conversations, tokens and
     input_ids. What it holds decides: texts, chats or token ids."""
@@ -90,6 +91,11 @@ class TextOptions:
     `sequence`: before each sequence too; `none`."""
     chat_template: Path | None = None
     """File with a Jinja template for chats, in place of the tokenizer's own."""
+    on_bad: OnBad = "error"
+    """A document that is not valid: `error` ends the run and says where it lies, `skip` leaves it out and counts it."""
+    control_tokens: ControlTokens = "token"
+    """Control tokens that a text spells: `token`, as tokenizers do, with a warning; `text`: the characters that they
+    are."""
     skip_documents: int = 0
     """Documents left out at the beginning, for instance those that a store was already made from."""
     text_seed: int = 0
@@ -110,19 +116,37 @@ class TextOptions:
                 raise unreadable  # noqa: B904  # what it comes from is in it
             raise
 
+    def documents(self) -> Documents[Any]:
+        """The documents, without those to be left out at the beginning."""
+        from actcache.source import read_documents
+
+        if self.skip_documents < 0:
+            raise ConfigError(f"--skip-documents must not be negative, got {self.skip_documents}")
+        documents = read_documents(self.text, split=self.split, column=self.column, on_bad=self.on_bad)
+        return documents.skip(self.skip_documents)
+
     def blocks(self, tokenizer: Any, screen: Screen) -> Any:
         """The tokens."""
-        from actcache.source import read_documents, token_blocks
+        from actcache.source import token_blocks
 
-        documents = read_documents(self.text, split=self.split, column=self.column)
         return token_blocks(
-            islice(documents, self.skip_documents, None),
+            self.documents(),
             tokenizer,
             length=self.length,
             count=self.count,
             seed=self.text_seed,
             packing=self.packing,
             bos=self.bos,
-            chat_template=None if self.chat_template is None else self.chat_template.read_text(encoding="utf-8"),
+            chat_template=None if self.chat_template is None else _template(self.chat_template),
+            on_bad=self.on_bad,
+            control_tokens=self.control_tokens,
             progress=screen.stage("Tokenize text", "sequences"),
         )
+
+
+def _template(path: Path) -> str:
+    path = path.expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--chat-template takes a file with a Jinja template, and {path} is none: {error}") from error

@@ -9,8 +9,6 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -33,7 +31,6 @@ _WHOLE_TOKENS = 1 << 22
 """Tokens of a text that is tokenised as a whole; of longer ones only so many, and the others are estimated."""
 _SAMPLE_TOKENS = 1 << 18
 """Tokens that are enough where the number of tokens is given."""
-_SUFFIXES = (".txt", ".jsonl", ".gz", ".bz2", ".xz", ".parquet", ".npy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +147,9 @@ def _text(options: TextOptions, lm: Any, screen: Screen, tokens: int | None) -> 
     Raises:
         ConfigError: a stream that nobody has said the length of.
     """
-    if options.count is None and tokens is None and _is_streamed(options.text):
+    from actcache.source import is_streamed
+
+    if options.count is None and tokens is None and is_streamed(options.text):
         raise ConfigError(
             f"{options.text} is streamed and would be read to its end to count its tokens; say how many sequences are "
             "meant with --count, or how many tokens with --tokens"
@@ -174,23 +173,11 @@ def _text(options: TextOptions, lm: Any, screen: Screen, tokens: int | None) -> 
     return blocks, round(there / share)
 
 
-def _is_streamed(text: str) -> bool:
-    """Whether it is the name of a dataset. A file that is not there is none: that is said when it is read."""
-    path = Path(text).expanduser()
-    looks_like_path = text.startswith(("/", ".", "~")) or path.suffix in _SUFFIXES
-    return text != TextOptions.text and not looks_like_path and not path.exists()
-
-
 def _share_read(options: TextOptions, n_documents: int, screen: Screen) -> float:
     """How much of a text its first documents are, by their characters (of token ids: by their number)."""
-    from actcache.source import read_documents
-
     progress = screen.stage("Read text", "documents")
-    documents = islice(
-        read_documents(options.text, split=options.split, column=options.column), options.skip_documents, None
-    )
     head = whole = n_read = 0
-    for document in documents:
+    for document in options.documents():
         size = _size(document)
         whole += size
         n_read += size > 0

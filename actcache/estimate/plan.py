@@ -18,6 +18,7 @@ from actcache.estimate.memory import Host, Memory, host_of, memory_of
 from actcache.estimate.preset import PresetPlan, Terms, preset_plan
 from actcache.extraction import store_spec
 from actcache.extraction.settle import BatchSequences, fastest_batch
+from actcache.source import as_token_blocks
 from actcache.spec import Dtype, TokenBlocks, check_positive
 from actcache.store import Objects
 
@@ -148,6 +149,7 @@ def plan(
         read_bytes_per_s=read_bytes_per_s,
     )
     free_bytes = None if out is None else Objects(out, read_only=True).free_bytes()
+    blocks = as_token_blocks(blocks)
     resolved = lm.resolve(patterns, length=blocks.sequence_length)
     asked = Asked(
         sites={place.site.name: place.site.width for place in resolved},

@@ -23,6 +23,7 @@ from actcache.extraction.settle import (
     with_codecs,
 )
 from actcache.extraction.sink import pinned_for
+from actcache.source import as_token_blocks
 from actcache.spec import Dtype, Progress, StoreSpec, TokenBlocks, Watch
 from actcache.store import Check, Objects, Store, StoreWriter, open_store, to_write
 
@@ -54,7 +55,8 @@ def extract(
 
     Args:
         lm: the base model.
-        blocks: `(Q, T)` tokens, already in the order in which they are to be stored.
+        blocks: `(Q, T)` tokens, already in the order in which they are to be stored; ids as an array, tensor or list of
+            equally long lists are taken too.
         patterns: hook names or glob patterns of them, such as `blocks.*.hook_mlp_out`.
         path: folder or URL where the store is made, or continued when an earlier call was interrupted.
         codec: a preset (`raw`, `lossless`, `sparse`, `int8`), `auto` (the smallest lossless preset, tried for each site
@@ -98,6 +100,7 @@ def extract(
         "rows_per_chunk": rows_per_chunk,
     }
     place = to_write(path, durable=durable)
+    blocks = as_token_blocks(blocks)
     writer, batch = _begin(
         lm, blocks, patterns, place, codec, settings, batch_sequences, threads, shared=part is not None
     )
@@ -129,6 +132,7 @@ def begin(
     Arguments and errors are those of `extract`; `settings` are `dtype`, `skip_first`, `seed`, `sequences_per_shard` and
     `rows_per_chunk`. A store that is there already is returned as it is.
     """
+    blocks = as_token_blocks(blocks)
     place = to_write(path, durable=durable)
     writer, _ = _begin(lm, blocks, patterns, place, codec, settings, batch_sequences, 1, shared=True, elsewhere=True)
     with writer:
@@ -193,7 +197,7 @@ def extend(
         StoreMismatchError: another model, or sequences of another length. The others are those of `extract`.
     """
     place = to_write(path, durable=durable)
-    store = open_store(place)
+    store, more = open_store(place), as_token_blocks(more)
     digest = more.digest()
     parts = store.spec.text.get("parts", [{**store.spec.text, "n_sequences": store.spec.n_sequences}])
     blocks, spec = store.token_blocks(), replace(store.spec, model=lm.identity_for(store.spec.model))

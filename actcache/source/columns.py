@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from actcache.errors import TextError
-from actcache.source.kinds import NAMES, Document, Ids, Kind, id_array, kind_of
+from actcache.source.documents import Bad, Place
+from actcache.source.kinds import NAMES, Document, Ids, Kind, check_text, id_array, kind_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -36,7 +38,7 @@ class Wanted:
     column: str | None
     """Its column; None for the first that has one of the usual names."""
 
-    def column_of(self, names: Collection[str], where: str) -> str:
+    def column_of(self, names: Collection[str]) -> str:
         """The column to read, among those that are there."""
         usual = [name for kind in self.kinds for name in _COLUMNS[kind]]
         wanted = [self.column] if self.column else usual
@@ -47,55 +49,79 @@ class Wanted:
         hint = "".join(f"; {_READERS[kind]} reads its {NAMES[kind]} column" for kind in others)
         kinds = ", ".join(NAMES[kind] for kind in self.kinds)
         raise TextError(
-            f"{where}: no {kinds} column {' or '.join(map(repr, wanted))} among {list(names)}; "
+            f"no {kinds} column {' or '.join(map(repr, wanted))} among {_few(names)}; "
             f"name one with --column{'' if self.column else hint}"
         )
 
-    def of_record(self, record: Any, where: str) -> Document:
+    def of_record(self, record: Any) -> Document:
         """The document of a record; where lines of JSON are bare strings or lists, these are the documents."""
         if isinstance(record, Mapping):
-            name = self.column_of(record, where)
-            return self.of_value(record[name], record.get(_MASKS.get(name, "")), name, where)
+            name = self.column_of(record)
+            return self.of_value(record[name], record.get(_MASKS.get(name, "")), name)
+        if self.column is not None:
+            raise TextError(f"expected an object with a column {self.column!r}, found {type(record).__name__}")
         if kind_of(record) in self.kinds:
-            return self.of_value(record, None, "", where)
+            return self.of_value(record, None, "")
         kinds = " or ".join(NAMES[kind] for kind in self.kinds)
-        raise TextError(f"{where}: expected an object with a {kinds} column, found {type(record).__name__}")
+        raise TextError(f"expected an object with a {kinds} column, found {type(record).__name__}")
 
-    def of_value(self, value: Any, mask: Any, name: str, where: str) -> Document:
+    def of_value(self, value: Any, mask: Any, name: str) -> Document:
         """A column's value, checked; ids at which `mask` is zero are left out."""
+        column = f"column {name!r}" if name else "the record"
         empty = isinstance(value, list | tuple) and not value and self.kinds != ("text",)
         kind = kind_of(value)
         if kind not in self.kinds and not empty:
             expected = " or ".join({"text": "text", "chat": "a chat", "tokens": "token ids"}[k] for k in self.kinds)
-            raise TextError(f"{where}: column {name!r} holds {type(value).__name__}, not {expected}")
+            raise TextError(f"{column} holds {type(value).__name__}, not {expected}")
+        if kind == "text":
+            check_text(value)
         if kind != "tokens" or kind not in self.kinds:
             return value  # type: ignore[no-any-return]  # a str or a list of mappings
-        ids = id_array(value, f"{where}: column {name!r}" if name else where)
-        return ids if mask is None else _without_padding(ids, np.asarray(mask), where)
+        ids = id_array(value, column)
+        return ids if mask is None else _without_padding(ids, np.asarray(mask))
 
-    def of_table(self, table: pyarrow.Table, where: str) -> Iterator[Document]:
-        """The documents of a table that has the columns `columns_of` named."""
-        name = self.column_of(table.column_names, where)
+    def of_table(self, table: pyarrow.Table, place: Place) -> Iterator[Document | Bad]:
+        """The documents of a table that has the columns `columns_of` named; `place.number` counts its rows."""
+        name = self.column_of(table.column_names)
         mask = _MASKS.get(name, "")
         values = _values(table.column(name))
         masks = _values(table.column(mask)) if mask in table.column_names else None
         for value in values:
-            yield self.of_value(value, None if masks is None else next(masks), name, where)
+            place.number += 1
+            ones = None if masks is None else next(masks)
+            try:
+                if isinstance(value, UnicodeDecodeError):
+                    raise TextError(f"column {name!r} is not UTF-8 text ({value.reason})") from value
+                document: Document | Bad = self.of_value(value, ones, name)
+            except TextError as error:
+                document = place.bad(error, error)
+            yield document
 
-    def columns_of(self, names: Collection[str], where: str) -> list[str]:
+    def columns_of(self, names: Collection[str]) -> list[str]:
         """The columns that a table must be read with: that of the documents, and what marks its padding."""
-        name = self.column_of(names, where)
+        name = self.column_of(names)
         return [name, *(mask for mask in [_MASKS.get(name, "")] if mask in names)]
 
 
-def _without_padding(ids: Ids, mask: Any, where: str) -> Ids:
+def _few(names: Collection[str]) -> str:
+    """Names of columns, as far as a message has room for them."""
+    shown = list(map(str, names))
+    return f"{shown}" if len(shown) <= 12 else f"{shown[:12]} and {len(shown) - 12} more"
+
+
+def _without_padding(ids: Ids, mask: NDArray[Any]) -> Ids:
     if mask.shape != ids.shape:
-        raise TextError(f"{where}: {ids.size} ids, but an attention mask of {mask.size}")
+        raise TextError(f"{ids.size} ids, but an attention mask of {mask.size}")
+    if mask.dtype.kind not in "biu":
+        raise TextError(f"the attention mask must be of zeros and ones, found {mask.dtype}")
     return ids if mask.all() else ids[mask.astype(bool)]
 
 
 def _values(column: pyarrow.ChunkedArray) -> Iterator[Any]:
-    """The values of a column; lists of integers as arrays, without a Python object for each."""
+    """The values of a column; lists of integers as arrays, without a Python object for each.
+
+    Where a text is not UTF-8, its place is taken by the error.
+    """
     import pyarrow
 
     types = pyarrow.types
@@ -104,9 +130,23 @@ def _values(column: pyarrow.ChunkedArray) -> Iterator[Any]:
     for chunk in column.chunks:
         flat = chunk.flatten() if is_list and types.is_integer(kind.value_type) and not chunk.null_count else None
         if flat is None or flat.null_count:
-            yield from chunk.to_pylist()
+            yield from _python_values(chunk)
         else:
             yield from np.split(flat.to_numpy(zero_copy_only=False), np.cumsum(_lengths(chunk))[:-1])
+
+
+def _python_values(chunk: pyarrow.Array) -> list[Any]:
+    try:
+        return chunk.to_pylist()  # type: ignore[no-any-return]  # untyped library
+    except UnicodeDecodeError:
+        return [_value_or_error(value) for value in chunk]
+
+
+def _value_or_error(value: pyarrow.Scalar) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        return error
 
 
 def _lengths(chunk: pyarrow.Array) -> Any:

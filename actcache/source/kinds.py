@@ -32,7 +32,28 @@ def kind_of(value: Any) -> Kind | None:
         return "text"
     if isinstance(value, list | tuple):
         return "chat" if value and isinstance(value[0], Mapping) else "tokens"
-    return "tokens" if is_array(value) else None
+    if not is_array(value):
+        return None
+    # Tables of pandas have lists of messages as arrays.
+    return "chat" if value.dtype == object and len(value) and isinstance(value[0], Mapping) else "tokens"
+
+
+def is_message(value: Any) -> bool:
+    """Whether a record is a message of a chat, in either form."""
+    return isinstance(value, Mapping) and ("role" in value or ("from" in value and "value" in value))
+
+
+def check_text(text: str) -> None:
+    """Raise `TextError` if a text has half a character, as a text has that was cut between two escapes of JSON."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise TextError(
+            f"character {error.start + 1:,} is U+{code:04X}, half of a pair (half an emoji, say) and no character"
+        ) from error
 
 
 def is_array(value: Any) -> bool:
@@ -45,32 +66,32 @@ def plain_array(value: Any) -> NDArray[Any]:
     return np.asanyarray(value.detach().cpu() if hasattr(value, "detach") else value)
 
 
-def id_array(value: Any, where: str) -> Ids:
+def id_array(value: Any, where: str = "") -> Ids:
     """A list, array or tensor of token ids as a 1-D array of integers of whatever type; their range is not looked at.
 
     Raises:
         TextError: something else than integers, or an array that is not flat.
     """
+    where = f"{where}: " if where else ""
     try:
         ids = plain_array(value) if is_array(value) else np.array(value)
-    except (ValueError, OverflowError) as error:
-        raise TextError(f"{where}: these are no token ids ({str(error).splitlines()[0]})") from None
+    except (ValueError, OverflowError, TypeError) as error:
+        raise TextError(f"{where}these are no token ids ({str(error).splitlines()[0]})") from error
     if not ids.size:
         return np.zeros(0, dtype=np.int64)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise TextError(
-            f"{where}: expected a flat list of token ids, which are integers, found {ids.dtype} of shape {ids.shape}"
+            f"{where}expected a flat list of token ids, which are integers, found {ids.dtype} of shape {ids.shape}"
         )
     return ids
 
 
-def uint32_ids(ids: Ids, most: int, where: str) -> NDArray[np.uint32]:
+def uint32_ids(ids: Ids, most: int) -> NDArray[np.uint32]:
     """A copy of token ids as a store has them.
 
     Args:
         ids: Integers of any type.
         most: Largest id that is allowed.
-        where: What they are, for the message.
 
     Raises:
         TextError: an id that is negative or larger than `most`.
@@ -80,7 +101,6 @@ def uint32_ids(ids: Ids, most: int, where: str) -> NDArray[np.uint32]:
         if wrong.any():
             place = int(wrong.argmax())
             raise TextError(
-                f"{where}: token id {int(ids[place])} is outside 0 to {most:,}; "
-                "ids must be those of the model's own tokenizer"
+                f"token id {int(ids[place])} is outside 0 to {most:,}; ids must be those of the model's own tokenizer"
             )
     return ids.astype(np.uint32)

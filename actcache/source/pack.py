@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import errno
+import os
 import tempfile
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
-from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import IO, Any, Literal, NoReturn, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import ConfigError, StorageFullError, TextError
-from actcache.files import full_disk_explained
 from actcache.order import permutation
+from actcache.source.arguments import as_documents, as_tokenizer, whole_number
 from actcache.source.bos import Bos, BosPolicy
+from actcache.source.control import ControlTokens
+from actcache.source.documents import Bad, Documents, OnBad, Tally
 from actcache.source.kinds import Document, Kind
-from actcache.source.tokenise import Tokeniser, Tokens, as_documents
-from actcache.spec import NO_DOCUMENT, Progress, TokenBlocks, check_positive
+from actcache.source.tokenise import Tokeniser, Tokens
+from actcache.spec import NO_DOCUMENT, Progress, TokenBlocks
 
 Packing = Literal["packed", "documents"]
 
@@ -38,7 +40,9 @@ def token_blocks(
     seed: int = 0,
     packing: Packing = "packed",
     bos: BosPolicy = "auto",
-    chat_template: str | None = None,
+    chat_template: str | os.PathLike[str] | None = None,
+    on_bad: OnBad = "error",
+    control_tokens: ControlTokens = "token",
     progress: Progress | None = None,
 ) -> TokenBlocks:
     """Make sequences of `length` tokens of documents, in seeded random order.
@@ -67,19 +71,32 @@ def token_blocks(
       `prepend_bos`.
     - `none`: nothing.
 
+    `control_tokens` says what becomes of a control token (a special token of the tokenizer) that a document spells,
+    such as `<|endoftext|>` in a text about tokenizers:
+
+    - `token`: it becomes that token, as tokenizers do by default; a warning counts them.
+    - `text`: it is encoded as the characters that it is made of. A chat with such a message is not valid then, since
+      its template's own control tokens are written the same way.
+
     Memory stays bounded however long the texts: tokens lie in anonymous temporary files (in `TMPDIR`, about twelve
     bytes a token at the peak), and the arrays returned are memory-mapped from them.
 
     Args:
         texts: Documents, for instance from `read_texts`, `read_tokens` or `read_chats`.
-        tokenizer: A transformers tokenizer; may be None for token ids.
+        tokenizer: A transformers tokenizer, or the name or folder of one; may be None for token ids.
         length: T, tokens of a sequence.
         count: Upper limit of sequences: reading stops as soon as there are that many, so the order is a shuffle of the
             sequences read. When the texts end before, a warning says how many there were.
         seed: Seed of the order of sequences.
         packing: How documents become sequences.
         bos: Which tokens are added.
-        chat_template: A Jinja template, or the name of one of the tokenizer's, in place of the tokenizer's own.
+        chat_template: A Jinja template, the name of one of the tokenizer's, or the Path of a file with one, in place of
+            the tokenizer's own.
+        on_bad: What happens to a document that is not valid (half a surrogate pair, ids that the tokenizer does not
+            have, a chat that its template refuses): `error`, or `skip`, which leaves it out; a warning and the
+            description count them, with those that a reader of `read_texts` and the like finds on the way. Documents
+            that are left out here keep their numbers.
+        control_tokens: What becomes of control tokens that a document spells.
         progress: Called with the sequences made so far and `count` (the same number twice when there is no limit).
 
     Raises:
@@ -87,25 +104,35 @@ def token_blocks(
             not have.
         ConfigError: a length or count below one, no tokenizer where it is needed, or one that can begin no document or
             render no chat.
+        StorageFullError: no room for the temporary files.
     """
-    check_positive("token_blocks", length=length, **({} if count is None else {"count": count}))
+    length = whole_number("length", length, 1)
+    count = None if count is None else whole_number("count", count, 1)
+    seed = whole_number("seed", seed, -(1 << 63))
     if packing not in get_args(Packing):
         raise ConfigError(f"packing must be one of {', '.join(get_args(Packing))}, got {packing!r}")
+    tokenizer = as_tokenizer(tokenizer)
     policy = Bos(bos, tokenizer)
-    tokeniser = Tokeniser(tokenizer, policy, chat_template)
+    tokeniser = Tokeniser(tokenizer, policy, chat_template, control_tokens)
+    documents = as_documents(texts)
+    tally = Tally(on_bad)
+    if isinstance(documents, Documents) and documents.bad.on_bad == "skip":
+        tally.on_bad = "skip"
     with ExitStack() as files:
-        files.enter_context(_room_for_tokens())
-        ids_file, document_file = (files.enter_context(tempfile.TemporaryFile()) for _ in range(2))
+        ids_file, document_file = (files.enter_context(_temporary_file()) for _ in range(2))
         kind = _Packed if packing == "packed" else _OneEach
         sequences: _Sequences = kind(ids_file, document_file, length, count, policy.sequence())
-        for batch in tokeniser(as_documents(texts)):
+        for batch in tokeniser(documents):
             for document in batch:
-                sequences.append(document)
+                if sequences.n_full == count:
+                    break
+                sequences.take(document, tally)
             if progress is not None:
                 progress(sequences.n_full, count or sequences.n_full)
             if sequences.n_full == count:
                 break
-        n_sequences = _full_sequences(sequences)
+        n_sequences = _full_sequences(sequences, tally)
+        _say_what_was_special(sequences, tally, chat_template, control_tokens)
         order, digest = permutation(n_sequences, seed), sha256()
         ids = _permuted(ids_file, order, length, digest.update)
         document_numbers = _permuted(document_file, order, length, digest.update)
@@ -118,22 +145,10 @@ def token_blocks(
         "tokens": digest.hexdigest(),
         **sequences.description(),
         **_out_of_the_ordinary(sequences.kinds, policy, tokeniser),
+        **({"control_tokens": "text"} if control_tokens == "text" else {}),
+        **({"n_bad_documents": tally.n_bad} if tally.n_bad else {}),
     }
     return TokenBlocks(ids=ids, document=document_numbers, description=description)
-
-
-@contextmanager
-def _room_for_tokens() -> Iterator[None]:
-    """Say where there is no room for the tokens, and how to name another place."""
-    try:
-        folder = Path(tempfile.gettempdir())
-    except FileNotFoundError as error:  # Python looks for a folder that it can write something to
-        raise StorageFullError(
-            errno.ENOSPC, f"no folder for temporary files has room: {error.strerror}; name one with TMPDIR"
-        ) from error
-    what = "for the tokens in the temporary folder (TMPDIR names another one): about 12 bytes a token"
-    with full_disk_explained(f"in {folder} {what}", folder):
-        yield
 
 
 class _Sequences(ABC):
@@ -147,6 +162,8 @@ class _Sequences(ABC):
         self.begin = np.array(begin, dtype=np.uint32)
         self.n_tokens = 0
         self.n_documents = 0
+        self.n_control = 0
+        self._n_written = 0
         self.kinds: Counter[Kind] = Counter()
         if len(begin) >= length:
             raise ConfigError(f"length must be more than {len(begin)}, the tokens that begin a sequence; got {length}")
@@ -163,19 +180,47 @@ class _Sequences(ABC):
 
     @abstractmethod
     def append(self, document: Tokens) -> None:
-        """Add a document, as far as there is room for it."""
+        """Add a document, as far as there is room for it.
+
+        Raises:
+            TextError: it has ids that are none; a part of it may have been added.
+        """
+
+    def take(self, document: Tokens | Bad, tally: Tally) -> None:
+        """Add a document and count it; of one that is not valid nothing stays, and the tally counts it."""
+        if isinstance(document, Bad):
+            tally.add(document.error)
+            return
+        n_tokens, n_written = self.n_tokens, self._n_written
+        try:
+            self.append(document)
+        except TextError as error:
+            tally.add(error)
+            self._take_back(n_written)
+            self.n_tokens = n_tokens
+            return
+        self.n_documents += 1
+        self.n_control += document.n_control
+        self.kinds[document.item.kind] += 1
 
     def description(self) -> dict[str, Any]:
         """What is to be said of these sequences."""
         return {}
 
-    def _counted(self, document: Tokens) -> None:
-        self.n_documents += 1
-        self.kinds[document.kind] += 1
-
     def _write(self, ids: NDArray[np.uint32], document: NDArray[np.uint32]) -> None:
-        for file, values in zip(self._files, (ids, document), strict=True):
-            file.write(values.astype("<u4", copy=False).tobytes())
+        try:
+            for file, values in zip(self._files, (ids, document), strict=True):
+                file.write(values.astype("<u4", copy=False).tobytes())
+            self._n_written += len(ids)
+        except OSError as error:
+            _no_room(error)
+
+    def _take_back(self, n_written: int) -> None:
+        """Take out what was written behind so many tokens."""
+        for file in self._files:
+            file.seek(4 * n_written)
+            file.truncate()
+        self._n_written = n_written
 
 
 class _Packed(_Sequences):
@@ -194,16 +239,13 @@ class _Packed(_Sequences):
         return None if self.count is None else self.count * self.length - self.n_tokens
 
     def append(self, document: Tokens) -> None:
-        if self._room == 0:
-            return
-        self._counted(document)
         for piece in document.pieces():
             if self._room == 0:
                 return
             if len(self.begin):
-                self._put_by_sequences(piece, document.number)
+                self._put_by_sequences(piece, document.item.number)
             else:
-                self._put(piece, document.number)
+                self._put(piece, document.item.number)
 
     def _put_by_sequences(self, ids: NDArray[np.uint32], number: int) -> None:
         """Put ids, and before those that begin a sequence what every sequence begins with."""
@@ -236,8 +278,6 @@ class _OneEach(_Sequences):
         return self.n_tokens
 
     def append(self, document: Tokens) -> None:
-        if self.n_full == self.count:
-            return
         if len(document.marks) >= self.length:
             raise ConfigError(
                 f"length must be more than {len(document.marks)}, the tokens that are put around each document; "
@@ -245,9 +285,8 @@ class _OneEach(_Sequences):
             )
         kept = document.head(self.length)
         ids, numbers = np.zeros(self.length, np.uint32), np.full(self.length, NO_DOCUMENT, np.uint32)
-        ids[: len(kept)], numbers[: len(kept)] = kept, document.number
+        ids[: len(kept)], numbers[: len(kept)] = kept, document.item.number
         self._write(ids, numbers)
-        self._counted(document)
         self.n_tokens += len(kept)
         n_cut = len(document.ids) + len(document.marks) - len(kept)
         self.n_cut += n_cut
@@ -282,15 +321,16 @@ def _out_of_the_ordinary(kinds: Counter[Kind], policy: Bos, tokeniser: Tokeniser
     return said
 
 
-def _full_sequences(sequences: _Sequences) -> int:
+def _full_sequences(sequences: _Sequences, tally: Tally) -> int:
     """How many sequences there are: at least one; warnings say what is missing, and what was cut."""
     n_sequences, length, count = sequences.n_full, sequences.length, sequences.count
     found = f"{sequences.n_tokens:,} tokens in {sequences.n_documents:,} documents"
+    bad = f"; {tally}" if tally.n_bad else ""
     if not sequences.n_documents:
-        raise TextError("no text: there is not one document with a visible character or a token id")
+        raise TextError(f"no text: there is not one document with a visible character or a token id{bad}")
     if not n_sequences:
         raise TextError(
-            f"text too short: {found}, less than one sequence of {length:,}; give more text or a smaller length"
+            f"text too short: {found}, less than one sequence of {length:,}; give more text or a smaller length{bad}"
         )
     if count is not None and n_sequences < count:
         warnings.warn(
@@ -306,18 +346,70 @@ def _full_sequences(sequences: _Sequences) -> int:
     return n_sequences
 
 
+def _say_what_was_special(
+    sequences: _Sequences, tally: Tally, chat_template: Any, control_tokens: ControlTokens
+) -> None:
+    """Warn of bad documents, of control tokens, and of options that nothing was there for."""
+    tally.warn(stacklevel=3)
+    if chat_template is not None and not sequences.kinds["chat"]:
+        warnings.warn(
+            "chat_template was given, but there is no chat among the documents: it was not used", stacklevel=3
+        )
+    if sequences.n_control:
+        n_times = f"{sequences.n_control:,} times" if sequences.n_control > 1 else "once"
+        became = (
+            "the tokenizer makes control tokens of them in spite of control_tokens='text'"
+            if control_tokens == "text"
+            else "these became control tokens; control_tokens='text' (--control-tokens text) encodes them as plain text"
+        )
+        warnings.warn(f"documents spell control tokens of the tokenizer {n_times}: {became}", stacklevel=3)
+    if control_tokens == "text" and set(sequences.kinds) == {"tokens"}:
+        warnings.warn("control_tokens='text' was given, but there are only token ids: it was not used", stacklevel=3)
+
+
 def _permuted(
     file: IO[bytes], order: NDArray[np.int64], length: int, digest: Callable[[bytes], object]
 ) -> NDArray[np.uint32]:
     """The file's sequences in the given order, memory-mapped from another file; their bytes go through `digest`."""
-    file.flush()
-    packed = np.memmap(file, dtype="<u4", mode="r", shape=(len(order), length))
-    sequences_per_copy = max(1, _BYTES_PER_COPY // (4 * length))
-    with tempfile.TemporaryFile() as target:
-        for start in range(0, len(order), sequences_per_copy):
-            block = packed[order[start : start + sequences_per_copy]].tobytes()
-            target.write(block)
-            digest(block)
-        target.flush()
-        # Copy-on-write: whoever writes into the array changes neither the file nor anyone else's view of it.
-        return np.memmap(target, dtype="<u4", mode="c", shape=packed.shape)
+    try:
+        file.flush()
+        packed = np.memmap(file, dtype="<u4", mode="r", shape=(len(order), length))
+        sequences_per_copy = max(1, _BYTES_PER_COPY // (4 * length))
+        with _temporary_file() as target:
+            for start in range(0, len(order), sequences_per_copy):
+                block = packed[order[start : start + sequences_per_copy]].tobytes()
+                target.write(block)
+                digest(block)
+            target.flush()
+            # Copy-on-write: whoever writes into the array changes neither the file nor anyone else's view of it.
+            return np.memmap(target, dtype="<u4", mode="c", shape=packed.shape)
+    except OSError as error:
+        _no_room(error)
+
+
+@contextmanager
+def _temporary_file() -> Iterator[IO[bytes]]:
+    try:
+        file = tempfile.TemporaryFile()  # noqa: SIM115  # closed below
+    except OSError as error:
+        _no_room(error)
+    try:
+        yield file
+    finally:
+        # What was still to be written is needed no more, or there was no room for it, which has been said.
+        with suppress(OSError):
+            file.close()
+
+
+def _no_room(error: OSError) -> NoReturn:
+    """Say of an error of the temporary files where they are, and how they get more room."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise StorageFullError(
+            error.errno,
+            f"no room in {tempfile.gettempdir()}, where tokens lie until they are in order (about twelve bytes a "
+            "token); set the environment variable TMPDIR to a folder that has more",
+        ) from error
+    raise ConfigError(
+        f"temporary files cannot be written ({error.strerror or error}); set the environment variable TMPDIR to a "
+        "folder that can be written"
+    ) from error

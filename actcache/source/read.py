@@ -2,99 +2,159 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import json
-import lzma
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
-import numpy as np
-
-from actcache.errors import TextError
+from actcache.errors import ConfigError, TextError
 from actcache.source.columns import Wanted
-from actcache.source.kinds import Chat, Document, Ids
+from actcache.source.documents import Bad, Documents, OnBad, Place
+from actcache.source.files import SUFFIXES, of_tables, read_file, reason_of, suffix_of, told
+from actcache.source.folders import ALL, check_file_split, files_of
+from actcache.source.kinds import Chat, Document, Ids, is_array, plain_array
 
 EMBEDDED_CORPUS = "stories-corpus"
 """Name of the corpus that ships with the package; `read_texts` takes it in place of a path."""
 
 _CORPUS_FILE = "stories-corpus.jsonl.bz2"
-_OPENERS: dict[str, Callable[..., Any]] = {".jsonl": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.bz2", ".jsonl.xz")
-_TABLES = (*_JSON_LINES, ".parquet")
-_SUFFIXES = (".txt", *_TABLES, ".npy")
-_SEPARATOR = "<|endoftext|>"
 _RECORDS_PER_TABLE = 1024
+_SourcePath = str | os.PathLike[str]
 
-D = TypeVar("D")
 
-
-def read_texts(source: str | Path, *, split: str = "train", column: str | None = None) -> Iterator[str]:
+def read_texts(
+    source: _SourcePath, *, split: str | None = None, column: str | None = None, on_bad: OnBad = "error"
+) -> Documents[str]:
     """Stream the texts of a file, a folder of files, or a `datasets` dataset, one document at a time.
 
-    `.txt` files (and any other plain file) hold one document each, or several separated by lines of `<|endoftext|>`;
-    `.jsonl` (plain, or compressed as `.gz`, `.bz2`, `.xz`) and `.parquet` one document a record, in `column` (by
-    default the first of "text", "story", "content" that is there). A folder that `Dataset.save_to_disk` wrote is read
-    from where it lies. `stories-corpus` is the corpus that ships with the package. Anything else that is no path is
-    taken as a `datasets` name (`owner/name` or `owner/name:config`), which is streamed.
+    A file is what its first bytes say. Text is then read by its name: `.txt` (and any other name) as one document, or
+    several separated by lines of `<|endoftext|>`; `.jsonl`, `.ndjson` and `.json` (lines, or one array), `.csv` and
+    `.tsv` with a header, `.parquet`, `.arrow` and `.feather` as one document a record, in `column` (by default the
+    first of "text", "story", "content" that is there). Text may be compressed: gzip, bzip2, xz, zstd. A folder that
+    `Dataset.save_to_disk` wrote is read from where it lies. Of other folders every such file is read, in the order of
+    their names, but for those whose names begin with a dot; patterns (`data/*.jsonl`) choose some. `stories-corpus` is
+    the corpus that ships with the package. Anything else that is no path is taken as a `datasets` name (`owner/name` or
+    `owner/name:config`), which is streamed; code that comes with a dataset is never run.
 
     Args:
         source: Path or name.
-        split: Split of a dataset that has several.
+        split: Split of a dataset that has several; by default "train". Those of a folder are told by its README.md or
+            the names of its files, and "all" takes all.
         column: Column of the texts.
+        on_bad: What happens to a document that is not valid: `error`, or `skip`, which leaves it out; a warning at the
+            end says how many there were. A file that cannot be read at all is an error either way.
 
     Raises:
         TextError: nothing is there by that name, a file cannot be read as what it is called, or has no such column.
+        ConfigError: a split where there are none, or a column where there are none.
     """
-    return cast(Iterator[str], _read(str(source), split, Wanted(("text",), column)))
+    return cast("Documents[str]", _read(source, split, Wanted(("text",), column), on_bad))
 
 
-def read_tokens(source: str | Path, *, split: str = "train", column: str | None = None) -> Iterator[Ids]:
+def read_tokens(
+    source: _SourcePath | Any, *, split: str | None = None, column: str | None = None, on_bad: OnBad = "error"
+) -> Documents[Ids]:
     """Stream the token ids of a dataset that was tokenised before: 1-D arrays of integers, one a document.
 
     The sources are those of `read_texts`, with the ids in `column` (by default the first of "tokens", "input_ids" that
     is there, as SAELens and sparsify write them), and `.npy` files: an array of shape `(Q, T)` is Q documents, a flat
     one is one document; they are memory-mapped. Ids at which a column `attention_mask` beside `input_ids` is 0 are
-    padding, and left out.
+    padding, and left out. Arrays and tensors of either shape, and lists of lists, are taken too.
 
     Raises:
         TextError: as `read_texts`, or a value that is not a flat list of integers.
     """
-    return cast(Iterator[Ids], _read(str(source), split, Wanted(("tokens",), column)))
+    wanted = Wanted(("tokens",), column)
+    if is_array(source) or isinstance(source, list | tuple):
+        if split is not None or column is not None:
+            raise ConfigError("read_tokens was given ids, which have neither split nor column: leave these out")
+        return cast("Documents[Ids]", _of_values(source, wanted, on_bad))
+    return cast("Documents[Ids]", _read(source, split, wanted, on_bad))
 
 
-def read_chats(source: str | Path, *, split: str = "train", column: str | None = None) -> Iterator[Chat]:
+def read_chats(
+    source: _SourcePath, *, split: str | None = None, column: str | None = None, on_bad: OnBad = "error"
+) -> Documents[Chat]:
     """Stream chats: lists of messages, from `column` (by default the first of "messages", "conversations").
 
-    Sources and errors are those of `read_texts`.
+    Sources, arguments and errors are those of `read_texts`.
     """
-    return cast(Iterator[Chat], _read(str(source), split, Wanted(("chat",), column)))
+    return cast("Documents[Chat]", _read(source, split, Wanted(("chat",), column), on_bad))
 
 
-def read_documents(source: str | Path, *, split: str = "train", column: str | None = None) -> Iterator[Document]:
+def read_documents(
+    source: _SourcePath, *, split: str | None = None, column: str | None = None, on_bad: OnBad = "error"
+) -> Documents[Document]:
     """Stream whatever documents are there: texts, else chats, else token ids; for instance for `token_blocks`.
 
     Without `column`, the first column counts that `read_texts`, `read_chats` or `read_tokens` would take, in this
-    order; with it, what it holds decides. Errors are those of `read_texts`.
+    order; with it, what it holds decides. Arguments and errors are those of `read_texts`.
     """
-    return _read(str(source), split, Wanted(("text", "chat", "tokens"), column))
+    return _read(source, split, Wanted(("text", "chat", "tokens"), column), on_bad)
 
 
-def _read(source: str, split: str, wanted: Wanted) -> Iterator[Document]:
+def is_streamed(source: str) -> bool:
+    """Whether it is the name of a dataset. A file that is not there is none: that is said when it is read."""
+    return source != EMBEDDED_CORPUS and not _looks_like_path(source) and not _existing(source)
+
+
+def _read(source: Any, split: str | None, wanted: Wanted, on_bad: OnBad) -> Documents[Document]:
+    source = _checked_source(source)
+    for name, value in (("split", split), ("column", wanted.column)):
+        if value is not None and (not isinstance(value, str) or not value):
+            raise ConfigError(f"{name} must be a name, got {value!r}")
+    place = Place(source)
+    return Documents(_stream(source, split, wanted, place), place, on_bad)
+
+
+def _stream(source: str, split: str | None, wanted: Wanted, place: Place) -> Iterator[Document | Bad]:
     if source == EMBEDDED_CORPUS:
-        return _read_file(_embedded_corpus(), wanted)
+        if split not in (None, ALL):
+            raise ConfigError(f"{source} has no splits: leave split (--split) out")
+        return read_file(_embedded_corpus(), wanted, place)
+    if "://" in source:
+        raise TextError(
+            f"{source} is a URL, and texts are read from this machine or by their `datasets` name: download it"
+        )
     path = Path(source).expanduser()
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _read_saved_dataset(path, split, wanted)
+        return _read_saved_dataset(path, split, wanted, place)
     if path.is_dir():
-        return _read_folder(path, wanted)
+        return _read_files(files_of(path, wanted, split), wanted, place)
     if path.exists():
-        return _read_file(path, wanted)
-    if source.endswith(_SUFFIXES) or source.startswith((".", "/", "~")):
+        check_file_split(path, split)
+        return read_file(path, wanted, place)
+    folder, colon, config = source.rpartition(":")
+    if colon and Path(folder).expanduser().is_dir():
+        return _read_files(files_of(Path(folder).expanduser(), wanted, split, config), wanted, place)
+    if any(c in source for c in "*?["):
+        return _read_pattern(path, split, wanted, place)
+    if _looks_like_path(source):
         raise TextError(f"no text at {source}: there is no such file or folder")
-    return _read_dataset(source, split, wanted)
+    return _read_dataset(source, split or "train", wanted, place)
+
+
+def _checked_source(source: Any) -> str:
+    """A source as a string; whatever else was given is named, with what to do instead."""
+    if isinstance(source, str | os.PathLike):
+        text = os.fspath(source)
+        if isinstance(text, str) and text.strip() and "\0" not in text:
+            return text
+        raise TextError(f"the source of a text is a path or the name of a dataset, got {text!r}")
+    found = type(source).__name__
+    hint = "; what is in memory already is given to token_blocks" if hasattr(source, "__iter__") else ""
+    raise TextError(f"the source of a text is a path or the name of a dataset, got {found}{hint}")
+
+
+def _looks_like_path(source: str) -> bool:
+    return source.startswith((".", "/", "~")) or suffix_of(Path(source)) in SUFFIXES or "\\" in source
+
+
+def _existing(source: str) -> bool:
+    path = Path(source).expanduser()
+    return path.exists() or any(c in source for c in "*?[") or Path(source.rpartition(":")[0] or "/no").is_dir()
 
 
 def _embedded_corpus() -> Path:
@@ -104,115 +164,85 @@ def _embedded_corpus() -> Path:
     return path
 
 
-def _read_folder(folder: Path, wanted: Wanted) -> Iterator[Document]:
-    suffixes = (".txt", *_TABLES) if "text" in wanted.kinds else _TABLES
-    arrays = (".npy",) if "tokens" in wanted.kinds else ()
-    there = sorted(file for file in folder.rglob("*") if file.name.endswith(suffixes + arrays))
-    # Where both texts and arrays are wanted, arrays beside texts are something else: masks, labels, embeddings.
-    texts = [file for file in there if file.name.endswith(suffixes)] if "text" in wanted.kinds else []
-    found = texts or there
-    if not found:
-        raise TextError(f"folder {folder} holds no text: expected files ending in {', '.join(suffixes + arrays)}")
-    return (document for file in found for document in _read_file(file, wanted))
+def _of_values(values: Any, wanted: Wanted, on_bad: OnBad) -> Documents[Document]:
+    """Ids in memory: rows of an array or a list, or one flat document."""
+    rows = plain_array(values) if is_array(values) else values
+    is_flat = rows.ndim == 1 if is_array(rows) else len(rows) > 0 and not hasattr(rows[0], "__len__")
+    place = Place("token ids", "row")
 
-
-def _read_file(path: Path, wanted: Wanted) -> Iterator[Document]:
-    reader = _read_json_lines if path.name.endswith(_JSON_LINES) else _read_plain
-    reader = {".parquet": _read_parquet, ".npy": _read_array}.get(path.suffix, reader)
-    return _told(reader(path, wanted), str(path), (OSError, EOFError, lzma.LZMAError, ValueError))
-
-
-def _told(documents: Iterator[D], where: str, errors: tuple[type[Exception], ...]) -> Iterator[D]:
-    """The documents; whatever goes wrong while they are read is reported with the name of where they lie."""
-    end = object()
-    while True:
-        try:
-            document = next(documents, end)
-        except TextError:
-            raise
-        except UnicodeDecodeError as error:
-            raise TextError(f"{where} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-        except errors as error:
-            raise TextError(f"cannot read {where}: {error}") from error
-        if document is end:
-            return
-        # Outside the try: closed when the interpreter ends, a generator finds the names of those errors gone.
-        yield cast(D, document)
-
-
-def _read_json_lines(path: Path, wanted: Wanted) -> Iterator[Document]:
-    with _OPENERS[path.suffix](path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
+    def documents() -> Iterator[Document | Bad]:
+        for row in [rows] if is_flat else rows:
+            place.number += 1
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise TextError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
-            yield wanted.of_record(record, f"{path}, line {number}")
+                document: Document | Bad = wanted.of_value(row, None, "")
+            except TextError as error:
+                document = place.bad(error, error)
+            yield document
+
+    return Documents(documents(), place, on_bad)
 
 
-def _read_parquet(path: Path, wanted: Wanted) -> Iterator[Document]:
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as table:
-        columns = wanted.columns_of(table.schema_arrow.names, str(path))
-        for batch in table.iter_batches(batch_size=_RECORDS_PER_TABLE, columns=columns):
-            yield from wanted.of_table(pyarrow.Table.from_batches([batch]), str(path))
+def _read_files(paths: Sequence[Path], wanted: Wanted, place: Place) -> Iterator[Document | Bad]:
+    return chain.from_iterable(read_file(path, wanted, place) for path in paths)
 
 
-def _read_plain(path: Path, wanted: Wanted) -> Iterator[str]:
-    if "text" not in wanted.kinds:
-        raise TextError(f"{path} is plain text and has no columns; expected a file ending in {', '.join(_TABLES)}")
-    if wanted.column:
-        raise TextError(f"{path} is plain text and has no column {wanted.column!r}")
-    document: list[str] = []
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            if line.strip() == _SEPARATOR:
-                yield "".join(document).strip()
-                document = []
-            else:
-                document.append(line)
-    yield "".join(document).strip()
+def _read_pattern(pattern: Path, split: str | None, wanted: Wanted, place: Place) -> Iterator[Document | Bad]:
+    import glob
+
+    if split not in (None, ALL):
+        raise ConfigError(f"{pattern} names its files itself: leave split (--split) out")
+    paths = [Path(name) for name in sorted(glob.glob(str(pattern), recursive=True)) if Path(name).is_file()]
+    if not paths:
+        raise TextError(f"no text at {pattern}: no file matches")
+    return _read_files(paths, wanted, place)
 
 
-def _read_array(path: Path, wanted: Wanted) -> Iterator[Ids]:
-    if "tokens" not in wanted.kinds:
-        raise TextError(f"{path} holds an array, not text; read_tokens reads it as token ids")
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
-        raise TextError(
-            f"{path}: expected token ids, integers of shape (Q, T) or flat, found {array.dtype} of shape {array.shape}"
-        )
-    yield from array[None] if array.ndim == 1 else array
-
-
-def _read_saved_dataset(folder: Path, split: str, wanted: Wanted) -> Iterator[Document]:
+def _read_saved_dataset(folder: Path, split: str | None, wanted: Wanted, place: Place) -> Iterator[Document | Bad]:
     """The rows of a folder of `save_to_disk`, memory-mapped and read by tables."""
     import datasets
 
+    place.where = str(folder)
     try:
         saved: Any = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise TextError(f"cannot read {folder}, which looks like a folder of save_to_disk: {error}") from error
+    except Exception as error:
+        raise TextError(
+            f"cannot read {folder}, which looks like a folder of save_to_disk: {reason_of(error)}"
+        ) from error
     if isinstance(saved, datasets.DatasetDict):
+        split = split or ("train" if "train" in saved or len(saved) != 1 else next(iter(saved)))
         if split not in saved:
             raise TextError(f"{folder} has the splits {', '.join(saved)}, not {split!r}; choose one with --split")
         saved = saved[split]
-    columns = wanted.columns_of(saved.column_names, str(folder))
+    elif split not in (None, ALL, str(saved.split)):
+        raise ConfigError(f"{folder} is a single dataset and has no split {split!r}: leave split (--split) out")
+    try:
+        columns = wanted.columns_of(saved.column_names)
+    except TextError as error:
+        raise TextError(f"{folder}: {error}") from error
     tables = saved.select_columns(columns).with_format("arrow").iter(batch_size=_RECORDS_PER_TABLE)
-    rows = (document for table in tables for document in wanted.of_table(table, str(folder)))
-    return _told(rows, str(folder), (OSError, ValueError))
+    return told(of_tables(tables, wanted, place), place)
 
 
-def _read_dataset(name: str, split: str, wanted: Wanted) -> Iterator[Document]:
+def _read_dataset(name: str, split: str, wanted: Wanted, place: Place) -> Iterator[Document | Bad]:
     import datasets
 
     path, _, config = name.partition(":")
-    errors = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
     try:
         rows = datasets.load_dataset(path, config or None, split=split, streaming=True)
-    except errors as error:
-        raise TextError(f"no text at {name!r}: no such file or folder, and datasets says: {error}") from error
-    return _told((wanted.of_record(row, name) for row in rows), name, errors)
+    except Exception as error:
+        script = "scripts are no longer supported" in str(error)
+        reason = "it is made by a script, and code of a dataset is never run" if script else reason_of(error)
+        said = f"no such file or folder, and datasets says: {reason}"
+        raise TextError(f"no text at {name!r}: {said}") from error
+    return told(_of_rows(rows, wanted, place), place)
+
+
+def _of_rows(rows: Any, wanted: Wanted, place: Place) -> Iterator[Document | Bad]:
+    place.unit, place.number = "row", 0
+    for row in rows:
+        place.number += 1
+        try:
+            document: Document | Bad = wanted.of_record(row)
+        except TextError as error:
+            document = place.bad(error, error)
+        yield document
