@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import ConfigError, SiteError
+from actcache.files import shown
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
@@ -102,7 +103,7 @@ def check_positive(where: str, **values: int) -> None:
     """Raise `ConfigError` for the first of the named values that is not a positive integer."""
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{where}: {name} must be a positive integer, got {value!r}")
+            raise ConfigError(f"{where}: {name} must be a positive integer, got {shown(value)}")
 
 
 def digest_of(value: Any) -> str:

@@ -386,7 +386,7 @@ def check_state(path: Path, state: Mapping[str, Any], n_steps: int) -> None:
         n_steps = identity["config"].get("n_steps", n_steps)  # a difference is said as that
     wrong = {
         "step": type(step) is not int or type(n_steps) is not int or not 0 < step <= n_steps,
-        "seconds": type(seconds) not in (int, float) or not 0 <= seconds < math.inf,
+        "seconds": not isinstance(seconds, int | float) or not 0 <= seconds < math.inf,
         "history": tuple(history) != HISTORY or len(lengths) != 1 or None in lengths or not numbers,
         "identity": not (isinstance(identity, dict) and isinstance(identity.get("config"), dict)),
         "loader": not isinstance(state.get("loader"), dict),

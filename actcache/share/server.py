@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from actcache.errors import ConfigError, ServingError
 from actcache.load import Batch, Loader
 from actcache.load.gather import BatchMemory
-from actcache.load.state import check_settings, checked_state
+from actcache.load.state import check_settings, checked_place, checked_state
 from actcache.share.memory import SharedMemory
 from actcache.share.messages import PROTOCOL, Lines, Message, State, how_far
 from actcache.spec import Progress, check_positive, expand_names
@@ -273,14 +273,9 @@ class _Server:
 
     def _checked(self, state: Any) -> State:
         """A state that a consumer brings, if it is one of what is served from now on."""
-        try:
-            found = checked_state(state, self._state["fingerprint"], self._loader.store.path)
-            check_settings(found["settings"], self._state["settings"])
-            is_place = all(type(found[name]) is int and found[name] >= 0 for name in _PLACE)
-        except (KeyError, TypeError, AttributeError):
-            is_place = False
-        if not is_place:
-            raise ValueError(f"{str(state)[:60]!r} is no state of a loader")
+        found = checked_state(state, self._state["fingerprint"], self._loader.store.path)
+        check_settings(found["settings"], self._state["settings"])
+        checked_place(found, self._loader.plan.n_batches)
         if self._begun and how_far(found) < how_far(self._state):
             raise ValueError(
                 f"the state is that of epoch {found['epoch']}, batch {found['batch']}, and the others are past it; "
