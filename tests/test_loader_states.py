@@ -68,8 +68,7 @@ def test_every_change_of_a_state_is_an_exact_place_or_an_error(small_store, epoc
     before, n_batches = loader.state_dict(), loader.plan.n_batches
     try:
         loader.load_state_dict(state)
-    except StateError as error:
-        assert len(str(error)) < 1000
+    except StateError:
         assert loader.state_dict() == before
         return
     assert all(type(state[name]) is int for name in PLACE)
@@ -136,8 +135,7 @@ def test_every_change_of_a_mixtures_state_is_an_exact_place_or_an_error(small_st
     before = fresh.state_dict()
     try:
         fresh.load_state_dict(state)
-    except StateError as error:
-        assert len(str(error)) < 1000
+    except StateError:
         assert fresh.state_dict() == before
         return
     assert fresh.state_dict()["step"] == state["step"]

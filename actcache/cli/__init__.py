@@ -5,6 +5,7 @@ Exit codes: 0 fine, 1 something that the user can mend (said in one line), 2 uns
     options.py     which model, which text: options of several verbs
     screen.py      tables, JSON: all that is printed
     progress.py    bars, lines in a log, events: how far a command is
+    streams.py     stdout and stderr that end no command
     interrupts.py  Ctrl-C
     plan.py        the verb `plan`
     stores.py      the verbs that make a store and look after it
@@ -27,6 +28,7 @@ from actcache import __version__
 from actcache.cli import exchange, serve, sites, stores, verbs
 from actcache.cli.interrupts import INTERRUPTED
 from actcache.cli.screen import error_line
+from actcache.cli.streams import patient_streams
 from actcache.errors import ActcacheError, CorruptShardError
 
 FINE, USER_ERROR, UNSOUND = 0, 1, 2
@@ -85,6 +87,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; `arguments` are those of the process by default."""
     tokens = sys.argv[1:] if arguments is None else list(arguments)
     as_json = "--json" in tokens
+    with patient_streams():
+        code = _run(tokens, as_json=as_json)
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            error_line(f"the result could not be written to stdout ({error.strerror})", json=as_json)
+            return code or USER_ERROR
+    return code
+
+
+def _run(tokens: Sequence[str], *, as_json: bool) -> int:
     try:
         return build_app()(tokens) or FINE
     except CycloptsError as error:
