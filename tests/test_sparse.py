@@ -196,7 +196,7 @@ def test_load_refuses_sizes_before_it_makes_room_for_them(tmp_path, change):
     make().save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
-    with pytest.raises(StateError, match="d_in|do not fit|n_latents"):
+    with pytest.raises(StateError, match=r"d_in|do not fit|n_latents"):
         SparseMLP.load(tmp_path)
 
 

@@ -88,18 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokens = sys.argv[1:] if arguments is None else list(arguments)
     as_json = "--json" in tokens
     with patient_streams():
-        code = _run(tokens, as_json=as_json)
-        try:
-            sys.stdout.flush()
-        except OSError as error:
-            error_line(f"the result could not be written to stdout ({error.strerror})", json=as_json)
-            return code or USER_ERROR
-    return code
+        return _run(tokens, as_json=as_json)
 
 
 def _run(tokens: Sequence[str], *, as_json: bool) -> int:
     try:
-        return build_app()(tokens) or FINE
+        code = build_app()(tokens) or FINE
+        sys.stdout.flush()
+        return code
     except CycloptsError as error:
         way_out = f"See '{' '.join(['actcache', *(error.command_chain or ()), '--help'])}'."
         error_line(f"{error}\n{way_out}", json=as_json)

@@ -47,13 +47,18 @@ class Outlet:
     def _going_silent(self) -> Iterator[None]:
         try:
             yield
-        except self._ignored:
+        except (OSError, ValueError) as error:
             self._silent = True
             # What is left in the buffer would be tried again at the end of the process, and said to have failed.
             with suppress(OSError, ValueError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self._stream.fileno())
                 os.close(nowhere)
+            if isinstance(error, self._ignored):
+                return
+            if isinstance(error, OSError):
+                raise OSError(error.errno, f"the result cannot be written to stdout: {error.strerror}") from error
+            raise
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
