@@ -91,7 +91,7 @@ def write_atomic(path: Path, data: bytes | str) -> Path:
         StorageFullError: there is no room. ConfigError: there can be no such file; name another place.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with _explained(path):
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with partial.open("wb") as file:
@@ -105,7 +105,7 @@ def write_atomic(path: Path, data: bytes | str) -> Path:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Errors of the system that name the path: those of a write say nothing of it."""
     try:
         yield

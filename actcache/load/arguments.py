@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 from actcache.errors import ConfigError, StoreIncompleteError
 from actcache.files import shown
 from actcache.spec import check_positive
+from actcache.store.opened import checked_store
 
 if TYPE_CHECKING:
     import torch
-
-    from actcache.store import Store
 
 ORDERS = ("shuffled", "sequence")
 MOST_LANES, MOST_READ_AHEAD = 1 << 16, 1 << 16
@@ -43,15 +42,6 @@ def check_loader(
         raise ConfigError(f"loader: lanes must be between 1 and {MOST_LANES}, got {shown(optional['lanes'])}")
     if order not in ORDERS:
         raise ConfigError(f"loader: order must be one of {', '.join(ORDERS)}, got {shown(order)}")
-
-
-def checked_store(store: Any, who: str) -> Store:
-    """An open store; where a path was given, the message says how to open it."""
-    from actcache.store import Store
-
-    if not isinstance(store, Store):
-        raise ConfigError(f"{who}: store must be an open store, such as open_store({shown(store)})")
-    return store
 
 
 def integer(who: str, name: str, value: Any) -> int:
