@@ -229,6 +229,8 @@ def test_an_export_into_what_is_there_or_has_no_room_names_it(small_store, tmp_p
         with pytest.raises(ConfigError, match="holds something else"):
             export_saelens(small_store, tmp_path / "other")
         assert (tmp_path / "other" / "dataset_info.json").read_bytes() == content
-    with small_disk_in(tmp_path / "disk", "16k") as disk:
-        with pytest.raises(StorageFullError, match=rf"no room to write {disk}"):
-            export_saelens(small_store, disk / "out")
+    with (
+        small_disk_in(tmp_path / "disk", "16k") as disk,
+        pytest.raises(StorageFullError, match=rf"no room to write {disk}"),
+    ):
+        export_saelens(small_store, disk / "out")
