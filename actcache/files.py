@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and that a power cut does not take: written beside their place, then renamed.
+"""Files and paths: files that appear whole or not at all, paths from what a caller gave, JSON read with a clear reason.
 
 What the system has taken it still keeps in memory for a while. A file's bytes are on the disk once the file is flushed
 (`fsync`), its name once its folder is, and the folder once the folder above is.
@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from actcache.errors import StorageFullError
+from actcache.errors import ConfigError, StorageFullError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_ELSEWHERE = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+"""What another path would mend."""
+_MOST_SHOWN = 80
+_LFS = b"version https://git-lfs.github.com/"
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 _CANNOT_FLUSH = {errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 """What file systems say that cannot flush a folder, most of which do not need it."""
@@ -47,7 +53,7 @@ def whole_file(path: str, beside: str, *, flushed: bool) -> Iterator[int]:
         raise
 
 
-def write_whole(path: Path, data: bytes, *, beside: str | None = None) -> None:
+def write_whole(path: Path, data: bytes | str, *, beside: str | None = None) -> Path:
     """Make or replace a file as a whole, folders included: after a crash or a power cut there is the old or the new.
 
     Args:
@@ -57,14 +63,22 @@ def write_whole(path: Path, data: bytes, *, beside: str | None = None) -> None:
             for a file that one process writes.
 
     Raises:
-        StorageFullError: no room; what was there before is untouched.
+        StorageFullError: no room; what was there before is untouched. ConfigError: there can be no such file; name
+        another place.
     """
-    with full_disk_explained(f"for {path}: {len(data):,} bytes", path):
+    payload = data.encode() if isinstance(data, str) else data
+    with explained(path, f"{len(payload):,} bytes"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(str(path), str(path.with_name(beside or f"{path.name}.partial")), flushed=True) as descriptor:
-            write_all(descriptor, memoryview(data))
+            write_all(descriptor, memoryview(payload))
     for folder in folders_to_flush(path.absolute().parent):
         flush(folder)
+    return path
+
+
+def own_partial(path: Path) -> str:
+    """A name for the unfinished file of one process, where several write the same file."""
+    return f".{path.name}.{os.getpid()}.partial"
 
 
 def write_all(descriptor: int, data: memoryview) -> None:
@@ -143,3 +157,79 @@ def free_bytes(place: Path | None) -> int | None:
         return None
     here = place.absolute()
     return shutil.disk_usage(next(folder for folder in (here, *here.parents) if folder.exists())).free
+
+
+@contextmanager
+def explained(path: Path, needed: str = "more bytes") -> Iterator[None]:
+    """Errors of the system that name the path: those of a write say nothing of it."""
+    try:
+        with full_disk_explained(f"for {path}: {needed}", path):
+            yield
+    except OSError as error:
+        if isinstance(error, StorageFullError):
+            raise
+        if error.errno in _ELSEWHERE:
+            raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another place") from error
+        raise type(error)(error.errno, error.strerror, str(path)) from error
+
+
+def path_of(given: Any, what: str) -> Path:
+    """A path from a text or a path, `~` being the home folder.
+
+    Raises:
+        ConfigError: it is neither, or empty, or cannot name anything on a disk.
+    """
+    if not isinstance(given, str | os.PathLike) or not isinstance(text := os.fspath(given), str):
+        raise ConfigError(f"{what} must be a path, got {shown(given)}")
+    if not text or "\0" in text:
+        raise ConfigError(f"{what} must be the path of something, got {text!r}")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{what}: {text} names the home folder of nobody here") from error
+
+
+def shown(value: Any) -> str:
+    """A value as a message can show it: short, whatever it is."""
+    try:
+        text = repr(value)
+    except Exception:  # a number of ten thousand digits, a list ten thousand deep, somebody's class
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: it is no JSON; the message says why. OSError: it cannot be read.
+    """
+    return parse_json(path.read_bytes())
+
+
+def parse_json(data: bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON; the message says why.
+    """
+    if data.startswith(_LFS):
+        raise ValueError("is a git-lfs pointer and not the file itself: run 'git lfs pull'")
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("is nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"is not valid JSON ({error})") from error
+
+
+def why_not_tensors(path: Path, error: Exception) -> str:
+    """Why a safetensors file could not be read, as the end of a sentence about it."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS))
+    except OSError as reason:
+        return f"cannot be read ({reason.strerror})"
+    if start == _LFS:
+        return "is a git-lfs pointer and not the tensors: run 'git lfs pull'"
+    return f"is damaged, cut short or no safetensors file ({error})"

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache import report
-from actcache.errors import ConfigError, RunNotFoundError, StateError, StoreError
+from actcache.errors import ActcacheError, RunNotFoundError, StateError
 from actcache.spec import Progress
 
 if TYPE_CHECKING:
@@ -289,6 +289,10 @@ def evaluate_run(
     rows, spec = metrics.get("layers", []), metrics.get("store", {}).get("spec", {})
     if not rows:
         raise StateError(f"{run} has no sparse MLP to evaluate; train one with 'actcache train'")
+    said = {**spec, **{f"path of layer {row['layer']}": row.get("path") for row in rows}}
+    for name in ("dtype", "skip_first", "model", *(f"path of layer {row['layer']}" for row in rows)):
+        if said.get(name) is None:
+            raise StateError(f"{run / 'metrics.json'} does not say the {name}; train the run again")
     _check_model(run, lm, spec["model"])
     trained_on = _training_store(metrics["store"])
     if trained_on is not None:
@@ -320,9 +324,10 @@ def _metrics_of_store(run: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     except RunNotFoundError:
         return {}
     known = metrics.get("store", {})
-    if known and known["fingerprint"] != facts["fingerprint"]:
+    fingerprint = str(known.get("fingerprint"))
+    if known and fingerprint != facts["fingerprint"]:
         raise StateError(
-            f"{run} is the run of another store: {known['path']} with fingerprint {known['fingerprint'][:12]}, "
+            f"{run} is the run of another store: {known['path']} with fingerprint {fingerprint[:12]}, "
             f"not {facts['path']} with {facts['fingerprint'][:12]}; give another folder"
         )
     return metrics
@@ -348,9 +353,9 @@ def _training_store(facts: Mapping[str, Any]) -> Store | None:
 
     try:
         store = open_store(facts["path"])
-    except (StoreError, ConfigError, OSError):  # of a URL, what it took to open it may be missing here
+    except (ActcacheError, OSError):  # of a URL, what it took to open it may be missing here
         return None
-    return store if store.fingerprint == facts["fingerprint"] else None
+    return store if store.fingerprint == facts.get("fingerprint") else None
 
 
 def _warn_of_overlap(trained_on: Store, blocks: TokenBlocks) -> None:

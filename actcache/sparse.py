@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from actcache.errors import ConfigError, ModelNotFoundError, StateError
-from actcache.files import write_whole
-from actcache.spec import check_positive
+from actcache.files import path_of, read_json, shown, why_not_tensors, write_whole
+from actcache.spec import check_positive, digest_of
 
 VERSION = 1
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
@@ -63,7 +63,7 @@ class SparseMLP(nn.Module):
         """Write `weights.safetensors`, then `config.json` with its digest; each replaces an older one as a whole."""
         from safetensors.torch import save
 
-        folder = Path(folder)
+        folder = path_of(folder, "sparse MLP: the folder")
         weights = save({name: w.detach().cpu().contiguous() for name, w in self.state_dict().items()})
         config = {
             "format": "actcache sparse MLP",
@@ -72,8 +72,9 @@ class SparseMLP(nn.Module):
             "weights_sha256": hashlib.sha256(weights).hexdigest(),
             "about": self.about,
         }
+        config["config_sha256"] = digest_of(config)
         write_whole(folder / WEIGHTS, weights)
-        write_whole(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        write_whole(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> SparseMLP:
@@ -83,33 +84,53 @@ class SparseMLP(nn.Module):
             ModelNotFoundError: no sparse MLP in that folder.
             StateError: the files are of another version, damaged, or do not belong together.
         """
-        from safetensors.torch import load
-
-        config, weights = _read_saved(Path(folder))
-        mlp = cls(**{name: config[name] for name in ("d_in", "d_out", "n_latents", "activation")})
-        mlp.about = config["about"]
+        folder = path_of(folder, "sparse MLP: the folder")
+        config, weights = _read_saved(folder)
+        sizes = {name: config[name] for name in ("d_in", "d_out", "n_latents", "activation")}
         try:
-            mlp.load_state_dict(load(weights))
-        except RuntimeError as error:
-            raise StateError(f"sparse MLP in {folder}: weights and {CONFIG} do not fit: {error}") from error
+            with torch.device("meta"):  # sizes that are wrong must not be allocated
+                shapes = {name: tuple(w.shape) for name, w in cls(**sizes).state_dict().items()}
+        except (ConfigError, RuntimeError) as error:
+            raise StateError(f"sparse MLP in {folder}: {CONFIG} describes none: {error}") from error
+        found = {name: tuple(w.shape) for name, w in weights.items()}
+        if found != shapes:
+            raise StateError(f"sparse MLP in {folder}: weights and {CONFIG} do not fit: {found}, not {shapes}")
+        if config.pop("config_sha256", None) not in (None, digest_of(config)):
+            raise StateError(f"sparse MLP in {folder}: {CONFIG} does not match its digest; save or train it again")
+        mlp = cls(**sizes)
+        mlp.about = config["about"]
+        mlp.load_state_dict(weights)
         return mlp
 
 
-def _read_saved(folder: Path) -> tuple[dict[str, Any], bytes]:
+_FIELDS = {"format", "version", "d_in", "d_out", "n_latents", "activation", "weights_sha256", "about"}
+
+
+def _read_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `config.json` says, and the tensors that belong to it."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     try:
-        config = json.loads((folder / CONFIG).read_bytes())
-        weights = (folder / WEIGHTS).read_bytes()
-    except FileNotFoundError as error:
+        config = read_json(folder / CONFIG)
+        data = (folder / WEIGHTS).read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ModelNotFoundError(f"no sparse MLP in {folder}: {Path(error.filename).name} is missing") from error
+    except OSError as error:
+        raise StateError(f"sparse MLP in {folder}: {error.filename} cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise StateError(f"sparse MLP in {folder}: {CONFIG} is not JSON: {error}") from error
-    needed = {"version", "d_in", "d_out", "n_latents", "activation", "weights_sha256", "about"}
-    if not isinstance(config, dict) or config.get("version") != VERSION or needed - config.keys():
-        found = f"version {config.get('version')!r}" if isinstance(config, dict) else type(config).__name__
+        raise StateError(f"sparse MLP in {folder}: {CONFIG} {error}") from error
+    # The digest of the config itself is younger than the format.
+    if not isinstance(config, dict) or config.keys() - {"config_sha256"} != _FIELDS or config["version"] != VERSION:
+        found = f"version {shown(config.get('version'))}" if isinstance(config, dict) else type(config).__name__
         raise StateError(f"sparse MLP in {folder}: {CONFIG} must be a saved MLP of version {VERSION}, found {found}")
-    if hashlib.sha256(weights).hexdigest() != config["weights_sha256"]:
+    if hashlib.sha256(data).hexdigest() != config["weights_sha256"]:
         raise StateError(f"sparse MLP in {folder}: {WEIGHTS} does not match its digest; save or train it again")
-    return config, weights
+    try:
+        return config, load(data)
+    except (SafetensorError, ValueError) as error:
+        reason = why_not_tensors(folder / WEIGHTS, error)
+        raise StateError(f"sparse MLP in {folder}: {WEIGHTS} {reason}") from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

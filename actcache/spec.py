@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import ConfigError, SiteError
+from actcache.files import shown
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
@@ -102,7 +103,14 @@ def check_positive(where: str, **values: int) -> None:
     """Raise `ConfigError` for the first of the named values that is not a positive integer."""
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{where}: {name} must be a positive integer, got {value!r}")
+            raise ConfigError(f"{where}: {name} must be a positive integer, got {shown(value)}")
+
+
+def check_callable(where: str, **values: Any) -> None:
+    """Raise `ConfigError` for the first of the named values that is there and is no function."""
+    for name, value in values.items():
+        if value is not None and not callable(value):
+            raise ConfigError(f"{where}: {name} must be a function, got {shown(value)}")
 
 
 def digest_of(value: Any) -> str:
@@ -420,7 +428,11 @@ def expand_names(patterns: Sequence[str], known: Sequence[str]) -> list[str]:
         SiteError: a pattern matches nothing; the message names the nearest known names.
     """
     wanted: set[str] = set()
+    if not isinstance(patterns, str | Iterable):
+        raise ConfigError(f"sites must be names or patterns of sites, got {shown(patterns)}")
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if not isinstance(pattern, str):
+            raise ConfigError(f"sites must be names or patterns of sites, got {shown(pattern)} among them")
         matches = [name for name in known if fnmatchcase(name, pattern)]
         if not matches:
             near = difflib.get_close_matches(pattern, known, n=4, cutoff=0.4)

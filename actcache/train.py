@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor
 
+from actcache.checkpoint import WAY_OUT, read_checkpoint, write_checkpoint
 from actcache.errors import ConfigError, SiteError, StateError, TrainingError
-from actcache.files import write_whole
+from actcache.files import path_of, shown
 from actcache.memory import keep_freed_memory
 from actcache.sparse import Scaling, SparseMLP, fold_scaling, initialise, sparse_loss
 from actcache.spec import Progress, check_positive
@@ -29,9 +30,10 @@ from actcache.spec import Progress, check_positive
 if TYPE_CHECKING:
     from actcache.load import Loader
 
-VERSION = 1
 CHECKPOINT = "checkpoint.safetensors"
 HISTORY = ("step", "loss", "fvu", "l0", "dead")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What Adam keeps of a parameter."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,7 +138,7 @@ class Trainer:
     ) -> None:
         self.mlp, self.loader, self.config = mlp, loader, config or TrainConfig()
         self.site_in, self.site_out = choose_sites(loader, mlp, site_in, site_out)
-        self.checkpoint = None if checkpoint is None else Path(checkpoint) / CHECKPOINT
+        self.checkpoint = None if checkpoint is None else _folder(checkpoint) / CHECKPOINT
         self.step, self.seconds = 0, 0.0
         self.history: dict[str, list[float]] = {name: [] for name in HISTORY}
         self._progress = progress
@@ -283,23 +285,22 @@ class Trainer:
         return {name: t.detach().cpu().contiguous() for name, t in {**named, **moments, **own}.items()}
 
     def _save(self, path: Path) -> None:
-        # One file: a crash can never leave new weights beside an old state.
-        from safetensors.torch import save
-
         state = {
-            "version": VERSION,
             "step": self.step,
             "seconds": self.seconds,
             "identity": self._identity(),
             "loader": self.loader.state_dict(),
             "history": self.history,
         }
-        write_whole(path, save(self._tensors(), metadata={"state": json.dumps(state)}))
+        write_checkpoint(path, state, self._tensors())
 
     @torch.no_grad()
     def _resume(self, path: Path) -> None:
+        """Continue from a checkpoint; nothing of this run has changed when it is refused."""
         state, tensors = read_checkpoint(path)
+        check_state(path, state, self.config.n_steps)
         check_identity(path, found=state["identity"], asked=self._identity())
+        self._check_tensors(path, tensors)
         self.loader.load_state_dict(state["loader"])
         self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
         self._last_fired_F.copy_(tensors["last_fired"])
@@ -307,9 +308,33 @@ class Trainer:
         moments: dict[int, dict[str, Tensor]] = {}
         for index, (name, parameter) in enumerate(self._scaled.named_parameters()):
             parameter.copy_(tensors[name])
-            moments[index] = {key: tensors[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            moments[index] = {key: tensors[f"{name}/{key}"] for key in MOMENTS}
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+    def _check_tensors(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        expected = self._tensors()  # of the moments too, once there has been a step
+        for name, parameter in self._scaled.named_parameters():
+            expected |= {f"{name}/exp_avg": parameter, f"{name}/exp_avg_sq": parameter}
+            expected[f"{name}/step"] = torch.zeros(())
+        wanted, found = (
+            {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in those.items()}
+            for those in (expected, tensors)
+        )
+        for name in sorted(wanted.keys() | found.keys()):
+            if wanted.get(name) != found.get(name):
+                raise StateError(
+                    f"{path} has {shown(found.get(name))} for the tensor {name}, where this run has "
+                    f"{shown(wanted.get(name))}; {WAY_OUT}"
+                )
+
+
+def _folder(given: str | Path) -> Path:
+    """The folder of checkpoints, refused before the first step if there can be none."""
+    folder = path_of(given, "checkpoint")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"checkpoint must be a folder, and {folder} is a file; name another place")
+    return folder
 
 
 def choose_sites(loader: Loader, mlp: SparseMLP, site_in: str | None, site_out: str | None) -> tuple[str, str]:
@@ -350,23 +375,25 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """State and tensors of a checkpoint file.
-
-    Raises:
-        StateError: not a checkpoint, damaged, or of another version.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = json.loads((file.metadata() or {}).get("state", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-    except (SafetensorError, ValueError) as error:
-        raise StateError(f"{path} is not a readable checkpoint ({error}); delete it to begin again") from error
-    if state.get("version") != VERSION:
-        raise StateError(f"{path} is a checkpoint of version {state.get('version')!r}, this is version {VERSION}")
-    return state, tensors
+def check_state(path: Path, state: Mapping[str, Any], n_steps: int) -> None:
+    """Raise `StateError` for the first thing in a checkpoint's state that no run of so many steps has saved."""
+    step, seconds, history, identity = (state.get(name) for name in ("step", "seconds", "history", "identity"))
+    history = history if isinstance(history, dict) else {}
+    columns = history.values()
+    numbers = all(type(value) in (int, float) for column in columns if isinstance(column, list) for value in column)
+    lengths = {len(column) if isinstance(column, list) else None for column in columns}
+    if isinstance(identity, dict) and isinstance(identity.get("config"), dict):
+        n_steps = identity["config"].get("n_steps", n_steps)  # a difference is said as that
+    wrong = {
+        "step": type(step) is not int or type(n_steps) is not int or not 0 < step <= n_steps,
+        "seconds": not isinstance(seconds, int | float) or not 0 <= seconds < math.inf,
+        "history": tuple(history) != HISTORY or len(lengths) != 1 or None in lengths or not numbers,
+        "identity": not (isinstance(identity, dict) and isinstance(identity.get("config"), dict)),
+        "loader": not isinstance(state.get("loader"), dict),
+    }
+    for name, is_wrong in wrong.items():
+        if is_wrong:
+            raise StateError(f"{path}: its {name} is {shown(state.get(name))}, which no run has saved; {WAY_OUT}")
 
 
 def check_identity(path: Path, *, found: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

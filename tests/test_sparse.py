@@ -162,3 +162,55 @@ def test_bfloat16_products_stay_close_and_gradients_are_float32():
         gradients.append(torch.cat([p.grad.flatten() for p in mlp.parameters()]))
     assert gradients[1].dtype == torch.float32
     assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[0].norm()
+
+
+def test_load_refuses_every_flipped_bit(tmp_path):
+    make().save(tmp_path)
+    for file in (tmp_path / "config.json", tmp_path / "weights.safetensors"):
+        sound = file.read_bytes()
+        for place in range(0, len(sound), 1 + len(sound) // 400):
+            bits = bytearray(sound)
+            bits[place] ^= 1 << place % 8
+            file.write_bytes(bits)
+            try:
+                SparseMLP.load(tmp_path)
+            except StateError:
+                continue
+            # JSON has more than one way to write a space.
+            assert json.loads(bits) == json.loads(sound), (file.name, place)
+        file.write_bytes(sound)
+    SparseMLP.load(tmp_path)
+
+
+def test_load_takes_an_mlp_of_before_its_config_had_a_digest(tmp_path):
+    mlp = make()
+    mlp.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["config_sha256"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(SparseMLP.load(tmp_path).encoder.weight, mlp.encoder.weight)
+
+
+@pytest.mark.parametrize("change", [{"d_in": True}, {"d_in": 1e300}, {"d_out": 10**15}, {"n_latents": "40"}])
+def test_load_refuses_sizes_before_it_makes_room_for_them(tmp_path, change):
+    make().save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(StateError, match=r"d_in|do not fit|n_latents"):
+        SparseMLP.load(tmp_path)
+
+
+def test_files_that_are_none_are_named_with_what_they_are(tmp_path):
+    make().save(tmp_path)
+    (tmp_path / "config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n")
+    with pytest.raises(StateError, match="git lfs pull"):
+        SparseMLP.load(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(StateError, match="nested too deep"):
+        SparseMLP.load(tmp_path)
+    with pytest.raises(ModelNotFoundError, match="no sparse MLP"):
+        SparseMLP.load(tmp_path / "config.json")
+    with pytest.raises(ConfigError, match=r"config\.json.* cannot be written"):
+        make().save(tmp_path / "config.json")
+    with pytest.raises(ConfigError, match="must be a path, got 7"):
+        SparseMLP.load(7)

@@ -1,5 +1,6 @@
 """Training: recovers a planted dictionary, resumes to the same bits, is indifferent to units, says what went wrong."""
 
+import json
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -208,6 +209,71 @@ def test_refuses_a_checkpoint_of_another_version(tmp_path):
     save_file({"w": torch.zeros(1)}, tmp_path / CHECKPOINT, metadata={"state": '{"version": 99}'})
     with pytest.raises(StateError, match="version 99"):
         train(loader_of(planted()[0]), checkpoint=tmp_path)
+
+
+def checkpoint_of(folder, **options):
+    """The path and the bytes of a real checkpoint in the middle of a run."""
+    with pytest.raises(InterruptedRunError):
+        train(loader_of(planted()[0]), mlp=make(n_latents=6), checkpoint=folder, progress=stop_at(6), **options)
+    return folder / CHECKPOINT, (folder / CHECKPOINT).read_bytes()
+
+
+def test_no_flipped_bit_of_a_checkpoint_reaches_a_result(tmp_path):
+    path, sound = checkpoint_of(tmp_path)
+    header = 8 + int.from_bytes(sound[:8], "little")
+    rng = np.random.default_rng(0)
+    places = {*rng.integers(0, header, 250).tolist(), *rng.integers(header, len(sound), 150).tolist(), *range(8)}
+    for place in sorted(places):
+        bits = bytearray(sound)
+        bits[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(bits)
+        with pytest.raises(StateError, match=f"{CHECKPOINT} .*delete it to begin again"):
+            train(loader_of(planted(64)[0]), mlp=make(n_latents=6), checkpoint=tmp_path)
+
+
+def test_a_refused_checkpoint_leaves_the_run_and_the_file_as_they_were(tmp_path):
+    path, sound = checkpoint_of(tmp_path)
+    path.write_bytes(sound[:-40])
+    mlp, loader = make(n_latents=6), loader_of(planted()[0])
+    before = weights(mlp)
+    with pytest.raises(StateError, match="is damaged, cut short or no safetensors file"):
+        train(loader, mlp=mlp, checkpoint=tmp_path)
+    assert torch.equal(weights(mlp), before)
+    assert loader.delivered == 0
+    assert path.read_bytes() == sound[:-40]
+
+
+def test_a_checkpoint_of_before_there_was_a_digest_is_continued_with_a_warning(tmp_path):
+    straight, _ = train(loader_of(planted()[0]), mlp=make(n_latents=6))
+    path, _ = checkpoint_of(tmp_path)
+    with safe_open(path, framework="pt") as file:
+        state = json.loads(file.metadata()["state"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata={"state": json.dumps({**state, "version": 1})})
+    with pytest.warns(UserWarning, match="kept no digest of its tensors"):
+        resumed, _ = train(loader_of(planted()[0]), mlp=make(n_latents=6), checkpoint=tmp_path)
+    assert torch.equal(weights(resumed), weights(straight))
+    without_digest = pytest.warns(UserWarning, match="no digest")
+    # What such a checkpoint says is held against what a run of these settings can have saved.
+    for change in ({"step": 13}, {"step": 4.0}, {"step": True}, {"seconds": "1"}, {"history": {}}, {"loader": None}):
+        save_file(tensors, path, metadata={"state": json.dumps({**state, "version": 1, **change})})
+        with pytest.raises(StateError, match=f"its {next(iter(change))} is"), without_digest:
+            train(loader_of(planted()[0]), mlp=make(n_latents=6), checkpoint=tmp_path)
+    for change in ({"last_fired": tensors["last_fired"].int()}, {"more": torch.zeros(1)}):
+        save_file({**tensors, **change}, path, metadata={"state": json.dumps({**state, "version": 1})})
+        with pytest.raises(StateError, match=f"for the tensor {next(iter(change))}"), without_digest:
+            train(loader_of(planted()[0]), mlp=make(n_latents=6), checkpoint=tmp_path)
+
+
+def test_what_is_no_checkpoint_is_named_with_what_it_is(tmp_path):
+    (tmp_path / CHECKPOINT).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n")
+    with pytest.raises(StateError, match="git lfs pull"):
+        train(loader_of(planted()[0]), checkpoint=tmp_path)
+    (tmp_path / "other" / CHECKPOINT).mkdir(parents=True)
+    with pytest.raises(StateError, match=r"cannot be read \(Is a directory\)"):
+        train(loader_of(planted()[0]), checkpoint=tmp_path / "other")
+    with pytest.raises(ConfigError, match="checkpoint must be a folder"):
+        train(loader_of(planted()[0]), checkpoint=tmp_path / CHECKPOINT)
 
 
 def test_units_of_the_activations_do_not_matter():

@@ -17,7 +17,7 @@ import numpy as np
 
 from actcache.adapters import require
 from actcache.errors import ConfigError, StateError
-from actcache.files import write_whole
+from actcache.files import read_json, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +74,7 @@ class Provider(Iterator[T], Generic[T]):
         if checkpoint_path is None:  # the trainer was told of no place to keep checkpoints in
             return
         file = Path(checkpoint_path) / STATE_FILE
-        write_whole(file, json.dumps(self.state_dict()).encode())
+        write_whole(file, json.dumps(self.state_dict()))
 
     def load_checkpoint(self, checkpoint_path: str | Path) -> None:
         """Continue where the checkpoint in that folder was taken.
@@ -88,7 +88,11 @@ class Provider(Iterator[T], Generic[T]):
                 f"{checkpoint_path} has no {STATE_FILE}; it is there when the trainer that wrote the checkpoint was "
                 "given save_checkpoint_fn=provider.save_checkpoint"
             )
-        self.load_state_dict(json.loads(file.read_text(encoding="utf-8")))
+        try:
+            state = read_json(file)
+        except ValueError as error:
+            raise StateError(f"{file} {error}; take the checkpoint before") from error
+        self.load_state_dict(state)
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -5,6 +5,7 @@ Exit codes: 0 fine, 1 something that the user can mend (said in one line), 2 uns
     options.py     which model, which text: options of several verbs
     screen.py      tables, JSON: all that is printed
     progress.py    bars, lines in a log, events: how far a command is
+    streams.py     stdout and stderr that end no command
     interrupts.py  Ctrl-C
     plan.py        the verb `plan`
     stores.py      the verbs that make a store and look after it
@@ -29,6 +30,7 @@ from actcache.addresses import hidden
 from actcache.cli import audit, exchange, serve, sites, stores, verbs
 from actcache.cli.interrupts import INTERRUPTED
 from actcache.cli.screen import error_line
+from actcache.cli.streams import patient_streams
 from actcache.errors import ActcacheError, AuditError, CorruptShardError
 
 FINE, USER_ERROR, UNSOUND = 0, 1, 2
@@ -87,8 +89,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; `arguments` are those of the process by default."""
     tokens = sys.argv[1:] if arguments is None else list(arguments)
     as_json = "--json" in tokens
+    with patient_streams():
+        return _run(tokens, as_json=as_json)
+
+
+def _run(tokens: Sequence[str], *, as_json: bool) -> int:
     try:
-        return build_app()(tokens) or FINE
+        code = build_app()(tokens) or FINE
+        sys.stdout.flush()
+        return code
     except CycloptsError as error:
         way_out = f"See '{' '.join(['actcache', *(error.command_chain or ()), '--help'])}'."
         error_line(hidden(f"{error}\n{way_out}"), json=as_json)

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -59,5 +60,6 @@ class Interrupts:
 
     def _second(self, number: int, frame: FrameType | None) -> NoReturn:
         show_cursor = "\x1b[?25h\n" if sys.stderr.isatty() else ""
-        os.write(2, f"{show_cursor}{self._last_words(_AT_ONCE)}\n".encode())
+        with suppress(OSError):
+            os.write(2, f"{show_cursor}{self._last_words(_AT_ONCE)}\n".encode())
         os._exit(INTERRUPTED)

@@ -5,6 +5,7 @@ In: a file or a folder for each hook. Out: a sealed store.
 
 from __future__ import annotations
 
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from actcache.errors import ConfigError
-from actcache.exchange.origin import TORCH_DTYPES, Origin, checked_ids, write
+from actcache.exchange.origin import TORCH_DTYPES, Origin, checked_ids, damage_explained, write
+from actcache.files import path_of, shown, why_not_tensors
 from actcache.spec import Dtype, Progress
 from actcache.store import Store
 
@@ -64,9 +66,9 @@ def import_npy(
         ConfigError: a file is missing, is no array of floating-point numbers, or does not go with the others. The
         others are those of `extract`.
     """
+    if not isinstance(arrays, Mapping) or not arrays or not all(isinstance(hook, str) for hook in arrays):
+        raise ConfigError(f"import: name at least one hook and its .npy file, in a mapping, not {shown(arrays)}")
     mapped = {hook: _open_npy(file) for hook, file in arrays.items()}
-    if not mapped:
-        raise ConfigError("import: name at least one hook and its .npy file")
     for hook, values in mapped.items():
         if values.ndim not in (2, 3) or not values.size or values.dtype.name not in TORCH_DTYPES:
             raise ConfigError(
@@ -82,7 +84,7 @@ def import_npy(
     dtypes = {hook: values.dtype.newbyteorder("=") for hook, values in mapped.items()}
     ids = None
     if tokens is not None:
-        given = tokens if isinstance(tokens, np.ndarray) else _open_npy(tokens)
+        given = _open_npy(tokens) if isinstance(tokens, str | os.PathLike) else _array(tokens)
         ids = checked_ids(given, shape, "tokens").reshape(n_sequences, length)
 
     def read(hook: str, start: int, stop: int) -> torch.Tensor:
@@ -91,7 +93,7 @@ def import_npy(
         return torch.from_numpy(values.reshape(stop - start, length, -1))
 
     origin = Origin(
-        name=", ".join(Path(file).name for file in arrays.values()),
+        name=", ".join(path_of(file, "import").name for file in arrays.values()),
         form="npy",
         widths={hook: values.shape[-1] for hook, values in mapped.items()},
         dtypes={hook: TORCH_DTYPES[dtype.name] for hook, dtype in dtypes.items()},
@@ -210,21 +212,32 @@ def import_safetensors(
 
 
 def _open_npy(file: str | Path) -> NDArray[Any]:
+    where = path_of(file, "import: the .npy file")
     try:
-        values = np.lib.format.open_memmap(file, mode="r")
+        values = np.lib.format.open_memmap(where, mode="r")
     except FileNotFoundError:
-        raise ConfigError(f"import: there is no file {file}") from None
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"import: {file} is no .npy file of plain numbers ({error})") from None
+        raise ConfigError(f"import: there is no file {where}") from None
+    except Exception as error:  # headers are Python literals, and may be anything
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ConfigError(f"import: {where} is no .npy file of plain numbers ({reason[:200]})") from error
     return values.view(np.ndarray)
+
+
+def _array(tokens: Any) -> NDArray[Any]:
+    """Token ids that are in memory already."""
+    with damage_explained("the array of tokens"):
+        return np.asarray(tokens)
 
 
 def _hook_folders(chunks: str | Path | Mapping[str, str | Path]) -> dict[str, Path]:
     """The folder of each hook."""
     if isinstance(chunks, Mapping):
-        folders = {hook: Path(folder) for hook, folder in chunks.items()}
+        if not all(isinstance(hook, str) for hook in chunks):
+            raise ConfigError(f"import: chunks must be hooks and their folders, got {shown(chunks)}")
+        folders = {hook: path_of(folder, f"import: the folder of {hook}") for hook, folder in chunks.items()}
     else:
-        inside = sorted(Path(chunks).iterdir()) if Path(chunks).is_dir() else []
+        above = path_of(chunks, "import: chunks")
+        inside = sorted(above.iterdir()) if above.is_dir() else []
         folders = {entry.name: entry for entry in inside if entry.is_dir() and any(entry.glob("*chunk-*.safetensors"))}
     if not folders:
         raise ConfigError(
@@ -248,13 +261,13 @@ class _Chunk:
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Activations of some of its sequences."""
-        with safe_open(self.file, framework="pt") as tensors:
+        with damage_explained(str(self.file)), safe_open(self.file, framework="pt") as tensors:
             values: torch.Tensor = tensors.get_slice("activation")[start:stop]
         return values
 
     def table(self, name: str) -> NDArray[Any]:
         """A whole tensor of the shape `(B, T)`."""
-        with safe_open(self.file, framework="pt") as tensors:
+        with damage_explained(f"{name} in {self.file}"), safe_open(self.file, framework="pt") as tensors:
             values: NDArray[Any] = tensors.get_tensor(name).numpy()
         return values
 
@@ -289,8 +302,9 @@ def _read_header(file: Path) -> _Chunk:
             shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
             missing = {"activation", "tokens"} - shapes.keys()
             dtype = "" if missing else slices["activation"].get_dtype()
-    except SafetensorError as error:
-        raise ConfigError(f"import: {file} is no whole safetensors file ({error})") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = why_not_tensors(file, error)
+        raise ConfigError(f"import: {file} is no whole safetensors file: it {reason}") from error
     if missing:
         raise ConfigError(f"import: {file} lacks {' and '.join(sorted(missing))}; it has {', '.join(sorted(shapes))}")
     mask = next((name for name in ("mask", "attention_mask") if name in shapes), None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from actcache.errors import ConfigError
-from actcache.spec import DTYPES, Dtype, Progress, Site, StoreSpec, TokenBlocks
+from actcache.errors import ActcacheError, ConfigError
+from actcache.files import shown
+from actcache.spec import DTYPES, Dtype, Progress, Site, StoreSpec, TokenBlocks, check_callable
 from actcache.store import ShardBuffers, Store, StoreWriter, to_write
 from actcache.store.codecs import STORED_DTYPE
 from actcache.store.fit import codec_of, fitted, given, needs_trial
@@ -72,6 +74,7 @@ def write(
     progress: Progress | None,
 ) -> Store:
     """Write the activations into a store, or go on with it; see the importers for what the options mean."""
+    _check_options(dtype, skip_first, progress, origin.sequence_length)
     blocks = _token_blocks(origin)
     logical = common_dtype(origin.dtypes) if dtype is None else dtype
     spec = _spec(origin, blocks, logical, codec, skip_first, seed, sequences_per_shard, rows_per_chunk)
@@ -88,6 +91,26 @@ def write(
             ids = np.asarray(blocks.ids[sequences.start : sequences.stop])
             writer.submit(buffers, ids, _kept(origin, spec, sequences))
         return writer.finish()
+
+
+def _check_options(dtype: Any, skip_first: Any, progress: Any, length: int) -> None:
+    check_callable("import", progress=progress)
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"import: dtype must be one of {', '.join(DTYPES)}, got {shown(dtype)}")
+    if type(skip_first) is not int or not 0 <= skip_first < length:
+        raise ConfigError(f"import: skip_first must be between 0 and {length - 1}, got {shown(skip_first)}")
+
+
+@contextmanager
+def damage_explained(what: str) -> Iterator[None]:
+    """Whatever another library raises while it reads a file is one sentence about the file."""
+    try:
+        yield
+    except ActcacheError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConfigError(f"import: {what} is damaged, or something else than it should be ({reason[:200]})") from error
 
 
 def common_dtype(dtypes: Mapping[str, torch.dtype]) -> Dtype:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,12 +19,13 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
-from actcache.addresses import shown
+from actcache.addresses import shown as shown_address
 from actcache.errors import ConfigError, StoreError, StoreIncompleteError
-from actcache.exchange.origin import TORCH_DTYPES, Origin, checked_ids, write
-from actcache.files import flush, full_disk_explained, write_whole
-from actcache.spec import Dtype, Progress, expand_names
+from actcache.exchange.origin import TORCH_DTYPES, Origin, checked_ids, damage_explained, write
+from actcache.files import explained, flush, path_of, read_json, shown, write_whole
+from actcache.spec import Dtype, Progress, check_callable, check_positive, expand_names
 from actcache.store import Store
+from actcache.store.opened import checked_store
 
 if TYPE_CHECKING:
     import datasets
@@ -71,17 +72,20 @@ def import_saelens(
     Raises:
         ConfigError: there is no such dataset, or its columns are not of one length. The others are those of `extract`.
     """
-    dataset = _open_dataset(Path(folder))
+    folder = path_of(folder, "import: folder")
+    dataset = _open_dataset(folder)
     shapes, dtypes = _hooks(dataset, folder)
     length = next(iter(shapes.values()))[0]
     tables = dataset.with_format("arrow")
 
     def read(hook: str, start: int, stop: int) -> torch.Tensor:
-        column = tables.select_columns([hook])[start:stop].column(hook)
+        with damage_explained(f"the dataset in {folder}"):
+            column = tables.select_columns([hook])[start:stop].column(hook)
+            column.validate(full=True)  # offsets that lead out of the file would end the process
         return _tensor(column, (stop - start, *shapes[hook]), f"{hook}, sequences {start} to {stop - 1} of {folder}")
 
     origin = Origin(
-        name=Path(folder).name,
+        name=folder.name,
         form="saelens",
         widths={hook: width for hook, (_, width) in shapes.items()},
         dtypes=dtypes,
@@ -108,18 +112,41 @@ def import_saelens(
 def _open_dataset(folder: Path) -> datasets.Dataset:
     from datasets import Dataset, load_from_disk
 
-    try:
+    if not (folder / "dataset_dict.json").exists():  # of several splits, which are refused below
+        _check_files(folder)
+    with damage_explained(f"the dataset in {folder}"):
         found = load_from_disk(str(folder))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"import: {folder} is no folder that datasets.load_from_disk opens; name the folder that "
-            "CacheActivationsRunner wrote (cached_activations_path)"
-        ) from None
     if not isinstance(found, Dataset):
         raise ConfigError(f"import: {folder} holds several splits ({', '.join(found)}); name the folder of one")
     if not len(found):
         raise ConfigError(f"import: the dataset in {folder} is empty")
     return found
+
+
+def _check_files(folder: Path) -> None:
+    """Raise ConfigError unless the folder is what `save_to_disk` makes, with all files that it says it has."""
+    for name in ("state.json", "dataset_info.json"):
+        if not (folder / name).is_file():
+            raise ConfigError(
+                f"import: {folder} is no folder that datasets.load_from_disk opens: there is no {name}; name the "
+                "folder that CacheActivationsRunner wrote (cached_activations_path)"
+            )
+        try:
+            content = read_json(folder / name)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"import: {folder / name} {error}") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"import: {folder / name} should be a JSON object, and is {shown(content)}")
+        if name != "state.json":
+            continue
+        files = content.get("_data_files")
+        entries = files if isinstance(files, list) else []
+        named = [str(entry.get("filename", "")) if isinstance(entry, dict) else "" for entry in entries]
+        if not named:
+            raise ConfigError(f"import: {folder / name} names no files of data: its _data_files is {shown(files)}")
+        for file in named:
+            if Path(file).name != file or not (folder / file).is_file():
+                raise ConfigError(f"import: {folder / name} names {shown(file)}, which is no file in that folder")
 
 
 def _hooks(dataset: datasets.Dataset, folder: str | Path) -> tuple[dict[str, tuple[int, int]], dict[str, torch.dtype]]:
@@ -167,7 +194,8 @@ def _token_ids(dataset: datasets.Dataset, length: int, folder: str | Path) -> ND
     ids = np.empty((len(dataset), length), np.uint32)
     for start in range(0, len(ids), _TOKEN_SEQUENCES):
         part = ids[start : start + _TOKEN_SEQUENCES]
-        values = np.asarray(plain[start : start + len(part)][TOKENS])
+        with damage_explained(f"{TOKENS} in {folder}"):
+            values = np.asarray(plain[start : start + len(part)][TOKENS])
         part[:] = checked_ids(values, part.shape, f"{TOKENS} in {folder}, from sequence {start} on,")
     return ids
 
@@ -199,6 +227,9 @@ def export_saelens(
         SiteError: a pattern matches nothing. ConfigError: the folder holds something else, or values are beyond what
         the dtype holds.
     """
+    checked_store(store, "export")
+    check_callable("export", progress=progress)
+    check_positive("export", threads=threads)
     if not store.sealed:
         raise StoreIncompleteError(f"{store.path} is not finished; finish 'actcache extract' before exporting it")
     if store.n_rows != store.spec.n_rows:
@@ -207,8 +238,12 @@ def export_saelens(
             "left out; SAELens' layout is made of whole sequences, so export a store that leaves none out"
         )
     if "://" in str(folder):
-        raise ConfigError(f"export: {shown(folder)} is a URL; SAELens' layout is written to a folder of this machine")
-    names, out = expand_names(sites, store.sites), Path(folder)
+        raise ConfigError(
+            f"export: {shown_address(folder)} is a URL; SAELens' layout is written to a folder of this machine"
+        )
+    names, out = expand_names(sites, store.sites), path_of(folder, "export: folder")
+    if not names:
+        raise ConfigError(f"export: name at least one site; the store has {', '.join(store.sites)}")
     if dtype not in (None, "float16", "float32"):
         raise ConfigError(f"export: SAELens' layout has float16 and float32, not {dtype}")
     target = np.dtype(dtype or ("float16" if store.spec.dtype == "float16" else "float32"))
@@ -227,7 +262,7 @@ def export_saelens(
             _put_table(out / file, values, features.arrow_schema)
         if progress:
             progress(shard + 1, n_shards)
-    write_whole(out / "state.json", json.dumps(_state(store, files, features), indent=2).encode())
+    write_whole(out / "state.json", json.dumps(_state(store, files, features), indent=2))
     return out
 
 
@@ -246,13 +281,14 @@ def _begin(store: Store, out: Path, features: datasets.Features) -> None:
 
     origin = {"exported_from": store.fingerprint, "by": "actcache"}
     info = DatasetInfo(description=json.dumps(origin), features=features)
-    out.mkdir(parents=True, exist_ok=True)
-    if not any(out.iterdir()):
-        with full_disk_explained(f"for {out}: a few kilobytes", out):
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+        if not any(out.iterdir()):
             info.write_to_directory(str(out))
-        return
-    file = out / "dataset_info.json"
-    found = DatasetInfo.from_directory(str(out)) if file.exists() else None
+            return
+    found = None
+    with suppress(Exception):  # whatever is there, and however it is damaged, it is not ours
+        found = DatasetInfo.from_directory(str(out))
     if found is None or (found.description, found.features) != (info.description, info.features):
         raise ConfigError(f"export: {out} holds something else; name another folder")
 
@@ -279,14 +315,14 @@ def _put_table(file: Path, values: Mapping[str, NDArray[Any]], schema: pa.Schema
     n_sequences = len(values[TOKENS])
     widest = max(array[0].nbytes for array in values.values())
     per_batch = max(1, _BATCH_BYTES // widest)
-    partial, n_bytes = file.with_suffix(".partial"), sum(array.nbytes for array in values.values())
-    with full_disk_explained(f"for {file}: {n_bytes:,} bytes", file):
-        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
+    partial = file.with_suffix(".partial")
+    with explained(file):
+        with partial.open("wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
             for start in range(0, n_sequences, per_batch):
                 arrays = [_column(values[f.name][start : start + per_batch], f.type) for f in schema]
                 stream.write_batch(pa.record_batch(arrays, schema=schema))
         flush(str(partial))  # what has its name is whole, after a power cut too
-        os.replace(partial, file)
+        partial.replace(file)
 
 
 def _column(values: NDArray[Any], kind: pa.DataType) -> pa.Array:

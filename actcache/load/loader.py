@@ -15,8 +15,9 @@ from itertools import count
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from actcache.errors import ConfigError, StateError, StoreIncompleteError
+from actcache.errors import ConfigError, StateError
 from actcache.load.ahead import ReadAhead, check_process
+from actcache.load.arguments import check_loader, device_of, dtype_of, integer, switch
 from actcache.load.batch import Batch
 from actcache.load.chosen import chosen_rows
 from actcache.load.fetch import LaneStream, Pools, Window
@@ -28,7 +29,7 @@ from actcache.load.quality import ShuffleReport, batches_to_look_at, shuffle_rep
 from actcache.load.reading import in_reading_order
 from actcache.load.sizes import GOOD_RATIO, Budget, expected_ratio, memory_bytes, sized
 from actcache.load.speed import Clock, LoaderStats
-from actcache.load.state import STATE_VERSION, Place, check_settings, checked_state, named
+from actcache.load.state import STATE_VERSION, Place, check_settings, checked_place, checked_state, named
 from actcache.spec import DTYPE_BYTES, check_positive, expand_names
 from actcache.store.layout import array_dtype
 
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 
     from actcache.store import SiteStats, Store
     from actcache.store.rows import Rows
-
-ORDERS = ("shuffled", "sequence")
 
 
 class Loader:
@@ -54,7 +53,7 @@ class Loader:
         batch_rows: B.
         seed: decides the order, together with the sizes.
         epochs: how many to deliver, None for ever.
-        dtype: of the batches' tensors.
+        dtype: of the batches' tensors: float32, or another floating-point type.
         device: of the batches' tensors; windows lie there, too.
         memory: for the windows of decoded chunks, two for each lane that is read, such as `"1GB"` or a number of bytes;
             larger windows shuffle better, and they are no larger than a good shuffle needs. Beside them a loader holds
@@ -101,11 +100,12 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        import torch
-
-        _check(store, order, read_ahead, rank, world_size, {"epochs": epochs, "lanes": lanes, "threads": threads})
+        check_loader(store, order, read_ahead, rank, world_size, {"epochs": epochs, "lanes": lanes, "threads": threads})
+        seed, drop_last = integer("loader", "seed", seed), switch("loader", "drop_last", drop_last)
         self.store, self.sites, self.batch_rows = store, expand_names(sites, store.sites), batch_rows
-        self.epochs, self.dtype, self.device = epochs, dtype or torch.float32, torch.device(device)
+        if not self.sites:
+            raise ConfigError(f"loader: name at least one site; the store has {', '.join(store.sites)}")
+        self.epochs, self.dtype, self.device = epochs, dtype_of("loader", dtype), device_of("loader", device)
         self.rank, self.world_size, self.read_ahead = rank, world_size, read_ahead
         self._share = Share(rank=rank, world_size=world_size)
         self._lanes, self._memory_bytes = lanes, memory_bytes(memory)
@@ -213,6 +213,9 @@ class Loader:
             n_batches: how many to look at, about: a tenth of them in a row, at ten places.
         """
         plan, spec = self.plan, self.store.spec
+        check_positive("shuffle report", n_batches=n_batches)
+        if integer("shuffle report", "epoch", epoch) < 0:
+            raise ConfigError(f"shuffle report: epoch must be 0 or more, got {epoch}")
         if plan.reading is not None:
             raise ConfigError('a loader with order="sequence" shuffles nothing; use order="shuffled"')
         order = plan.epoch(epoch)
@@ -287,8 +290,8 @@ class Loader:
         batch that is left of the epoch goes to one of the ranks that there are now.
 
         Raises:
-            StateError: the state is of another version, store or settings, or its windows take more memory here than
-            this loader may; the message says which.
+            StateError: the state is of another version, store or settings, no loader can be where it says, or its
+            windows take more memory here than this loader may; the message says which. The loader stays where it is.
         """
         state = checked_state(state, self.store.fingerprint, self.store.path)
         settings, plan = state["settings"], self.plan
@@ -296,12 +299,13 @@ class Loader:
         if plan.reading is None and self._lanes in (None, theirs["lanes"]):
             mine |= theirs
         check_settings(settings, mine)
+        place = checked_place(state, plan.n_batches)
         if mine != self._settings(plan):
             plan = self._continued(plan, **theirs)
         self.close()
         if plan is not self.plan:
             self.plan, self._buffers = plan, {}
-        self._place = self._begun(Place(**{name: state[name] for name in ("first_epoch", "epoch", "batch")}))
+        self._place = self._begun(place)
 
     def _continued(self, plan: Plan, lanes: int, chunks_per_window: int) -> Plan:
         """This plan with the lanes and windows of a state that other ranks, or with another memory, have saved."""
@@ -370,23 +374,3 @@ class Loader:
             n_rows = self.plan.most_window_rows
             self._buffers[lane] = [self._maker.window(n_rows) for _ in range(2)]
         return self._buffers[lane]
-
-
-def _check(
-    store: Store, order: str, read_ahead: int, rank: int, world_size: int, optional: Mapping[str, int | None]
-) -> None:
-    """Raise what `Loader` says, for arguments that are none."""
-    if not store.sealed:
-        raise StoreIncompleteError(
-            f"{store.path} has {len(store.committed)} of {store.spec.n_shards} shards; finish 'actcache extract' first"
-        )
-    check_positive("loader", world_size=world_size)
-    if type(read_ahead) is not int or read_ahead < 0:
-        raise ConfigError(f"loader: read_ahead must be an integer from 0 on, got {read_ahead!r}")
-    for name, value in optional.items():
-        if value is not None:
-            check_positive("loader", **{name: value})
-    if order not in ORDERS:
-        raise ConfigError(f"loader: order must be one of {', '.join(ORDERS)}, got {order!r}")
-    if not 0 <= rank < world_size:
-        raise ConfigError(f"loader: rank must be between 0 and world_size - 1 = {world_size - 1}, got {rank}")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from actcache.errors import ConfigError, StateError
+from actcache.files import shown
+from actcache.load.arguments import integer
 from actcache.load.batch import Batch
 from actcache.load.loader import Loader
-from actcache.load.state import packed, unpacked
+from actcache.load.state import differ, packed, unpacked
 from actcache.spec import check_positive
 
 STATE_VERSION = 2
@@ -40,12 +43,10 @@ class MixedLoader:
     """
 
     def __init__(self, parts: Sequence[tuple[Loader, float]], *, n_batches: int | None = None, seed: int = 0) -> None:
-        if not parts or any(not weight > 0 for _, weight in parts):
-            raise ConfigError("mixed loader: needs (loader, weight) of one loader at least, with weights above 0")
+        self.loaders, self.weights = _checked(parts)
         if n_batches is not None:
             check_positive("mixed loader", n_batches=n_batches)
-        self.loaders, self.weights = [loader for loader, _ in parts], [float(weight) for _, weight in parts]
-        self.n_batches, self.seed = n_batches, seed
+        self.n_batches, self.seed = n_batches, integer("mixed loader", "seed", seed)
         first = self.loaders[0]
         self.sites, self.batch_rows = first.sites, first.batch_rows
         for loader in self.loaders:
@@ -105,21 +106,8 @@ class MixedLoader:
             StateError: the state is of another version or mixture, or one of the loaders refuses its part: the message
                 says which and why, and all of them stay where they are.
         """
-        if state.get("version") not in (1, STATE_VERSION):
-            raise StateError(
-                f"a mixture's state of version {state.get('version')!r}; this actcache knows 1 and {STATE_VERSION}"
-            )
-        for name in ("weights", "n_batches", "seed"):
-            if state.get(name) != getattr(self, name):
-                raise StateError(
-                    f"the mixture's state was saved with {name}={state.get(name)}, this one has {getattr(self, name)}"
-                )
         mine = [loader.state_dict() for loader in self.loaders]
-        try:
-            theirs = state["loaders"] if state["version"] == 1 else unpacked(state["loaders"], mine)
-            step = int(state["step"])
-        except (KeyError, IndexError, TypeError, ValueError):
-            raise StateError("this is no state of a mixture; load one that state_dict() gave") from None
+        theirs, step = self._unpacked(state, mine)
         for number, loader in enumerate(self.loaders):
             try:
                 loader.load_state_dict(theirs[number])
@@ -128,3 +116,43 @@ class MixedLoader:
                     moved.load_state_dict(before)
                 raise StateError(f"loader {number} of the mixture, of {loader.store.path}: {error}") from error
         self._step = step
+
+    def _unpacked(self, state: Any, mine: Sequence[Mapping[str, Any]]) -> tuple[Sequence[Any], int]:
+        """The states of the loaders and the step that a state of this mixture has."""
+        version = state.get("version") if isinstance(state, Mapping) else None
+        if type(version) is not int or version not in (1, STATE_VERSION):
+            raise StateError(
+                f"a mixture's state of version {shown(version)}; this actcache knows 1 and {STATE_VERSION}"
+            )
+        for name in ("weights", "n_batches", "seed"):
+            found, own = state.get(name), getattr(self, name)
+            if differ(found, own):
+                raise StateError(f"the mixture's state was saved with {name}={shown(found)}, this one has {shown(own)}")
+        step, theirs = state.get("step"), state.get("loaders")
+        try:
+            if state.keys() != self.state_dict().keys():
+                raise ValueError(f"its fields are {shown(sorted(map(str, state)))}")
+            if type(step) is not int or not 0 <= step <= (self.n_batches or step):
+                upto = "on" if self.n_batches is None else f"to {self.n_batches}"
+                raise ValueError(f"its step is {shown(step)}, where 0 {upto} is possible")
+            if version != 1:
+                theirs = unpacked(theirs, mine)
+            if not isinstance(theirs, list) or len(theirs) != len(mine):
+                raise ValueError(f"its loaders are {shown(theirs)}, where a list of {len(mine)} is possible")
+        except ValueError as error:
+            raise StateError(f"this is no state of a mixture: {error}; load one that state_dict() gave") from error
+        return theirs, step
+
+
+def _checked(parts: Any) -> tuple[list[Loader], list[float]]:
+    """The loaders and the weights of a mixture."""
+    try:
+        pairs = [(loader, float(weight)) for loader, weight in parts]
+    except (TypeError, ValueError):
+        pairs = []
+    if not pairs or not all(isinstance(loader, Loader) and 0 < weight < math.inf for loader, weight in pairs):
+        raise ConfigError(
+            "mixed loader: needs pairs (loader, weight), of one loader at least, with weights above 0; "
+            f"got {shown(parts)}"
+        )
+    return [loader for loader, _ in pairs], [weight for _, weight in pairs]

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import ConfigError
+from actcache.files import shown
 from actcache.load.chosen import Chosen
 from actcache.load.plan import Plan
 from actcache.spec import StoreSpec
@@ -34,9 +35,10 @@ def memory_bytes(memory: int | str) -> int:
         if found:
             number, unit, binary = found.groups()
             factor = 1024 ** "kmgt".index(unit) * 1024 if binary and unit else _UNITS[unit]
-            memory = int(float(number) * factor)
+            memory = int(float(number) * factor) if len(number) < 30 else memory
     if isinstance(memory, bool) or not isinstance(memory, int) or memory < 1:
-        raise ConfigError(f'loader: memory must be a number of bytes or text such as "1GB", "512MiB", got {memory!r}')
+        given = shown(memory)
+        raise ConfigError(f'loader: memory must be a number of bytes or text such as "1GB", "512MiB", got {given}')
     return memory
 
 

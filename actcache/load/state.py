@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from actcache.errors import StateError
+from actcache.files import shown
+from actcache.load.arguments import MOST_LANES
 from actcache.spec import digest_of
 
 STATE_VERSION = 2
@@ -26,37 +28,77 @@ class Place:
     """Batches of that epoch that were delivered."""
 
 
-_COUNTS = {"lanes": 1, "chunks_per_window": 1, "world_size": 1, **{field.name: 0 for field in fields(Place)}}
-"""The numbers of a state, and the least that each can be."""
+_MOST = (1 << 63) - 1
+_LIMITS = {
+    "settings": {"lanes": (1, MOST_LANES), "chunks_per_window": (1, _MOST)},
+    "state": {"world_size": (1, _MOST), **{field.name: (0, _MOST) for field in fields(Place)}},
+}
+"""What the numbers of a state can be, those that are not compared with the loader's own."""
+_FIELDS = {"version", "fingerprint", "settings", *_LIMITS["state"]}
 
 
-def checked_state(state: Mapping[str, Any], fingerprint: str | None, path: str) -> dict[str, Any]:
+def checked_state(state: Any, fingerprint: str | None, path: str) -> dict[str, Any]:
     """A state of this version, from one of this or the one before, that belongs to this store.
 
     Raises:
         StateError: it is of an unknown version, of another store, or no state.
     """
+    if not isinstance(state, Mapping):
+        raise _no_state(f"it is {shown(state)}")
     version = state.get("version")
-    if version not in (1, STATE_VERSION):
-        raise StateError(f"a loader state of version {version!r}; this actcache knows 1 and {STATE_VERSION}")
-    settings = dict(state.get("settings") or {})
+    if type(version) is not int or version not in (1, STATE_VERSION):
+        raise StateError(f"a loader state of version {shown(version)}; this actcache knows 1 and {STATE_VERSION}")
+    unknown = sorted(map(str, state.keys() - _FIELDS))
+    if unknown:
+        raise _no_state(f"it has a field {shown(unknown[0])}, which none has")
+    if not isinstance(state.get("settings"), Mapping):
+        raise _no_state(f"its settings is {shown(state.get('settings'))}")
+    settings = dict(state["settings"])
     if version == 1:  # knew one lane
         settings["lanes"] = 1
-    if isinstance(settings.get("sites"), list):
-        settings["sites"] = named(settings["sites"])
-    for name, least in _COUNTS.items():
-        count = {**settings, **state}.get(name)
-        if type(count) is not int or count < least:
-            raise StateError(f"this is no state of a loader: its {name} is {count!r}; load one that state_dict() gave")
+    sites = settings.get("sites")
+    if isinstance(sites, list) and all(isinstance(site, str) for site in sites):
+        settings["sites"] = named(sites)
+    for part, values in (("settings", settings), ("state", state)):
+        for name, (least, most) in _LIMITS[part].items():
+            if type(values.get(name)) is not int or not least <= values[name] <= most:
+                raise _no_state(f"its {name} is {shown(values.get(name))}, where {least} to {most} is possible")
     if state.get("fingerprint") != fingerprint:
         raise StateError(
-            f"the loader state belongs to another store (fingerprint {state.get('fingerprint')}), "
+            f"the loader state belongs to another store (fingerprint {_plain(state.get('fingerprint'))}), "
             f"{path} has {fingerprint}; open the store it was saved with"
         )
     found = {**state, "settings": settings}
     if version == 1:  # counted each rank's own batches
         found["batch"] = state["batch"] * state["world_size"]
     return found
+
+
+def checked_place(state: Mapping[str, Any], n_batches: int) -> Place:
+    """The place of a checked state, whose settings are those of a loader with so many batches an epoch.
+
+    Raises:
+        StateError: there is no such place.
+    """
+    place, epochs = Place(**{field.name: state[field.name] for field in fields(Place)}), state["settings"]["epochs"]
+    last = None if epochs is None else place.first_epoch + epochs
+    if place.epoch < place.first_epoch or (last is not None and place.epoch > last):
+        upto = "on" if last is None else f"to {last}"
+        raise _no_state(f"its epoch is {place.epoch}, where {place.first_epoch} {upto} is possible")
+    most = 0 if place.epoch == last else n_batches
+    if place.batch > most:
+        raise _no_state(f"its batch is {place.batch}, where 0 to {most} is possible in epoch {place.epoch}")
+    if state["world_size"] > n_batches:
+        raise _no_state(f"its world_size is {state['world_size']}, where 1 to {n_batches} is possible")
+    return place
+
+
+def _no_state(why: str) -> StateError:
+    return StateError(f"this is no state of a loader: {why}; load one that state_dict() gave")
+
+
+def _plain(value: Any) -> str:
+    return value[:100] if isinstance(value, str) else shown(value)
 
 
 def named(sites: Sequence[str]) -> list[str] | str:
@@ -68,23 +110,29 @@ def named(sites: Sequence[str]) -> list[str] | str:
 
 def check_settings(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
     """Raise StateError, with what differs, unless both settings are the same."""
-    if mine.get("rows") != theirs.get("rows"):
+    if differ(mine.get("rows"), theirs.get("rows")):
         raise StateError(
             f"the loader state was saved with {_choice(theirs)}, this loader has {_choice(mine)}; "
             "give the rows= that it was saved with"
         )
     differences = [
-        f"{k}: saved {theirs.get(k)!r}, now {mine.get(k)!r}"
-        for k in sorted({*mine, *theirs})
-        if mine.get(k) != theirs.get(k)
+        f"{k}: saved {shown(theirs.get(k))}, now {shown(mine.get(k))}"
+        + (" (one of them has no such setting)" if mine.get(k) is None and theirs.get(k) is None else "")
+        for k in sorted({*mine, *theirs}, key=str)
+        if differ(mine.get(k), theirs.get(k)) or (k in theirs) != (k in mine)
     ]
     if differences:
         raise StateError("the loader state was saved with other settings: " + "; ".join(differences))
 
 
+def differ(one: Any, other: Any) -> bool:
+    """Whether two values are not the same, or not of the same type: 20 is not 20.0, and 1 is not True."""
+    return type(one) is not type(other) or bool(one != other)
+
+
 def _choice(settings: Mapping[str, Any]) -> str:
     """Which rows a state's settings are for, in words."""
-    return f"a choice of rows (digest {settings['rows']})" if settings.get("rows") else "all rows"
+    return f"a choice of rows (digest {_plain(settings['rows'])})" if settings.get("rows") else "all rows"
 
 
 _DIGESTS, _DIGEST_CHARACTERS = ("fingerprint", "rows"), 16
@@ -101,11 +149,21 @@ def packed(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"all": same, "each": {name: values for name, values in each.items() if name not in same}}
 
 
-def unpacked(state: Mapping[str, Any], mine: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The states that were `packed`, for loaders whose own states are `mine`: from those come the rests of digests."""
+def unpacked(state: Any, mine: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The states that were `packed`, for loaders whose own states are `mine`: from those come the rests of digests.
+
+    Raises:
+        ValueError: it is no such thing; the message says why.
+    """
+    same, each = (state.get(part) if isinstance(state, Mapping) else None for part in ("all", "each"))
+    if not isinstance(same, Mapping) or not isinstance(each, Mapping) or len(state) != 2 or same.keys() & each.keys():
+        raise ValueError(f"its loaders are {shown(state)}")
+    for name, values in each.items():
+        if not isinstance(values, list) or len(values) != len(mine):
+            raise ValueError(f"its {name} is {shown(values)}, where a list of {len(mine)} is possible")
     found = []
     for number, own in enumerate(mine):
-        flat = {**state["all"], **{name: values[number] for name, values in state["each"].items()}}
+        flat = {**same, **{name: values[number] for name, values in each.items()}}
         for name, value in {**own, **own["settings"]}.items():
             if name in _DIGESTS and flat.get(name) == value[:_DIGEST_CHARACTERS]:
                 flat[name] = value

@@ -7,7 +7,6 @@ from actcache.report.record import (
     machine,
     read_metrics,
     versions,
-    write_atomically,
     write_metrics,
 )
 
@@ -20,7 +19,6 @@ __all__ = [
     "read_metrics",
     "render",
     "versions",
-    "write_atomically",
     "write_metrics",
     "write_report",
 ]

@@ -77,7 +77,7 @@ def loss_ranges(layers: Sequence[Mapping[str, Any]], *, width: int) -> str:
             axes.plot(row["spliced"], y, "o", color=_layer(y), markersize=9)
         axes.set_ylim(len(layers) - 0.5, -0.5)
         axes.yaxis.set_major_locator(FixedLocator(range(len(layers))))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"layer {layers[round(y)]['layer']}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _plain(f"layer {layers[round(y)]['layer']}")))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=width // 100, steps=[1, 2, 5, 10]))
         axes.margins(x=0.03)
     return out.getvalue()
@@ -85,6 +85,11 @@ def loss_ranges(layers: Sequence[Mapping[str, Any]], *, width: int) -> str:
 
 def _layer(index: int) -> str:
     return f"#3000{index % 256:02x}"
+
+
+def _plain(text: str) -> str:
+    """A text that is no formula, whatever is in it."""
+    return text.replace("$", r"\$")
 
 
 def _power(exponent: float) -> str:

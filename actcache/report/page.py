@@ -12,8 +12,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from actcache.errors import StateError
+from actcache.files import own_partial, path_of, write_whole
 from actcache.report import figures, formats, view
-from actcache.report.record import read_metrics, write_atomically
+from actcache.report.record import read_metrics
 
 _CURVES = (
     ("loss", "Training loss", "Squared error of the scaled output, summed over its dimensions, plus the L1 penalty."),
@@ -27,9 +29,21 @@ def write_report(run: Path | str) -> Path:
 
     Raises:
         RunNotFoundError: the folder has no `metrics.json`.
-        StateError: `metrics.json` cannot be read.
+        StateError: `metrics.json` cannot be read, or holds what no page can show; an older page stays as it is.
     """
-    return write_atomically(Path(run) / "report.html", render(read_metrics(run)))
+    folder = path_of(run, "run")
+    metrics = read_metrics(folder)
+    try:
+        page = render(metrics)
+    except Exception as error:  # drawn and formatted by others, of numbers that anybody may have written
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise StateError(
+            f"{folder / 'metrics.json'} holds something that cannot be shown ({reason[:200]}); run the command that "
+            "made it again"
+        ) from error
+    # Half of a pair of surrogates is a character of JSON, and none of any encoding.
+    file = folder / "report.html"
+    return write_whole(file, page.encode("utf-8", "replace"), beside=own_partial(file))
 
 
 def render(metrics: Mapping[str, Any]) -> str:

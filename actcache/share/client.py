@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -16,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.errors import ServingError, SiteError
+from actcache.errors import ActcacheError, ConfigError, ServingError, StateError
+from actcache.files import path_of, shown
 from actcache.load import Batch
+from actcache.load.arguments import device_of, dtype_of
 from actcache.load.origin import ShardTables, lookup
 from actcache.share.copies import Copies
 from actcache.share.memory import MappedMemory
@@ -47,7 +50,7 @@ class ServedBatches(Iterator[Batch]):
     Raises:
         ServingError: no server is there, or it refuses this consumer, because of its state for one; while iterating:
             the server has died, or its loader has failed.
-        SiteError: a pattern matches no site.
+        SiteError: a pattern matches no site. StateError: the state is none of a loader.
     """
 
     def __init__(
@@ -60,17 +63,28 @@ class ServedBatches(Iterator[Batch]):
         state: State | None = None,
         wait_s: float = 60.0,
     ) -> None:
-        import torch
-
-        self._path, self._messages, self._ended = Path(path), deque[Message](), False
+        who = "served batches"
+        if not isinstance(wait_s, int | float) or isinstance(wait_s, bool) or not wait_s >= 0:
+            raise ConfigError(f"{who}: wait_s must be a number of seconds from 0 on, got {shown(wait_s)}")
+        self._copies = Copies(dtype_of(who, dtype), device_of(who, device))
+        self._path, self._messages, self._ended = path_of(path, f"{who}: path"), deque[Message](), False
+        introduction = _introduction(state)
         self._lines = Lines(_connected(self._path, wait_s))
-        greeting, descriptor = self._introduced(state)
-        self._memory = MappedMemory(descriptor, greeting["region_bytes"])
         try:
-            self.sites = expand_names(sites, list(greeting["sites"]))
-        except SiteError:
+            greeting, descriptor = self._introduced(introduction)
+            self._take(greeting, descriptor)
+            self.sites = expand_names(sites, list(self._widths))
+        except ActcacheError:
             self.close()
             raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise self._strange(error) from error
+
+    def _take(self, greeting: Message, descriptor: int) -> None:
+        """What the server says of itself."""
+        import torch
+
+        self._memory = MappedMemory(descriptor, greeting["region_bytes"])
         self.batch_rows: int = greeting["batch_rows"]
         self.epochs: int | None = greeting["epochs"]
         self._n_batches: int = greeting["n_batches"]
@@ -78,7 +92,6 @@ class ServedBatches(Iterator[Batch]):
         self._rows_per_shard: int = greeting["rows_per_shard"]
         self._tables = cache(partial(_tables_of, greeting["store"]))
         self._widths, self._served_as = greeting["sites"], getattr(torch, greeting["dtype"])
-        self._copies = Copies(dtype or torch.float32, torch.device(device))
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -99,6 +112,8 @@ class ServedBatches(Iterator[Batch]):
                 for (site, width), offset in zip(self._widths.items(), message["sites"], strict=True)
                 if site in self.sites
             }
+        except (OSError, ValueError) as error:
+            raise self._strange(error) from error
         finally:
             self._give_back(message["batch"])
         self._state = {**self._state, **message["place"]}
@@ -119,10 +134,10 @@ class ServedBatches(Iterator[Batch]):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _introduced(self, state: State | None) -> tuple[Message, int]:
+    def _introduced(self, introduction: Message) -> tuple[Message, int]:
         """The server's greeting, and the descriptor of its memory that comes with it."""
         try:
-            self._lines.send({"actcache": PROTOCOL, "process": os.getpid(), "state": state})
+            self._lines.send(introduction)
             messages, descriptors = self._lines.receive_descriptor()
         except OSError as error:
             raise self._gone() from error
@@ -137,6 +152,8 @@ class ServedBatches(Iterator[Batch]):
         try:
             while not self._messages:
                 self._messages.extend(self._lines.receive())
+        except ValueError as error:
+            raise self._strange(error) from error
         except OSError as error:
             raise self._gone() from error
         message = self._messages.popleft()
@@ -149,12 +166,31 @@ class ServedBatches(Iterator[Batch]):
         with suppress(OSError):  # a batch that is here counts; that the server has died is said by the next one
             self._lines.send({"done": number})
 
+    def _strange(self, error: Exception) -> ServingError:
+        self.close()
+        return ServingError(
+            f"what listens at {self._path} is no server of this actcache ({error}); use the same actcache there"
+        )
+
     def _gone(self) -> ServingError:
         self.close()
         return ServingError(
             f"the server at {self._path} is gone, and said no word; start it again, and go on with "
             "ServedBatches(path, state=...), the state being this consumer's state_dict()"
         )
+
+
+def _introduction(state: State | None) -> Message:
+    """What a consumer says first."""
+    message: Message = {"actcache": PROTOCOL, "process": os.getpid(), "state": state}
+    try:
+        if state is not None and not isinstance(state, Mapping):
+            raise TypeError("it must be a mapping")
+        json.dumps(message)
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = f"this is no state of a loader: {shown(state)} ({error}); give one that state_dict() gave"
+        raise StateError(reason) from error
+    return message
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,9 +217,11 @@ def _connected(path: Path, wait_s: float) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX)
     while True:
         try:
+            connection.settimeout(_TRY_EVERY_S)  # one that is too busy to let anybody in is tried again
             connection.connect(str(path))
+            connection.settimeout(None)
             return connection
-        except (FileNotFoundError, ConnectionRefusedError) as error:
+        except (FileNotFoundError, ConnectionRefusedError, BlockingIOError, TimeoutError) as error:
             wrong: OSError = error
         except OSError as error:
             last, wrong = 0.0, error

@@ -1,11 +1,12 @@
 """Memory that several processes share: buffers that one of them writes and the others read.
 
 It is anonymous: no file bears its name. Processes get its descriptor over a socket, and the kernel frees it with the
-last of them, however they end.
+last of them, however they end. None of them can take it away from the others, or write to what they read.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 import os
@@ -13,34 +14,67 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from actcache.errors import ServingError
 
 if TYPE_CHECKING:
     import torch
 
 _ALIGNMENT = 64
 """Bytes: a cache line."""
+_MOST_BYTES = 1 << 40
+"""Of the addresses that are set aside; memory is what has been written to."""
+_FEWEST_REGIONS = 16
+_SEAL_FUTURE_WRITE = 0x10
+"""`F_SEAL_FUTURE_WRITE` of Linux 5.1, for which Python has no name yet: only mappings from before may be written to."""
 
 
 class SharedMemory:
     """Memory that grows by regions, in which there is room for buffers; others find a buffer by its offset.
 
+    It is mapped as large as it can ever be, and then sealed: nobody can make it smaller, which would kill all who look
+    at it, and nobody but this process can write to it. That it grows is no harm, whoever does it.
+
     Args:
-        sizes: bytes of the buffers that a region has room for: those of a batch. Each region that a process maps takes
-            one of its descriptors, which are few.
+        sizes: bytes of the buffers that a region has room for: those of a batch. Each region that another process maps
+            takes one of its descriptors, which are few.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
-        self.descriptor = _anonymous_memory()
         self.region_bytes = _up(sum(_up(size, _ALIGNMENT) for size in sizes), mmap.ALLOCATIONGRANULARITY)
-        self._regions: list[mmap.mmap] = []
-        self._used = self.region_bytes
-        """Bytes of the last region."""
+        self.descriptor = _anonymous_memory()
+        self._mapped = self._map(_FEWEST_REGIONS * self.region_bytes)
+        _seal(self.descriptor)
+        self._n_regions, self._used = 0, self.region_bytes
+        """Regions so far, and the bytes that are used of the last one."""
         self._offsets: dict[int, int] = {}
         self._alone = threading.Lock()
+
+    def _map(self, fewest_bytes: int) -> mmap.mmap:
+        """Addresses for all that there may ever be, or as many as the limits of this process allow."""
+        n_bytes = max(_MOST_BYTES, fewest_bytes)
+        while True:
+            try:
+                os.ftruncate(self.descriptor, n_bytes)
+                mapped = mmap.mmap(self.descriptor, n_bytes)
+                break
+            except OSError as error:
+                n_bytes //= 2
+                if n_bytes < fewest_bytes:
+                    os.close(self.descriptor)
+                    raise ServingError(
+                        f"no memory to share, of at least {fewest_bytes:,} bytes ({error.strerror}); serve fewer rows "
+                        "a batch, or raise the limits of this process (ulimit -v, ulimit -f)"
+                    ) from error
+        os.ftruncate(self.descriptor, 0)
+        if hasattr(mmap, "MADV_DONTDUMP"):
+            mapped.madvise(mmap.MADV_DONTDUMP)
+        return mapped
 
     def allocate(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
         """A new buffer."""
@@ -48,15 +82,19 @@ class SharedMemory:
         with self._alone:
             if self._used + n_bytes > self.region_bytes:
                 self._add_region()
-            begin, self._used = self._used, self._used + _up(n_bytes, _ALIGNMENT)
-            buffer = np.frombuffer(self._regions[-1], dtype, math.prod(shape), begin)
-            self._offsets[buffer.ctypes.data] = (len(self._regions) - 1) * self.region_bytes + begin
+            begin = (self._n_regions - 1) * self.region_bytes + self._used
+            self._used += _up(n_bytes, _ALIGNMENT)
+            buffer = np.frombuffer(self._mapped, dtype, math.prod(shape), begin)
+            self._offsets[buffer.ctypes.data] = begin
         return buffer.reshape(shape)
 
     def _add_region(self) -> None:
-        first, self._used = len(self._regions) * self.region_bytes, 0
-        os.ftruncate(self.descriptor, first + self.region_bytes)
-        self._regions.append(mmap.mmap(self.descriptor, self.region_bytes, offset=first))
+        n_bytes = (self._n_regions + 1) * self.region_bytes
+        if n_bytes > len(self._mapped):
+            raise ServingError(f"there is no room for more than {len(self._mapped):,} bytes of batches")
+        if os.fstat(self.descriptor).st_size < n_bytes:
+            os.ftruncate(self.descriptor, n_bytes)
+        self._n_regions, self._used = self._n_regions + 1, 0
 
     def offset_of(self, tensor: torch.Tensor) -> int:
         """Where the buffer of a tensor begins."""
@@ -68,26 +106,38 @@ class SharedMemory:
 
 
 class MappedMemory:
-    """The buffers of another process; the descriptor is this object's from now on."""
+    """The buffers of another process, to read; the descriptor is this object's from now on."""
 
     def __init__(self, descriptor: int, region_bytes: int) -> None:
         self._descriptor, self._region_bytes = descriptor, region_bytes
         weakref.finalize(self, os.close, descriptor).atexit = False
-        self._regions: dict[int, mmap.mmap] = {}
+        self._regions: dict[int, ctypes.Array[ctypes.c_char]] = {}
         self._buffers: dict[int, torch.Tensor] = {}
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A buffer, which is always asked for in the same shape and dtype."""
+        """A buffer, which is always asked for in the same shape and dtype. Writing to it would end the process.
+
+        Raises:
+            OSError, ValueError: there is no such buffer.
+        """
         import torch
 
         if offset not in self._buffers:
             region, begin = divmod(offset, self._region_bytes)
-            if region not in self._regions:
-                first = region * self._region_bytes
-                self._regions[region] = mmap.mmap(self._descriptor, self._region_bytes, offset=first)
-            flat = torch.frombuffer(self._regions[region], dtype=dtype, count=math.prod(shape), offset=begin)
+            flat = torch.frombuffer(self._region(region), dtype=dtype, count=math.prod(shape), offset=begin)
             self._buffers[offset] = flat.view(shape)
         return self._buffers[offset]
+
+    def _region(self, number: int) -> ctypes.Array[ctypes.c_char]:
+        if number not in self._regions:
+            first = number * self._region_bytes
+            mapped = mmap.mmap(self._descriptor, self._region_bytes, offset=first, access=mmap.ACCESS_READ)
+            address = np.frombuffer(mapped, np.uint8).ctypes.data
+            # torch warns of memory that cannot be written to, so it gets a view that does not say so.
+            view = (ctypes.c_char * self._region_bytes).from_address(address)
+            view.mapped = mapped  # type: ignore[attr-defined]  # lives as long as any tensor on it
+            self._regions[number] = view
+        return self._regions[number]
 
 
 def _up(n_bytes: int, multiple: int) -> int:
@@ -97,6 +147,18 @@ def _up(n_bytes: int, multiple: int) -> int:
 def _anonymous_memory() -> int:
     """A descriptor of memory without a name; where there is no such thing, of a file without a name."""
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("actcache-batches")
+        return os.memfd_create("actcache-batches", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
+
+
+def _seal(descriptor: int) -> None:
+    """Let nobody take memory away, and nobody write who has not mapped it yet; as far as the system can do that."""
+    import fcntl
+
+    if not hasattr(fcntl, "F_ADD_SEALS"):
+        return
+    for seals in (fcntl.F_SEAL_SHRINK | _SEAL_FUTURE_WRITE, fcntl.F_SEAL_SHRINK):
+        with suppress(OSError):  # an older kernel; or a file, which has no seals
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_SEAL)
+            return

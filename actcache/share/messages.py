@@ -31,6 +31,11 @@ class Lines:
         """For selectors."""
         return self._socket.fileno()
 
+    @property
+    def in_midst(self) -> bool:
+        """Whether a line has begun to come, and not its end."""
+        return bool(self._received)
+
     def send(self, message: Message, *descriptors: int) -> None:
         """Send a message, and descriptors with it.
 

@@ -6,21 +6,22 @@ threads of its own, tells every consumer where it is, and hears who has done wit
 
 from __future__ import annotations
 
+import errno
 import os
 import selectors
 import socket
-import stat
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from actcache.errors import ConfigError, ServingError
+from actcache.errors import ConfigError
+from actcache.files import path_of, shown
 from actcache.load import Batch, Loader
 from actcache.load.gather import BatchMemory
-from actcache.load.state import check_settings, checked_state
+from actcache.load.state import check_settings, checked_place, checked_state
 from actcache.share.memory import SharedMemory
 from actcache.share.messages import PROTOCOL, Lines, Message, State, how_far
 from actcache.spec import Progress, check_positive, expand_names
@@ -36,6 +37,13 @@ Say = Callable[[str], None]
 _MOST_TOLD = 4
 """Batches that a consumer knows of at a time: lines about them always fit the buffer of its socket."""
 _ROW_ID_BYTES = 8
+_MOST_CONNECTIONS, _OF_OPEN_FILES = 1024, 4
+"""Connections at a time, and at most one in so many of the files that the process may open: stores are files too."""
+_PATIENCE_S = 10.0
+"""For a greeting, from the first moment on; and for the rest of a line that has begun."""
+_PAUSE_S = 0.2
+"""In which nobody is let in, after there was no room for another open file."""
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _PLACE = ("first_epoch", "epoch", "batch")
 """What of a loader's state changes from batch to batch."""
 
@@ -54,6 +62,7 @@ def serve_batches(
     Waits until `n_consumers` are there, so that all get the same batches from the first one; one that comes later gets
     those from then on. The fastest is at most `batches_ahead` batches ahead of the slowest, and waits for it then. One
     that ends, however it ends, is waited for no more. Returns when all have taken the last batch, or have left.
+    Connections that say nothing for ten seconds, or what no consumer says, are hung up on, and those that are too many.
 
     Batches are made in shared memory, in the loader's dtype: `batches_ahead` of them, and those that the loader has
     read ahead. Consumers widen them: `Loader(dtype=torch.bfloat16)` halves that memory, and is exact for sites that are
@@ -73,12 +82,22 @@ def serve_batches(
             are told.
     """
     check_positive("serve_batches", n_consumers=n_consumers, batches_ahead=batches_ahead)
+    if not isinstance(loader, Loader):
+        raise ConfigError(f"serve_batches: loader must be a Loader, got {shown(loader)}")
+    if n_consumers > _most_connections():
+        raise ConfigError(
+            f"serve_batches: n_consumers must be at most {_most_connections()}, a quarter of the files that this "
+            f"process may open (ulimit -n), got {shown(n_consumers)}"
+        )
     if loader.device.type != "cpu":
         raise ConfigError(
             f'a loader on {loader.device} has its batches in no memory to share; make it with device="cpu", and '
             "ServedBatches(path, device=...)"
         )
-    with _listening(Path(path)) as listener, _Server(loader, listener, batches_ahead, say or _nothing) as server:
+    from actcache.share.listen import listening  # locks folders, as Unix can
+
+    where = path_of(path, "serve_batches: path")
+    with listening(where) as listener, _Server(loader, listener, batches_ahead, say or _nothing) as server:
         server.serve(n_consumers, progress or _nothing)
 
 
@@ -92,44 +111,15 @@ def exact_dtype(store: Store, sites: Sequence[str], normalize: str | None = None
     return torch.float32 if computed else stored
 
 
+def _most_connections() -> int:
+    import resource  # as sockets with a path, on Unix only
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else min(_MOST_CONNECTIONS, soft // _OF_OPEN_FILES)
+
+
 def _nothing(*_: object) -> None:
     """Nobody wants to know."""
-
-
-@contextmanager
-def _listening(path: Path) -> Iterator[socket.socket]:
-    """A socket at a path that only this user may connect to; the path is free again at the end.
-
-    Raises:
-        ServingError: a server is there already, or something that is no socket, or there can be no socket.
-    """
-    _make_way(path)
-    with socket.socket(socket.AF_UNIX) as listener:
-        try:
-            listener.bind(str(path))
-        except OSError as error:
-            raise ServingError(f"no socket can be made at {path}: {error}; give another path") from error
-        try:
-            path.chmod(0o600)  # nobody can connect before `listen`
-            listener.listen()
-            listener.setblocking(False)
-            yield listener
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _make_way(path: Path) -> None:
-    """Remove the socket of a server that is dead."""
-    with suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise ServingError(f"{path} is there and is no socket; give another path")
-        with socket.socket(socket.AF_UNIX) as probe:
-            try:
-                probe.connect(str(path))
-            except ConnectionRefusedError:
-                path.unlink()
-            else:
-                raise ServingError(f"a server is at {path} already; connect to it, or give another path")
 
 
 @dataclass(eq=False)
@@ -140,6 +130,8 @@ class _Consumer:
     """After which batch it goes on; None for one that has not introduced itself yet."""
     coming: deque[Message] = field(default_factory=deque)
     n_told: int = 0
+    waited_for: float | None = None
+    """Until when it has to have said what it owes: a greeting, or the rest of a line."""
 
 
 @dataclass
@@ -161,6 +153,7 @@ class _Server:
         self._consumers: list[_Consumer] = []
         self._offered: dict[int, _Offered] = {}
         self._n_batches, self._begun = 0, False
+        self._paused_until: float | None = None
         self._state: State = loader.state_dict()
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
@@ -226,16 +219,50 @@ class _Server:
             self._tell_coming(consumer)
 
     def _listen(self, *, wait: bool = True) -> None:
-        """Hear everybody who has something to say; `wait` until there is somebody."""
-        for key, _ in self._selector.select(None if wait else 0):
+        """Hear everybody who has something to say; `wait` until there is somebody, or somebody is overdue."""
+        dues = [c.waited_for for c in self._consumers if c.waited_for is not None]
+        if self._paused_until is not None:
+            dues.append(self._paused_until)
+        timeout = None if not dues else max(0.0, min(dues) - monotonic())
+        for key, _ in self._selector.select(timeout if wait else 0):
             if key.fileobj is self._listener:
-                connection, _ = self._listener.accept()
-                connection.setblocking(False)
-                consumer = _Consumer(Lines(connection))
-                self._consumers.append(consumer)
-                self._selector.register(connection, selectors.EVENT_READ, consumer)
+                self._let_in()
             elif key.data in self._consumers:
                 self._hear(key.data)
+        now = monotonic()
+        for consumer in [c for c in self._consumers if c.waited_for is not None and c.waited_for <= now]:
+            self._tell(consumer, {"error": f"nothing was heard for {_PATIENCE_S:g} s"})
+            self._forget(consumer)
+        if self._paused_until is not None and self._paused_until <= now:
+            self._paused_until = None
+            self._selector.register(self._listener, selectors.EVENT_READ)
+
+    def _let_in(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError as error:  # or whoever it was has gone already
+            if error.errno in _NO_ROOM:
+                self._make_room()
+            return
+        connection.setblocking(False)
+        consumer = _Consumer(Lines(connection), waited_for=monotonic() + _PATIENCE_S)
+        self._consumers.append(consumer)
+        self._selector.register(connection, selectors.EVENT_READ, consumer)
+        if len(self._consumers) > _most_connections():
+            self._hang_up(f"there are {_most_connections()} connections, and no more are taken")
+
+    def _hang_up(self, why: str) -> None:
+        """On the one that has been silent for longest: a consumer greets as soon as it is there."""
+        silent = next((consumer for consumer in self._consumers if consumer.state is None), None)
+        if silent is not None:
+            self._tell(silent, {"error": why})
+            self._forget(silent)
+
+    def _make_room(self) -> None:
+        """Hang up on somebody, and let nobody in for a moment."""
+        self._hang_up("the server can open no more files")
+        self._selector.unregister(self._listener)
+        self._paused_until = monotonic() + _PAUSE_S
 
     def _hear(self, consumer: _Consumer) -> None:
         try:
@@ -244,6 +271,9 @@ class _Server:
                     self._greet(consumer, message)
                 else:
                     self._take_back(consumer, message)
+            if consumer.state is not None:
+                begun = consumer.waited_for or monotonic() + _PATIENCE_S
+                consumer.waited_for = begun if consumer.lines.in_midst else None
         except ValueError as error:
             self._tell(consumer, {"error": str(error)})
             self._forget(consumer)
@@ -254,7 +284,7 @@ class _Server:
         if message.get("actcache") != PROTOCOL or type(message.get("process")) is not int:
             raise ValueError(f"this server speaks version {PROTOCOL} of actcache's protocol; use the same actcache")
         consumer.state = self._state if message.get("state") is None else self._checked(message["state"])
-        consumer.process = message["process"]
+        consumer.process, consumer.waited_for = message["process"], None
         loader = self._loader
         address = str(loader.store.objects.location)  # the whole of it: consumers open the store themselves
         greeting = {
@@ -274,14 +304,9 @@ class _Server:
 
     def _checked(self, state: Any) -> State:
         """A state that a consumer brings, if it is one of what is served from now on."""
-        try:
-            found = checked_state(state, self._state["fingerprint"], self._loader.store.path)
-            check_settings(found["settings"], self._state["settings"])
-            is_place = all(type(found[name]) is int and found[name] >= 0 for name in _PLACE)
-        except (KeyError, TypeError, AttributeError):
-            is_place = False
-        if not is_place:
-            raise ValueError(f"{str(state)[:60]!r} is no state of a loader")
+        found = checked_state(state, self._state["fingerprint"], self._loader.store.path)
+        check_settings(found["settings"], self._state["settings"])
+        checked_place(found, self._loader.plan.n_batches)
         if self._begun and how_far(found) < how_far(self._state):
             raise ValueError(
                 f"the state is that of epoch {found['epoch']}, batch {found['batch']}, and the others are past it; "
@@ -293,7 +318,7 @@ class _Server:
         number = message.get("done")
         offered = self._offered.get(number) if type(number) is int else None
         if offered is None or consumer not in offered.readers:
-            raise ValueError(f"{str(number)[:40]} is no batch that this consumer has")
+            raise ValueError(f"{shown(number)} is no batch that this consumer has")
         offered.readers.remove(consumer)
         self._drop_read()
         consumer.n_told -= 1

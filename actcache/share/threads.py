@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from actcache.errors import ConfigError
+from actcache.errors import ConfigError, StateError
 from actcache.load import Batch, Loader, MixedLoader
 from actcache.share.copies import Copies
 from actcache.share.messages import State, how_far
@@ -71,9 +71,13 @@ def share_batches(
 def _begun(loader: Loader | MixedLoader, states: Sequence[State | None]) -> list[State]:
     """The state of each consumer before its first batch; the loader is moved to the earliest."""
     here = loader.state_dict()
-    for state in states:
-        if state is not None:
-            loader.load_state_dict(state)
+    try:
+        for state in states:
+            if state is not None:
+                loader.load_state_dict(state)
+    except StateError:
+        loader.load_state_dict(here)
+        raise
     begun = [here if state is None else state for state in states]
     loader.load_state_dict(min(begun, key=how_far))
     return begun

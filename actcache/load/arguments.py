@@ -1,0 +1,85 @@
+"""What callers give to loaders and to those who take batches from them, checked at the door.
+
+In: arguments of any kind. Out: the same as the rooms below want them, or one sentence about what was wrong.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from actcache.errors import ConfigError, StoreIncompleteError
+from actcache.files import shown
+from actcache.spec import check_positive
+from actcache.store.opened import checked_store
+
+if TYPE_CHECKING:
+    import torch
+
+ORDERS = ("shuffled", "sequence")
+MOST_LANES, MOST_READ_AHEAD = 1 << 16, 1 << 16
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def check_loader(
+    store: Any, order: Any, read_ahead: Any, rank: Any, world_size: Any, optional: Mapping[str, int | None]
+) -> None:
+    """Raise what `Loader` says, for arguments that are not what it needs."""
+    checked_store(store, "loader")
+    if not store.sealed:
+        raise StoreIncompleteError(
+            f"{store.path} has {len(store.committed)} of {store.spec.n_shards} shards; finish 'actcache extract' first"
+        )
+    check_positive("loader", world_size=world_size)
+    for name, value, most in (("read_ahead", read_ahead, MOST_READ_AHEAD), ("rank", rank, world_size - 1)):
+        if type(value) is not int or not 0 <= value <= most:
+            raise ConfigError(f"loader: {name} must be an integer between 0 and {most}, got {shown(value)}")
+    for name, number in optional.items():
+        if number is not None:
+            check_positive("loader", **{name: number})
+    if (optional.get("lanes") or 1) > MOST_LANES:
+        raise ConfigError(f"loader: lanes must be between 1 and {MOST_LANES}, got {shown(optional['lanes'])}")
+    if order not in ORDERS:
+        raise ConfigError(f"loader: order must be one of {', '.join(ORDERS)}, got {shown(order)}")
+
+
+def integer(who: str, name: str, value: Any) -> int:
+    """A whole number, which may be one of numpy's."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ConfigError(f"{who}: {name} must be an integer, got {shown(value)}") from None
+
+
+def switch(who: str, name: str, value: Any) -> bool:
+    """True or False."""
+    if value not in (True, False):
+        raise ConfigError(f"{who}: {name} must be True or False, got {shown(value)}")
+    return bool(value)
+
+
+def dtype_of(who: str, given: Any) -> torch.dtype:
+    """A floating-point type of torch, which may be named; None is float32."""
+    import torch
+
+    found = getattr(torch, given, None) if isinstance(given, str) else given
+    found = torch.float32 if given is None else found
+    if str(found).removeprefix("torch.") not in _DTYPES or not isinstance(found, torch.dtype):
+        raise ConfigError(f"{who}: dtype must be one of torch's {', '.join(_DTYPES)}, got {shown(given)}")
+    return found
+
+
+def device_of(who: str, given: Any) -> torch.device:
+    """A device of torch that is there."""
+    import torch
+
+    try:
+        device = torch.device(given)
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError, ValueError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"{who}: there is no device {shown(given)} here ({reason}); choose another") from error
+    return device
