@@ -42,6 +42,7 @@ def needed(part: str) -> list[str]:
     return [name.strip() for line in NEEDS.findall(part) for name in line.split(",")]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("heading", PARTS)
 def test_the_examples_of_a_section_run(heading: str, tmp_path: Path) -> None:
     part, work = tmp_path / DOCUMENT.name, tmp_path / "work"

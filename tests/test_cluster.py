@@ -165,6 +165,7 @@ def test_what_is_there_is_not_made_again(
 # Workers, tasks and drivers that die
 
 
+@pytest.mark.exhaustive
 def test_worker_that_is_killed_costs_nothing_but_time(client: Any, lm: LanguageModel, tmp_path: Path) -> None:
     many = blocks_of(120)
     wanted = ac.extract(lm, many, SITES, tmp_path / "one.zarr", **SETTINGS)
@@ -180,6 +181,7 @@ def test_worker_that_is_killed_costs_nothing_but_time(client: Any, lm: LanguageM
     assert pids[0] not in worker_pids(client)
 
 
+@pytest.mark.exhaustive
 def test_work_that_kills_every_worker_is_an_error_that_says_so(client: Any, lm: LanguageModel, tmp_path: Path) -> None:
     path, pids = tmp_path / "a.zarr", worker_pids(client)
     scheduler = client.cluster.scheduler
@@ -257,6 +259,7 @@ def test_interrupted_call_takes_its_tasks_back_and_says_how_far_it_was(
     assert extract_on_cluster(lm, many, SITES, path, cluster=client, **SETTINGS).sealed
 
 
+@pytest.mark.exhaustive
 def test_call_goes_on_after_its_scheduler_was_killed(lm: LanguageModel, tmp_path: Path) -> None:
     path, many, log = tmp_path / "a.zarr", blocks_of(120), (tmp_path / "log").open("w")
     with socket.socket() as free:
@@ -294,6 +297,7 @@ def test_call_goes_on_after_its_scheduler_was_killed(lm: LanguageModel, tmp_path
     assert_same(open_store(path), ac.extract(lm, many, SITES, tmp_path / "one.zarr", **SETTINGS))
 
 
+@pytest.mark.exhaustive
 def test_command_that_is_stopped_leaves_no_worker_and_goes_on_when_called_again(
     lm: LanguageModel, folder: Path, tmp_path: Path
 ) -> None:

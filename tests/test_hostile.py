@@ -35,6 +35,8 @@ from actcache.spec import Site
 from actcache.store import RowFilter, StoreWriter, delete_sites, export, layout, open_store, repair, verify
 from actcache.store.objects import Objects
 
+pytestmark = pytest.mark.exhaustive
+
 MOST_MEGABYTES = 100
 MOST_SECONDS = 10
 """On a busy machine; a hundredth of it is usual."""

@@ -95,6 +95,7 @@ def test_of_processes_with_the_same_shards_each_shard_is_made_by_one(place, proc
     assert contents(place) == whole
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("place", "n_seeds"), [("folder", 25), ("s3", 4)], indirect=["place"])
 def test_processes_killed_at_random_moments_harm_neither_the_others_nor_the_store(place, n_seeds, processes, whole):
     n_killed = 0
@@ -117,6 +118,7 @@ def test_processes_killed_at_random_moments_harm_neither_the_others_nor_the_stor
     assert n_killed >= n_seeds // 2
 
 
+@pytest.mark.exhaustive
 def test_of_processes_that_end_at_the_same_moment_one_seals(tmp_path, processes, whole):
     for number in range(30):
         path, meet = tmp_path / f"{number}.zarr", tmp_path / f"meet-{number}"
@@ -128,6 +130,7 @@ def test_of_processes_that_end_at_the_same_moment_one_seals(tmp_path, processes,
         assert contents(path) == whole
 
 
+@pytest.mark.exhaustive
 @between_processes
 def test_when_the_one_that_seals_is_killed_the_other_does_it(place, processes, whole, tmp_path):
     n_killed, most = 0, 40 if isinstance(place, Path) else 4

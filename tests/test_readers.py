@@ -214,6 +214,7 @@ def newest_zarr() -> Path:
     return python
 
 
+@pytest.mark.exhaustive
 def test_the_newest_zarr_reads_the_same(newest_zarr: Path, written: tuple[Store, dict[str, Any]]) -> None:
     store, _ = written
     script = Path(__file__).with_name("zarr_digests.py")

@@ -276,6 +276,7 @@ def test_numbers_as_people_read_them(function: Callable[[Any], str], value: Any,
     assert function(value) == text
 
 
+@pytest.mark.exhaustive
 def test_a_browser_shows_the_page(tmp_path: Path) -> None:
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:

@@ -486,6 +486,7 @@ def test_the_verb_says_what_is_wrong(small_store, path):
     assert said.splitlines()[-1].startswith(f"error: {path} is there and is no socket")
 
 
+@pytest.mark.exhaustive
 def test_the_benchmark_runs(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     import sharing

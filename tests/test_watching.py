@@ -272,6 +272,7 @@ def read_until(terminal: int, wanted: str, seen: str = "") -> str:
     return seen
 
 
+@pytest.mark.exhaustive
 def test_a_terminal_shows_bars_speeds_and_sites_while_it_lasts(tmp_path):
     wanted = ["extract", *WAITED_FOR, *SHARDS, "--out", "acts.zarr"]
     with on_a_terminal(*wanted, cwd=tmp_path) as (process, terminal):
@@ -298,6 +299,7 @@ def test_ctrl_c_on_a_terminal_says_how_far_it_is(tmp_path):
     assert "Traceback" not in shown
 
 
+@pytest.mark.exhaustive
 def test_an_interrupted_extraction_continues_to_the_same_bytes(tmp_path, unbroken):
     wanted = ["extract", *WAITED_FOR, *SHARDS, "--out", "acts.zarr", "--json"]
     with running(*wanted, cwd=tmp_path) as process:
@@ -320,6 +322,7 @@ def test_an_interrupted_extraction_continues_to_the_same_bytes(tmp_path, unbroke
     assert everything_in(tmp_path / "acts.zarr") == everything_in(unbroken[0])
 
 
+@pytest.mark.exhaustive
 def test_shards_that_are_finished_after_the_interrupt_are_counted(tmp_path):
     """Those of one site are encoded as a whole when the interrupt comes, and it takes seconds."""
     site = ["--sites", "blocks.0.hook_mlp_out", "--codec", SLOW_CODEC, "--length", "256", "--count", "512"]
@@ -334,6 +337,7 @@ def test_shards_that_are_finished_after_the_interrupt_are_counted(tmp_path):
     assert int(found[1]) == len(ac.open_store(tmp_path / "acts.zarr").committed)
 
 
+@pytest.mark.exhaustive
 def test_a_second_ctrl_c_ends_at_once_and_leaves_nothing_half_written(tmp_path):
     """Without the second one it would take the ten seconds and more that two sites of a shard need to be encoded."""
     wanted = ["extract", *WAITED_FOR, "--count", "512", "--sequences-per-shard", "256", "--out", "acts.zarr", "--json"]
@@ -352,6 +356,7 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_nothing_half_written(tmp_path):
     assert ac.verify(tmp_path / "acts.zarr") == []
 
 
+@pytest.mark.exhaustive
 def test_a_job_in_the_background_of_a_shell_is_not_interrupted(tmp_path):
     def ignore_interrupts() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
