@@ -30,7 +30,7 @@ def begin(path: Path, *more: str) -> subprocess.Popen[str]:
 
 
 def ended(process: subprocess.Popen[str]) -> dict[str, object]:
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=1800)
     assert process.returncode == 0, err
     return json.loads(out)  # type: ignore[no-any-return]
 

@@ -11,4 +11,5 @@ pytestmark = pytest.mark.exhaustive
 
 
 def test_model_in_8_bits(tmp_path: Path) -> None:
-    peers.Results(["test_lm_running.py::test_model_in_8_bits"], ["bitsandbytes"], tmp_path).check("test_model_in_8_bits")
+    name = "test_model_in_8_bits"
+    peers.Results([f"test_lm_running.py::{name}"], ["bitsandbytes"], tmp_path).check(name)

@@ -289,4 +289,4 @@ def run_ranks(store: Store, world_size: int, folder: Path, *, n_batches: int | N
         }
         arguments = [sys.executable, str(HERE / "loader_rank.py"), json.dumps(job)]
         processes.append(subprocess.Popen(arguments, cwd=HERE.parent))
-    assert [process.wait(timeout=120) for process in processes] == [0] * world_size
+    assert [process.wait(timeout=600) for process in processes] == [0] * world_size
