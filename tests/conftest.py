@@ -7,12 +7,14 @@ import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from packaging.requirements import Requirement
 from places import bucket, place, s3  # noqa: F401 (fixtures)
 
 from actcache.spec import Site, StoreSpec, TokenBlocks
@@ -20,14 +22,41 @@ from actcache.store import Store, StoreWriter, open_store
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-SHARED_ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests against the S3 server are exhaustive; those that another environment runs are left out here."""
+    for item in items:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if "s3" in getattr(item, "fixturenames", ()) or "s3" in map(str, parameters):
+            item.add_marker(pytest.mark.exhaustive)
+    elsewhere = [item for item in items if not all(is_installed(mark.args[0]) for mark in item.iter_markers("needs"))]
+    items[:] = [item for item in items if item not in elsewhere]
+    config.hook.pytest_deselected(items=elsewhere)
+
+
+def is_installed(requirement: str) -> bool:
+    """Whether a package is there, in a version that the requirement allows."""
+    wanted = Requirement(requirement)
+    try:
+        return wanted.specifier.contains(version(wanted.name), prereleases=True)
+    except PackageNotFoundError:
+        return False
 
 
 @pytest.fixture(scope="session")
-def shared_assets() -> Path:
-    if not SHARED_ASSETS.is_dir():
-        pytest.skip(f"needs the models and texts in {SHARED_ASSETS}")
-    return SHARED_ASSETS
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of random weights with its tokenizer, as transformers saves them: 5 layers, grouped queries, 512 ids."""
+    from lm_models import random_model
+    from tokenizers_at_hand import byte_level
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    sizes = {"hidden_size": 64, "num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4}
+    sizes |= {"intermediate_size": 172, "vocab_size": 512, "max_position_embeddings": 512}
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "tie_word_embeddings": True}
+    random_model("llama", **sizes, **special).save_pretrained(folder)
+    byte_level("<|bos|> $A", bos_token="<|bos|>", eos_token="<|end|>").save_pretrained(folder)
+    return folder
 
 
 def random_blocks(n_sequences: int, length: int, seed: int = 0) -> TokenBlocks:

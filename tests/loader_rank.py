@@ -20,7 +20,7 @@ dist.init_process_group(
     init_method=f"file://{folder / 'meeting'}",
     rank=rank,
     world_size=world_size,
-    timeout=timedelta(seconds=60),
+    timeout=timedelta(minutes=10),
 )
 store = open_store(job["store"])
 loader = Loader(

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import kill
 
 N_SHARDS = kill.spec_of(kill.blocks()).n_shards
-TIMEOUT_S = 120
+TIMEOUT_S = 600
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import urllib.request
 import uuid
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from actcache.store import urls
 from actcache.store.objects import Objects
 
 HERE = Path(__file__).parent
+PATIENCE_S = 600
+"""How long tests wait for other processes: never too short on a busy machine, and the end of one that hangs."""
 OWN_ENVIRONMENT = HERE.parent / ".venv-s3" / "bin" / "python"
 
 
@@ -45,14 +48,24 @@ class S3:
 
     def put(self, path: str, data: bytes = b"") -> None:
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{path}", data, method="PUT")
-        urllib.request.urlopen(request, timeout=20).close()
+        urllib.request.urlopen(request, timeout=PATIENCE_S).close()
 
     def moods(self, **moods: Any) -> None:
         """How the server answers from now on; see `s3_server.py`."""
         self.put("-moods", json.dumps(moods).encode())
 
+    def wait_until_it_hangs(self) -> None:
+        """Until as many puts were answered as `hang_after` said, and others wait."""
+        until = time.monotonic() + PATIENCE_S
+        while True:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/-moods", timeout=PATIENCE_S) as answer:
+                if json.load(answer)["hanging"]:
+                    return
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
     def calm(self) -> None:
-        self.moods(delay_s=0.0, refuse_after=-1, refuse_with=403, refusals=-1)
+        self.moods(delay_s=0.0, refuse_after=-1, refuse_with=403, refusals=-1, hang_after=-1, together=1)
 
     def kill(self) -> None:
         self.process.kill()

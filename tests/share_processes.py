@@ -16,7 +16,7 @@ from actcache.load import Loader
 from actcache.share import ServedBatches, serve_batches
 from actcache.store import open_store
 
-TIMEOUT_S = 60
+TIMEOUT_S = 600
 A_WHILE_S = 0.2
 """In which something that must not happen would have happened. Too short a while lets faults pass, never tests fail."""
 

@@ -22,6 +22,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> peers.Results:
     return peers.Results([ARRAYS], ["jax"], tmp_path_factory.mktemp("jax"))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", peers.tests_in(ARRAYS))
 def test_jax(results: peers.Results, name: str) -> None:
     results.check(name)

@@ -126,6 +126,7 @@ def with_dictionary_learning(tmp_path_factory: pytest.TempPathFactory) -> peers.
     return peers.Results([TRAINS], ["dictionary_learning"], tmp_path_factory.mktemp("dictionary_learning"))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", peers.tests_in(TRAINS))
 def test_with_dictionary_learning(with_dictionary_learning: peers.Results, name: str) -> None:
     with_dictionary_learning.check(name)

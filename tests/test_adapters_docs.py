@@ -42,6 +42,7 @@ def needed(part: str) -> list[str]:
     return [name.strip() for line in NEEDS.findall(part) for name in line.split(",")]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("heading", PARTS)
 def test_the_examples_of_a_section_run(heading: str, tmp_path: Path) -> None:
     part, work = tmp_path / DOCUMENT.name, tmp_path / "work"
@@ -56,7 +57,7 @@ def test_the_examples_of_a_section_run(heading: str, tmp_path: Path) -> None:
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
-        timeout=300,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stdout[-8000:]
     assert "Exception ignored" not in done.stdout, done.stdout[-8000:]

@@ -19,6 +19,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> peers.Results:
     return peers.Results([TRAINS], ["llamascopium"], tmp_path_factory.mktemp("llamascopium"))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", peers.tests_in(TRAINS))
 def test_llamascopium(results: peers.Results, name: str) -> None:
     results.check(name)

@@ -120,6 +120,7 @@ def with_saelens(tmp_path_factory: pytest.TempPathFactory) -> peers.Results:
     return peers.Results(tests, ["saelens"], tmp_path_factory.mktemp("saelens"))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", [*peers.tests_in(TRAINS), *EXCHANGE])
 def test_with_saelens(with_saelens: peers.Results, name: str) -> None:
     with_saelens.check(name)

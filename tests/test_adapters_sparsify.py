@@ -24,6 +24,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> peers.Results:
     return peers.Results([TRAINS], ["sparsify"], tmp_path_factory.mktemp("sparsify"))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", peers.tests_in(TRAINS))
 def test_sparsify(results: peers.Results, name: str) -> None:
     results.check(name)

@@ -23,6 +23,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> peers.Results:
     return peers.Results([TRAINS], ["torch_data"], tmp_path_factory.mktemp("torch_data"))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", peers.tests_in(TRAINS))
 def test_torchdata_and_lightning(results: peers.Results, name: str) -> None:
     results.check(name)

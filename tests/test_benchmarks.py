@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import loader_annbatch
 import loader_cold
 
+pytestmark = pytest.mark.exhaustive
+
 SIZES = {"n_sequences": 24, "pairs": 1}
 OTHERS = {"loader": {"install": False}, "training": {"n_steps": 3}}
 
@@ -28,9 +30,9 @@ def test_benchmark_gives_a_row(name):
 
 @pytest.mark.parametrize("way", ["COMPRESSED", "UNCOMPRESSED", "DEFAULTS"])
 def test_annbatch_delivers_every_row_once(way, tmp_path):
-    """Where its environment was made already: that takes a network."""
+    """In an environment of its own, which is made the first time."""
     try:
-        python = loader_annbatch.environment(install=False)
+        python = loader_annbatch.environment()
     except loader_annbatch.MissingPeerError as missing:
         pytest.skip(str(missing))
     values = np.random.default_rng(0).standard_normal((5000, 16), np.float32)

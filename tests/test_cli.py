@@ -29,7 +29,7 @@ VERBS = ("demo", "sites", "plan", *STORE_VERBS, "serve", "train", "evaluate", "r
 def run(*arguments: str, cwd: Path, **more: Any) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "actcache", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, **more)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, **more)
 
 
 @pytest.fixture(scope="module")
@@ -256,11 +256,11 @@ def test_an_interrupted_command_says_how_to_go_on(tmp_path: Path) -> None:
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heard
     ) as child:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while not (tmp_path / "acts.zarr" / "zarr.json").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         child.send_signal(signal.SIGINT)
-        said = child.communicate(timeout=60)[1]
+        said = child.communicate(timeout=600)[1]
     assert child.returncode == 130, said
     assert said.splitlines()[-1].startswith("error: interrupted; ")
     assert said.splitlines()[-1].endswith("; the same command goes on where this one stopped")

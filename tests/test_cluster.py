@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -103,11 +104,20 @@ def worker_pids(client: Any) -> list[int]:
     return list(client.run(os.getpid).values())
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 30) -> None:
+def wait_until(holds: Callable[[], bool], seconds: float = 600) -> None:
     give_up_at = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < give_up_at, "waited in vain"
         time.sleep(0.005)
+
+
+@contextmanager
+def held(lm: LanguageModel, blocks: TokenBlocks, path: Path, shards: range) -> Iterator[None]:
+    """Begin the store, and keep these shards from being made: however quick the workers are, work is left."""
+    ac.extraction.begin(lm, blocks, SITES, path, **SETTINGS)
+    with StoreWriter(path, open_store(path).spec, None, shared=True) as writer:
+        assert all(writer.claim(shard) for shard in shards)
+        yield
 
 
 def n_committed(path: Path) -> int:
@@ -165,33 +175,36 @@ def test_what_is_there_is_not_made_again(
 # Workers, tasks and drivers that die
 
 
+@pytest.mark.exhaustive
 def test_worker_that_is_killed_costs_nothing_but_time(client: Any, lm: LanguageModel, tmp_path: Path) -> None:
     many = blocks_of(120)
     wanted = ac.extract(lm, many, SITES, tmp_path / "one.zarr", **SETTINGS)
     path, pids = tmp_path / "a.zarr", worker_pids(client)
     with ThreadPoolExecutor(1) as pool:
-        making = pool.submit(extract_on_cluster, lm, many, SITES, path, cluster=client, **SETTINGS)
-        wait_until(lambda: n_committed(path) > 10)
-        os.kill(pids[0], signal.SIGKILL)
-        there = n_committed(path)
-        made = making.result(timeout=60)
-    assert 10 < there < 110
+        with held(lm, many, path, range(100, 120)):
+            making = pool.submit(extract_on_cluster, lm, many, SITES, path, cluster=client, **SETTINGS)
+            wait_until(lambda: n_committed(path) > 10)
+            os.kill(pids[0], signal.SIGKILL)
+        made = making.result(timeout=600)
     assert_same(made, wanted)
     assert pids[0] not in worker_pids(client)
 
 
+@pytest.mark.exhaustive
 def test_work_that_kills_every_worker_is_an_error_that_says_so(client: Any, lm: LanguageModel, tmp_path: Path) -> None:
     path, pids = tmp_path / "a.zarr", worker_pids(client)
     scheduler = client.cluster.scheduler
     allowed, scheduler.allowed_failures = scheduler.allowed_failures, 0
     try:
+        many = blocks_of(120)
         with ThreadPoolExecutor(1) as pool:
-            making = pool.submit(extract_on_cluster, lm, blocks_of(120), SITES, path, cluster=client, **SETTINGS)
-            wait_until(lambda: n_committed(path) > 10)
-            for pid in pids:
-                os.kill(pid, signal.SIGKILL)
+            with held(lm, many, path, range(100, 120)):
+                making = pool.submit(extract_on_cluster, lm, many, SITES, path, cluster=client, **SETTINGS)
+                wait_until(lambda: n_committed(path) > 10)
+                for pid in pids:
+                    os.kill(pid, signal.SIGKILL)
             with pytest.raises(ClusterError, match=r"shards? \d+.*workers that tried have died.*same command again"):
-                making.result(timeout=60)
+                making.result(timeout=600)
     finally:
         scheduler.allowed_failures = allowed
 
@@ -203,7 +216,7 @@ def test_task_that_runs_twice_at_once_is_made_once(
     with ThreadPoolExecutor(2) as pool:
         both = [pool.submit(extract_on_cluster, lm, blocks, SITES, path, cluster=client, **SETTINGS) for _ in range(2)]
         for making in both:
-            assert_same(making.result(timeout=60), by_one_process)
+            assert_same(making.result(timeout=600), by_one_process)
 
 
 def test_driver_waits_for_who_holds_a_shard(
@@ -223,7 +236,7 @@ def test_driver_waits_for_who_holds_a_shard(
             time.sleep(0.5)
             assert not making.done()
             assert open_store(path).committed == [shard for shard in range(N_SHARDS) if shard != 7]
-        assert_same(making.result(timeout=30), by_one_process)
+        assert_same(making.result(timeout=600), by_one_process)
 
 
 def test_driver_does_not_wait_for_ever(
@@ -247,16 +260,17 @@ def test_interrupted_call_takes_its_tasks_back_and_says_how_far_it_was(
         if n_committed(path) > 10:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt) as caught:
+    with held(lm, many, path, range(80, 100)), pytest.raises(KeyboardInterrupt) as caught:
         extract_on_cluster(lm, many, SITES, path, cluster=client, watch=stop, **SETTINGS)
     assert "of 100 shards of" in caught.value.__notes__[0]
-    time.sleep(1.5)
+    wait_until(lambda: not any(client.run(lambda dask_worker: dask_worker.state.executing_count).values()))
     there = n_committed(path)
     time.sleep(0.5)
     assert 10 < there == n_committed(path) < 100
     assert extract_on_cluster(lm, many, SITES, path, cluster=client, **SETTINGS).sealed
 
 
+@pytest.mark.exhaustive
 def test_call_goes_on_after_its_scheduler_was_killed(lm: LanguageModel, tmp_path: Path) -> None:
     path, many, log = tmp_path / "a.zarr", blocks_of(120), (tmp_path / "log").open("w")
     with socket.socket() as free:
@@ -274,14 +288,15 @@ def test_call_goes_on_after_its_scheduler_was_killed(lm: LanguageModel, tmp_path
             processes = [started("scheduler", "--host", "127.0.0.1", "--port", port)]
             processes += [started("worker", address, "--nthreads", "1")]
             with ThreadPoolExecutor(1) as pool:
-                making = pool.submit(extract_on_cluster, lm, many, SITES, path, cluster=address, **SETTINGS)
                 if by_the_end:
-                    making.result(timeout=60)
+                    extract_on_cluster(lm, many, SITES, path, cluster=address, **SETTINGS)
                     break
-                wait_until(lambda: n_committed(path) > 10, 60)
-                processes[0].kill()
+                with held(lm, many, path, range(100, 120)):
+                    making = pool.submit(extract_on_cluster, lm, many, SITES, path, cluster=address, **SETTINGS)
+                    wait_until(lambda: n_committed(path) > 10)
+                    processes[0].kill()
                 with pytest.raises(ClusterError, match=r"scheduler is gone.*same command again"):
-                    making.result(timeout=30)
+                    making.result(timeout=600)
             for process in processes:
                 process.kill()
                 process.wait()
@@ -289,16 +304,18 @@ def test_call_goes_on_after_its_scheduler_was_killed(lm: LanguageModel, tmp_path
     finally:
         for process in processes:
             process.terminate()
-            process.wait(20)
+            process.wait(600)
         log.close()
     assert_same(open_store(path), ac.extract(lm, many, SITES, tmp_path / "one.zarr", **SETTINGS))
 
 
+@pytest.mark.exhaustive
 def test_command_that_is_stopped_leaves_no_worker_and_goes_on_when_called_again(
     lm: LanguageModel, folder: Path, tmp_path: Path
 ) -> None:
     path, ids = tmp_path / "a.zarr", tmp_path / "ids.npy"
     np.save(ids, blocks_of(400).ids)
+    blocks = ac.token_blocks(ac.read_documents(str(ids)), lm.tokenizer, length=12, seed=0)
     command = [
         *(sys.executable, "-m", "actcache", "extract", "--model", str(folder), "--text", str(ids), "--length", "12"),
         *("--sites", *SITES, "--out", str(path), "--sequences-per-shard", "4", "--batch-sequences", "2"),
@@ -309,20 +326,20 @@ def test_command_that_is_stopped_leaves_no_worker_and_goes_on_when_called_again(
         enough = n_committed(path) + 5
         # A process that a shell runs in its background ignores SIGINT, and so do its children unless told.
         heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
-        wait_until(lambda enough=enough: n_committed(path) > enough, 60)
-        workers = psutil.Process(driver.pid).children(recursive=True)
-        driver.send_signal(by)
-        said = driver.communicate(timeout=30)[1]
-        assert psutil.wait_procs(workers, timeout=20)[1] == []
+        with held(lm, blocks, path, range(350, 400)):
+            driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+            wait_until(lambda enough=enough: n_committed(path) > enough)
+            workers = psutil.Process(driver.pid).children(recursive=True)
+            driver.send_signal(by)
+        said = driver.communicate(timeout=600)[1]
+        assert psutil.wait_procs(workers, timeout=600)[1] == []
         assert enough < n_committed(path) < 400
     assert driver.returncode == 130
     assert "of 400 shards of" in said
     assert "Traceback" not in said
-    last = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    last = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert last.returncode == 0, last.stderr
     assert "2 workers; dashboard: http://127.0.0.1:" in last.stderr
-    blocks = ac.token_blocks(ac.read_documents(str(ids)), lm.tokenizer, length=12, seed=0)
     assert_same(open_store(path), ac.extract(lm, blocks, SITES, tmp_path / "one.zarr", **SETTINGS))
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from actcache.store.codecs import PRESETS
 
+pytestmark = pytest.mark.exhaustive
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 

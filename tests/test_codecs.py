@@ -120,7 +120,6 @@ def test_frames_of_lossless_are_read_by_every_blosc(itemsize, n_bytes, kind, mon
 
 
 def test_pcodec_comes_back():
-    pytest.importorskip("pcodec")
     chain = chain_by_hand([named("numcodecs.delta"), named("numcodecs.pcodec", level=4), named("zstd")])
     chunk, out = some_values("<u2"), np.zeros((64, 24), "<u2")
     stored = stored_form(chain, chunk)

@@ -66,6 +66,7 @@ def unbroken(plan):
     return contents(counting), store, 10**9 - counting.puts_left
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("error", [OSError("the disk went away"), Died()], ids=["error", "sudden death"])
 def test_failing_at_every_put_ends_in_the_same_bytes(plan, unbroken, error):
     blocks, spec, bits = plan
@@ -299,6 +300,7 @@ def blamed(store: Store, file: Path) -> tuple[str, int]:
     return ("tokens" if first == "tokens" else "ledger"), -1
 
 
+@pytest.mark.exhaustive
 def test_a_thousand_damages_are_all_noticed_and_named(pair):
     """Whatever is damaged, reading gives an error or the right values, and verify names just what was damaged."""
     path, other = pair
@@ -317,6 +319,7 @@ def test_a_thousand_damages_are_all_noticed_and_named(pair):
     assert n_errors > 800  # all but the statistics of single shards, which a finished store reads only to verify
 
 
+@pytest.mark.exhaustive
 def test_damage_to_an_unfinished_store_is_noticed(pair, tmp_path):
     path, other = tmp_path / "s.zarr", tmp_path / "other.zarr"
     for seed, (place, source) in enumerate(zip((path, other), pair, strict=True)):
@@ -361,6 +364,7 @@ def test_damage_to_the_root_is_an_error_or_does_no_harm(pair):
     assert unseen < 30  # spaces, and words that say the same
 
 
+@pytest.mark.exhaustive
 def test_damage_to_the_metadata_of_arrays_does_not_touch_our_reads_and_is_named_and_mended(pair):
     path, other = pair
     sound, fingerprint = read_everything(path), open_store(path).fingerprint

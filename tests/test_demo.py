@@ -129,6 +129,7 @@ def test_the_second_run_reuses_store_and_layers(first: tuple[Path, dict[str, Any
     ]
 
 
+@pytest.mark.exhaustive
 def test_other_training_settings_train_anew_on_the_same_store(first: tuple[Path, dict[str, Any], Listener]) -> None:
     out, metrics, _ = first
     listener = Listener()

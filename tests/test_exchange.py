@@ -311,13 +311,12 @@ def test_exports_that_saelens_could_not_use_are_refused(written, tmp_path):
         export_saelens(loud, out, dtype="float16")
 
 
-# --- SAELens itself, where it is installed ---------------------------------------------------------------------------
+# --- SAELens itself, in the environment of tests/test_adapters_saelens.py ---------------------------------------------
 
 
 @pytest.fixture
 def tiny():
     """A model in which SAELens finds its hooks, and 64 sequences for it."""
-    pytest.importorskip("sae_lens", reason="needs sae-lens, which wants a transformer-lens older than ours")
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
     sizes = {"n_layers": 1, "d_model": 12, "n_ctx": 16, "d_head": 4, "n_heads": 2, "d_vocab": 64, "act_fn": "relu"}
@@ -327,6 +326,7 @@ def tiny():
     return HookedTransformer(HookedTransformerConfig(**sizes)), blocks, tokens
 
 
+@pytest.mark.needs("sae-lens")
 def test_saelens_trains_from_an_export(tiny, tmp_path):
     from sae_lens import (
         BatchTopKTrainingSAEConfig,
@@ -369,6 +369,7 @@ def test_saelens_trains_from_an_export(tiny, tmp_path):
     assert trained.W_dec.isfinite().all()
 
 
+@pytest.mark.needs("sae-lens")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_what_saelens_cached_comes_in_exactly(tiny, tmp_path, monkeypatch, dtype):
     from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig, cache_activations_runner

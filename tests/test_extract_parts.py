@@ -30,7 +30,7 @@ def begin(path: Path, *more: str) -> subprocess.Popen[str]:
 
 
 def ended(process: subprocess.Popen[str]) -> dict[str, object]:
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=1800)
     assert process.returncode == 0, err
     return json.loads(out)  # type: ignore[no-any-return]
 
@@ -46,6 +46,7 @@ def contents(path: str | Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in Path(path).rglob("*") if file.is_file()}
 
 
+@pytest.mark.exhaustive
 def test_parts_that_run_together_give_the_bytes_of_one_process(tmp_path, unbroken):
     path = tmp_path / "s.zarr"
     infos = [ended(process) for process in [begin(path, "--part", f"{i}/3") for i in (1, 2, 3)]]
@@ -54,6 +55,7 @@ def test_parts_that_run_together_give_the_bytes_of_one_process(tmp_path, unbroke
     assert contents(path) == contents(unbroken.path)
 
 
+@pytest.mark.exhaustive
 def test_a_part_that_was_killed_is_made_up_for_by_a_last_call(tmp_path, unbroken):
     path = tmp_path / "s.zarr"
     victim = begin(path, "--part", "1/2")

@@ -35,8 +35,11 @@ from actcache.spec import Site
 from actcache.store import RowFilter, StoreWriter, delete_sites, export, layout, open_store, repair, verify
 from actcache.store.objects import Objects
 
+pytestmark = pytest.mark.exhaustive
+
 MOST_MEGABYTES = 100
 MOST_SECONDS = 10
+"""Of a core's time: how busy the machine is does not count."""
 """On a busy machine; a hundredth of it is usual."""
 LOSSLESS, INT8, SPARSE = "blocks.0.hook_mlp_out", "blocks.1.hook_resid_post", "blocks.1.hook_mlp_out"
 
@@ -137,13 +140,17 @@ def serve() -> None:
         out, send = os.pipe()
         if not os.fork():
             paths, reading = json.loads(line)
-            signal.alarm(2 * MOST_SECONDS * len(paths))
+            signal.alarm(60 * MOST_SECONDS * len(paths))
             before = memory()
             resource.setrlimit(resource.RLIMIT_AS, (before["VmSize"] + (1 << 30),) * 2)
-            began = time.monotonic()
+            began = time.process_time()
             wrong = [f"{path}: {wrong}" for path in paths for wrong in attack(Path(path), reading=reading)]
             # The stacks and arenas of the threads are not what a store has asked for.
-            found = {"wrong": wrong, "bytes": memory()["VmHWM"] - before["VmRSS"], "seconds": time.monotonic() - began}
+            found = {
+                "wrong": wrong,
+                "bytes": memory()["VmHWM"] - before["VmRSS"],
+                "seconds": time.process_time() - began,
+            }
             os.write(send, json.dumps(found).encode())
             os._exit(0)
         os.close(send)

@@ -48,6 +48,7 @@ def test_a_store_that_was_extended_is_the_store_extracted_at_once(plan):
     assert verify(Objects(extended, read_only=True)) == []
 
 
+@pytest.mark.exhaustive
 def test_extending_may_fail_at_every_put(plan):
     blocks, spec, part, small, bits = plan
     reference = FailingStore(10**9, Died())

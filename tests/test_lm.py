@@ -21,8 +21,8 @@ def lm() -> LanguageModel:
 
 
 @pytest.fixture(scope="module")
-def llama(shared_assets: Path) -> LanguageModel:
-    return load_lm(str(shared_assets / "stories260K"))
+def llama(llama_folder: Path) -> LanguageModel:
+    return load_lm(str(llama_folder))
 
 
 @pytest.fixture(scope="module")

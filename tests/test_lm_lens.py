@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,8 @@ def lm() -> LanguageModel:
 
 
 @pytest.fixture(scope="module")
-def llama(shared_assets: Path) -> LanguageModel:
-    return load_lm(str(shared_assets / "stories260K"))
+def llama(llama_folder: Path) -> LanguageModel:
+    return load_lm(str(llama_folder))
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +124,8 @@ def test_common_sites_never_need_the_instrumented_model(llama: LanguageModel) ->
     assert {s.site.shape for s in sites if s.site.name.endswith("attn.hook_k")} == {(4, 8)}
 
 
-def test_bridging_leaves_the_plain_model_as_it_was(ids: Tensor, shared_assets: Path) -> None:
-    lm = load_lm(str(shared_assets / "stories260K"))
+def test_bridging_leaves_the_plain_model_as_it_was(ids: Tensor, llama_folder: Path) -> None:
+    lm = load_lm(str(llama_folder))
     before, classes = lm.logits(ids), [type(m) for m in lm.module.modules()]
     weights = [p.data_ptr() for p in lm.module.parameters()]
     bridge = open_bridge(lm)
@@ -152,9 +151,8 @@ def test_transformer_lens_models_are_taken_as_they_are(lm: LanguageModel, ids: T
     assert not any(point.fwd_hooks for point in bridge.hook_dict.values())
 
 
+@pytest.mark.needs("transformer-lens<4")
 def test_hooked_transformer_of_transformer_lens_3(ids: Tensor) -> None:
-    if not version("transformer-lens").startswith("3."):
-        pytest.skip("transformer-lens 4 has no HookedTransformer")
     import transformer_lens
 
     sizes = {"d_model": 16, "d_head": 8, "n_heads": 2, "n_layers": 2, "n_ctx": 12, "d_mlp": 24, "d_vocab": 40}
@@ -170,8 +168,6 @@ def test_hooked_transformer_of_transformer_lens_3(ids: Tensor) -> None:
 
 def with_layer_norms() -> Any:
     """A `HookedTransformer` of version 3, whose layer norms do something."""
-    if not version("transformer-lens").startswith("3."):
-        pytest.skip("transformer-lens 4 has no HookedTransformer")
     import transformer_lens
 
     torch.manual_seed(0)
@@ -197,6 +193,7 @@ def assert_read_from_hook_points(model: Any, ids: Tensor) -> dict[str, Tensor]:
     return values
 
 
+@pytest.mark.needs("transformer-lens<4")
 def test_folded_and_centred_weights_of_transformer_lens_3_are_taken_as_they_are(ids: Tensor) -> None:
     hooked = with_layer_norms()
     before = assert_read_from_hook_points(hooked, ids)
@@ -246,6 +243,7 @@ def test_masked_language_model_equals_the_bridge(ids: Tensor) -> None:
         torch.testing.assert_close(value, wanted[name].flatten(2), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_grouped_query_attention_of_a_real_model_equals_the_bridge() -> None:
     lm = load_lm(str(smollm2_folder()))
     ids = random_ids(2, 8, lm.d_vocab or 0)

@@ -24,8 +24,8 @@ from actcache.source import token_blocks
 
 
 @pytest.fixture(scope="module")
-def llama(shared_assets: Path) -> LanguageModel:
-    return load_lm(str(shared_assets / "stories260K"))
+def llama(llama_folder: Path) -> LanguageModel:
+    return load_lm(str(llama_folder))
 
 
 @pytest.fixture(scope="module")
@@ -63,19 +63,24 @@ def test_embedded_model_with_its_tokenizer() -> None:
     torch.testing.assert_close(bridge(tokens), lm.logits(tokens), atol=1e-4, rtol=1e-5)
 
 
-def test_hugging_face_folder_with_its_tokenizer(llama: LanguageModel) -> None:
+def test_hugging_face_folder_with_its_tokenizer(llama: LanguageModel, llama_folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
     found = (llama.name, llama.kind, llama.n_ctx, llama.d_vocab, llama.bos)
-    assert found == ("stories260K", "huggingface", 512, 512, 1)
+    assert found == ("tiny-llama", "huggingface", 512, 512, 0)
     tokens = llama.tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
-    assert llama.tokenizer.decode(llama.logits(tokens)[0, -1].argmax()).strip() == ","
+    theirs = AutoModelForCausalLM.from_pretrained(llama_folder)
+    with torch.no_grad():
+        assert torch.equal(llama.logits(tokens), theirs(tokens).logits)
+    assert llama.tokenizer.decode(tokens[0]) == "<|bos|>Once upon a time"
 
 
-def test_hugging_face_folder_without_tokenizer(tmp_path: Path, shared_assets: Path) -> None:
+def test_hugging_face_folder_without_tokenizer(tmp_path: Path, llama_folder: Path) -> None:
     for name in ("config.json", "model.safetensors"):
-        shutil.copy(shared_assets / "stories260K" / name, tmp_path)
+        shutil.copy(llama_folder / name, tmp_path)
     lm = load_lm(str(tmp_path))
     assert lm.tokenizer is None
-    assert lm.bos == 1
+    assert lm.bos == 0
     assert lm.identity["tokenizer"] is None
     assert len(lm.resolve(["blocks.*.hook_mlp_out"])) == 5
 
@@ -89,10 +94,10 @@ def test_models_that_are_not_there(tmp_path: Path) -> None:
         load_lm("nobody/nothing")
 
 
-def test_checkpoints_that_are_incomplete_or_of_another_kind(tmp_path: Path, shared_assets: Path) -> None:
+def test_checkpoints_that_are_incomplete_or_of_another_kind(tmp_path: Path, llama_folder: Path) -> None:
     from safetensors.torch import load_file
 
-    source = shared_assets / "stories260K"
+    source = llama_folder
     shutil.copy(source / "config.json", tmp_path)
     with pytest.raises(ModelNotFoundError, match=r"no model in folder .*model.safetensors"):
         load_lm(str(tmp_path))
@@ -115,8 +120,8 @@ def test_dtype_by_name(stories_folder: Path, ids: Tensor, wanted: Any) -> None:
         assert lm.logits(ids).dtype == torch.bfloat16
 
 
-def test_half_precision_finds_the_same_plain_modules(shared_assets: Path, llama: LanguageModel) -> None:
-    half = load_lm(str(shared_assets / "stories260K"), dtype="bfloat16")
+def test_half_precision_finds_the_same_plain_modules(llama_folder: Path, llama: LanguageModel) -> None:
+    half = load_lm(str(llama_folder), dtype="bfloat16")
     assert half.site_names == llama.site_names
     plain = [[s.site.name for s in lm.resolve(["*"], length=4) if not s.instrumented] for lm in (half, llama)]
     assert plain[0] == plain[1]
@@ -237,11 +242,11 @@ def test_gguf_files_that_cannot_be_opened(tmp_path: Path) -> None:
 
 
 def test_recipe_opens_the_same_model_from_anywhere(
-    shared_assets: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ids: Tensor
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ids: Tensor
 ) -> None:
-    monkeypatch.chdir(shared_assets)
-    lm = load_lm("stories260K", dtype="bfloat16", device="cpu", autocast="bfloat16")
-    folder = str(Path.cwd() / "stories260K")
+    monkeypatch.chdir(llama_folder.parent)
+    lm = load_lm(llama_folder.name, dtype="bfloat16", device="cpu", autocast="bfloat16")
+    folder = str(Path.cwd() / llama_folder.name)
     assert lm.recipe == {"model": folder, "dtype": "bfloat16", "device": "cpu", "autocast": "bfloat16"}
     monkeypatch.chdir(tmp_path)
     again = load_lm(**json.loads(json.dumps(lm.recipe)))
@@ -251,11 +256,11 @@ def test_recipe_opens_the_same_model_from_anywhere(
     assert load_lm("stories-4l", tokenizer=lm.tokenizer).recipe is None
 
 
-def test_revision_is_the_commit_of_the_hub(tmp_path: Path, shared_assets: Path) -> None:
+def test_revision_is_the_commit_of_the_hub(tmp_path: Path, llama_folder: Path) -> None:
     """A cache as huggingface_hub lays it out, with a branch that points to a commit."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "hub" / "models--somebody--stories"
-    shutil.copytree(shared_assets / "stories260K", repository / "snapshots" / commit)
+    shutil.copytree(llama_folder, repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     said = "import json; from actcache.lm import load_lm; lm = load_lm('somebody/stories'); "
@@ -265,4 +270,4 @@ def test_revision_is_the_commit_of_the_hub(tmp_path: Path, shared_assets: Path) 
     identity, recipe = json.loads(run.stdout)
     assert (identity["name"], identity["revision"]) == ("somebody/stories", commit)
     assert recipe == {"model": "somebody/stories", "revision": commit}
-    assert "revision" not in load_lm(str(shared_assets / "stories260K")).identity
+    assert "revision" not in load_lm(str(llama_folder)).identity

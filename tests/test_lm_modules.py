@@ -27,8 +27,8 @@ from actcache.lm import LanguageModel, load_lm, open_bridge
 
 
 @pytest.fixture(scope="module")
-def llama(shared_assets: Path) -> LanguageModel:
-    return load_lm(str(shared_assets / "stories260K"))
+def llama(llama_folder: Path) -> LanguageModel:
+    return load_lm(str(llama_folder))
 
 
 @pytest.fixture(scope="module")
@@ -206,14 +206,14 @@ def llama_places(module: Any, blocks: tuple[int, ...]) -> dict[str, tuple[nn.Mod
     return places
 
 
-def test_stories260k_equals_hooks(llama: LanguageModel) -> None:
+def test_grouped_query_attention_equals_hooks(llama: LanguageModel) -> None:
     assert_equal_to_hooks(llama, random_ids(4, 32, 512), llama_places(llama.module, tuple(range(5))))
 
 
-def test_attention_patterns_equal_those_of_the_model_itself(llama: LanguageModel, shared_assets: Path) -> None:
+def test_attention_patterns_equal_those_of_the_model_itself(llama: LanguageModel, llama_folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    eager = AutoModelForCausalLM.from_pretrained(shared_assets / "stories260K", attn_implementation="eager")
+    eager = AutoModelForCausalLM.from_pretrained(llama_folder, attn_implementation="eager")
     ids = random_ids(2, 16, 512)
     with torch.no_grad():
         wanted = eager(ids, output_attentions=True).attentions
@@ -222,6 +222,7 @@ def test_attention_patterns_equal_those_of_the_model_itself(llama: LanguageModel
         torch.testing.assert_close(pattern, wanted[int(name.split(".")[1])], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_smollm2_from_a_gguf_file_equals_hooks() -> None:
     lm = load_lm(str(next(smollm2_folder().glob("*.gguf"))))
     assert (lm.name, lm.n_ctx, lm.d_vocab, lm.bos) == ("SmolLM2-135M-Instruct.Q4_1", 8192, 49152, 1)
@@ -334,9 +335,9 @@ class _Ran:
             module.get_submodule(path).register_forward_hook(lambda *_, path=path: self.names.append(path))
 
 
-def test_forward_stops_in_every_kind_of_model(shared_assets: Path, ids: Tensor) -> None:
+def test_forward_stops_in_every_kind_of_model(llama_folder: Path, ids: Tensor) -> None:
     kinds: list[tuple[Any, str, list[str], str]] = [
-        (str(shared_assets / "stories260K"), "blocks.1.hook_mlp_out", ["model.layers.1.mlp", "model.layers.2"], ""),
+        (str(llama_folder), "blocks.1.hook_mlp_out", ["model.layers.1.mlp", "model.layers.2"], ""),
         (random_model("bert", "AutoModel", **LLAMA_LIKE), "blocks.0.hook_resid_post", ["encoder.layer.1"], ""),
         (Odd(), "up:out", ["up", "act", "head"], ""),
     ]
@@ -349,8 +350,8 @@ def test_forward_stops_in_every_kind_of_model(shared_assets: Path, ids: Tensor) 
         assert n_hooks(lm.module) == len(paths)
 
 
-def test_forward_stops_in_the_instrumented_model(shared_assets: Path, ids: Tensor) -> None:
-    lm = load_lm(str(shared_assets / "stories260K"))
+def test_forward_stops_in_the_instrumented_model(llama_folder: Path, ids: Tensor) -> None:
+    lm = load_lm(str(llama_folder))
     sites = lm.resolve(["blocks.1.attn.hook_pattern"], length=9)
     bridge = open_bridge(lm)
     ran: list[str] = []

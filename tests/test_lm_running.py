@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +71,10 @@ def n_compiled() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def test_compiled_model_has_the_sites_of_the_plain_one_and_compiles_once(shared_assets: Path) -> None:
+@pytest.mark.exhaustive
+def test_compiled_model_has_the_sites_of_the_plain_one_and_compiles_once(llama_folder: Path) -> None:
     torch._dynamo.reset()
-    folder = str(shared_assets / "stories260K")
+    folder = str(llama_folder)
     plain, lm = load_lm(folder), load_lm(folder, compile=True)
     patterns = ["blocks.2.hook_resid_pre", "blocks.3.hook_resid_post"]
     sites, begun = lm.resolve(patterns), n_compiled()
@@ -102,6 +102,7 @@ def test_compiled_model_has_the_sites_of_the_plain_one_and_compiles_once(shared_
     assert not any("forward" in vars(m) for m in lm.module.modules())
 
 
+@pytest.mark.exhaustive
 def test_compiled_model_splices_and_takes_other_sites(ids: Tensor) -> None:
     torch._dynamo.reset()
     plain, lm = load_lm(small_module()), load_lm(small_module(), compile=True)
@@ -155,12 +156,14 @@ ON_DISK: dict[str, Any] = {
 ALL_ON_DISK = {**dict.fromkeys(ON_DISK, "disk"), "model.norm": "cpu"}
 
 
-@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, ON_DISK, ALL_ON_DISK])
-def test_model_spread_by_a_device_map_is_the_same_model(shared_assets: Path, device_map: Any) -> None:
-    pytest.importorskip("accelerate")
-    if "disk" in str(device_map) and version("transformer-lens").startswith("3."):
-        pytest.skip("transformer-lens 3 opens no model that is partly on disk: its sites are module paths")
-    folder = str(shared_assets / "stories260K")
+# transformer-lens 3 opens no model that is partly on disk: its sites are module paths.
+needs_4 = pytest.mark.needs("transformer-lens>=4")
+PARTLY_ON_DISK = [pytest.param(where, marks=needs_4) for where in (ON_DISK, ALL_ON_DISK)]
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, *PARTLY_ON_DISK])
+def test_model_spread_by_a_device_map_is_the_same_model(llama_folder: Path, device_map: Any) -> None:
+    folder = str(llama_folder)
     lm, plain = load_lm(folder, device_map=device_map), load_lm(folder)
     assert lm.recipe == {"model": folder, "device_map": device_map}
     assert lm.identity == plain.identity
@@ -169,9 +172,9 @@ def test_model_spread_by_a_device_map_is_the_same_model(shared_assets: Path, dev
     assert_like(lm, plain, 0.0)
 
 
-def test_model_in_8_bits(shared_assets: Path) -> None:
-    pytest.importorskip("bitsandbytes")
-    folder = str(shared_assets / "stories260K")
+@pytest.mark.needs("bitsandbytes")
+def test_model_in_8_bits(llama_folder: Path) -> None:
+    folder = str(llama_folder)
     lm, plain = load_lm(folder, load_in_8bit=True, device="cpu"), load_lm(folder)
     assert lm.quantization == lm.identity["quantization"] == "bitsandbytes-8bit"
     assert lm.module.model.layers[0].mlp.up_proj.weight.dtype == torch.int8
@@ -180,16 +183,16 @@ def test_model_in_8_bits(shared_assets: Path) -> None:
     assert_like(lm, plain, 0.05)
 
 
-def test_8_bits_without_the_package_says_what_to_install(shared_assets: Path) -> None:
+def test_8_bits_without_the_package_says_what_to_install(llama_folder: Path) -> None:
     if importlib.util.find_spec("bitsandbytes") is not None:
         pytest.skip("bitsandbytes is installed")
     with pytest.raises(ConfigError, match=r"load_in_8bit needs bitsandbytes.*pip install bitsandbytes"):
-        load_lm(str(shared_assets / "stories260K"), load_in_8bit=True)
+        load_lm(str(llama_folder), load_in_8bit=True)
 
 
-def test_placements_that_contradict_each_other(shared_assets: Path) -> None:
+def test_placements_that_contradict_each_other(llama_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"device='cpu' and device_map='auto'.*say one"):
-        load_lm(str(shared_assets / "stories260K"), device="cpu", device_map="auto")
+        load_lm(str(llama_folder), device="cpu", device_map="auto")
     for model in (StoriesLM(SMALL), "stories-4l"):
         with pytest.raises(ConfigError, match=r"device_map is for models that are loaded from Hugging Face"):
             load_lm(model, device_map="auto")

@@ -10,8 +10,8 @@ import pytest
 from actcache.cli import main
 
 
-def test_sites_of_a_model_with_shapes_and_bytes(shared_assets: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = str(shared_assets / "stories260K")
+def test_sites_of_a_model_with_shapes_and_bytes(llama_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(llama_folder)
     patterns = ["blocks.1.attn.hook_pattern", "blocks.1.attn.hook_k", "blocks.1.hook_resid_post"]
     assert main(["sites", folder, *patterns, "--length", "100"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -23,7 +23,7 @@ def test_sites_of_a_model_with_shapes_and_bytes(shared_assets: Path, capsys: pyt
     assert lines[3].startswith("instrumented: ")
     assert main(["sites", folder, *patterns, "--length", "100", "--store-dtype", "float32", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["model"] == "stories260K"
+    assert found["model"] == "tiny-llama"
     assert found["sites"][1] == {
         "name": patterns[0],
         "shape": [8, 100],

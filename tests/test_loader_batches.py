@@ -192,14 +192,16 @@ def test_speed_is_counted(stores):
     loader = loader_of(stores["bfloat16"])
     assert loader.stats().n_batches == 0
     assert loader.stats().rows_per_s == loader.stats().gb_per_s == loader.stats().stall_fraction == 0
+    began = time.perf_counter()
     for batch in loader:
         assert len(batch.rows)
         time.sleep(0.005)
-    stats = loader.stats()
+    stats, seconds = loader.stats(), time.perf_counter() - began
     assert (stats.n_batches, stats.n_rows, stats.n_bytes) == (27, 540, 540 * 30 * 2)
-    assert 26 * 0.005 <= stats.seconds < 20
+    assert 26 * 0.005 <= stats.seconds <= seconds
     assert 0 < stats.wait_seconds < stats.seconds
-    assert stats.stall_fraction == stats.wait_seconds / stats.seconds < 0.9
+    assert stats.stall_fraction == stats.wait_seconds / stats.seconds
+    assert stats.wait_seconds <= stats.seconds - 26 * 0.005  # what the loop itself takes is no waiting
     assert stats.decode_seconds > 0 < stats.gather_seconds
     assert stats.read_seconds >= 0
     assert f"{stats.n_rows} rows in" in str(stats)
@@ -306,7 +308,7 @@ def run_script(store: Store, rest: str, read_ahead: int) -> subprocess.Popen[str
 def test_a_process_ends_though_its_loader_was_left_open(stores, read_ahead):
     """With its thread in the middle of a batch, which it must not be killed in: it is within torch then."""
     process = run_script(stores["bfloat16"], "", read_ahead)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert (process.returncode, out, err) == (0, "begun\n", "")
 
 
@@ -338,5 +340,5 @@ except KeyboardInterrupt:
     assert process.stdout.readline() == "begun\n"
     time.sleep(after_s)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert (process.returncode, out, err) == (0, "['MainThread']\n", "")

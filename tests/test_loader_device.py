@@ -287,6 +287,7 @@ def test_memory_is_pinned_where_that_is_possible_and_usable_where_not():
     assert memory.fill_(3).sum() == 3000
 
 
+@pytest.mark.exhaustive
 def test_the_benchmark_gives_a_row_for_each_codec(monkeypatch, tmp_path):
     work_with(monkeypatch, PlainStream)
     found = list(gpu_loader.figures(torch.device("cpu"), replace(gpu_loader.SMALL, n_sequences=12), tmp_path))

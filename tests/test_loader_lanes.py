@@ -260,6 +260,7 @@ def test_more_lanes_than_batches_is_no_trouble(store):
         loader_of(store, batch_rows=900, rank=0, world_size=4)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("after", [3, 1])
 def test_real_processes_cover_the_epoch_and_go_on_with_another_number(store, tmp_path, after):
     """Of `torch.distributed`, two at first; they gather who had which rows."""
@@ -288,4 +289,4 @@ def run_ranks(store: Store, world_size: int, folder: Path, *, n_batches: int | N
         }
         arguments = [sys.executable, str(HERE / "loader_rank.py"), json.dumps(job)]
         processes.append(subprocess.Popen(arguments, cwd=HERE.parent))
-    assert [process.wait(timeout=120) for process in processes] == [0] * world_size
+    assert [process.wait(timeout=600) for process in processes] == [0] * world_size

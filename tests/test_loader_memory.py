@@ -15,6 +15,8 @@ from actcache.spec import Site
 from actcache.store import Store
 from actcache.store.indexes import Kept
 
+pytestmark = pytest.mark.exhaustive
+
 SITES = tuple(Site(name=codec, shape=(256,), codec=codec) for codec in ("lossless", "int8", "raw"))
 
 CHILD = """

@@ -65,7 +65,7 @@ mine, inside = os.path.join(folder, str(os.getpid())), os.path.join(folder, "alo
 for turn in range(n_turns):
     shared = random.random() < 0.5
     lock = Objects(place, read_only=False).lock(shared=shared)
-    lock.acquire(patience_s=60)
+    lock.acquire(patience_s=600)
     if shared:
         assert not os.path.exists(inside)
         open(mine, "x").close()
@@ -143,7 +143,7 @@ class TestLock:
             assert "--unlock" in str(caught.value)
             with pytest.raises(StoreBusyError, match=f"process {holder.pid}"):
                 unlock(writable(place))
-        holder.communicate("", timeout=20)
+        holder.communicate("", timeout=600)
         with writable(place).lock():
             pass
 
@@ -276,7 +276,7 @@ class TestLock:
         (tmp_path / "held").mkdir()
         command = [sys.executable, "-c", CONTENDER, str(place), str(tmp_path / "held"), str(n_turns)]
         contenders = [subprocess.Popen(command) for _ in range(4)]
-        assert [contender.wait(120) for contender in contenders] == [0] * 4
+        assert [contender.wait(600) for contender in contenders] == [0] * 4
         assert list(writable(place).list("")) == []
         assert list((tmp_path / "held").iterdir()) == []
 

@@ -214,12 +214,13 @@ def newest_zarr() -> Path:
     return python
 
 
+@pytest.mark.exhaustive
 def test_the_newest_zarr_reads_the_same(newest_zarr: Path, written: tuple[Store, dict[str, Any]]) -> None:
     store, _ = written
     script = Path(__file__).with_name("zarr_digests.py")
     # `-I`: not this checkout, and nothing of the main environment.
     said = subprocess.run(
-        [newest_zarr, "-I", script, store.path], capture_output=True, text=True, check=True, timeout=120
+        [newest_zarr, "-I", script, store.path], capture_output=True, text=True, check=True, timeout=600
     )
     found = json.loads(said.stdout)
     assert tuple(int(part) for part in found["zarr"].split(".")[:2]) >= (3, 4)

@@ -6,7 +6,6 @@ import os
 import pickle
 import signal
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -207,11 +206,9 @@ class TestWhatCanGoWrong:
     def test_slow_answers_are_waited_for(self, s3, bucket):
         objects = writable(bucket)
         objects.put("a", b"12345")
-        s3.moods(delay_s=0.7)
-        begun = time.monotonic()
+        s3.moods(delay_s=0.7, together=8)  # it would wait for ever for those that come one after the other
         with ThreadPoolExecutor(8) as pool:
             assert list(pool.map(lambda _: read(objects, "a", 1, 2), range(8))) == [(2, b"23")] * 8
-        assert 0.7 <= time.monotonic() - begun < 4  # all at once, not one after the other
 
     def test_a_server_that_goes_away_is_an_error_that_names_the_key(self, s3, monkeypatch):
         monkeypatch.setattr(urls, "RETRIES", QUICK)

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -188,14 +187,12 @@ class TestCrashes:
         expected, states = contents(local.path), set()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["actcache.store", "torch"])
-        for seed, n_objects in enumerate((1, 25, 45)):
+        for seed, n_puts in enumerate((1, 25, 45)):
             place = f"{bucket}/{seed}"
-            s3.moods(delay_s=0.01)
+            s3.moods(hang_after=n_puts)
             child = context.Process(target=write_elsewhere, args=(s3.environment, sys.path, place))
             child.start()
-            watched = writable(place)
-            while len(list(watched.list(""))) < n_objects and child.is_alive():
-                time.sleep(0.002)
+            s3.wait_until_it_hangs()
             os.kill(child.pid, signal.SIGKILL)
             child.join()
             s3.calm()

@@ -276,6 +276,7 @@ def test_numbers_as_people_read_them(function: Callable[[Any], str], value: Any,
     assert function(value) == text
 
 
+@pytest.mark.exhaustive
 def test_a_browser_shows_the_page(tmp_path: Path) -> None:
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
@@ -285,7 +286,7 @@ def test_a_browser_shows_the_page(tmp_path: Path) -> None:
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     flags += " --disable-component-update --disable-sync --dump-dom"
     command = [browser, *flags.split(), f"--user-data-dir={tmp_path}/profile", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     shown = seen(done.stdout)
     assert "of the loss recovered in stories-4l" in shown.text
     assert shown.tags.count("svg") == 2 + 4 * 4

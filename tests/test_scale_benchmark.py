@@ -14,6 +14,8 @@ from measure import embedded
 
 from actcache.store import open_store, verify
 
+pytestmark = pytest.mark.exhaustive
+
 
 def test_workers_and_late_stores_give_a_row_each() -> None:
     lm, blocks = embedded(24)

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:batches of .* rows are going to 
 
 A_WHILE_S = 0.2
 """In which something that must not happen would have happened. Too short a while lets faults pass, never tests fail."""
-TIMEOUT_S = 60
+TIMEOUT_S = 600
 
 
 def loader_of(store: Store, **changes: Any) -> Loader:

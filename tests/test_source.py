@@ -242,7 +242,7 @@ def test_texts_that_are_left_unread_end_without_a_word(tmp_path):
         env={**os.environ, "PYTHONPATH": str(Path(pack.__file__).parents[2])},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -23,6 +23,8 @@ PLAIN = byte_level(bos_token="<|bos|>", eos_token="<|end|>")
 ENCODER = byte_level("[CLS] $A [SEP]", cls_token="[CLS]", sep_token="[SEP]")
 ENDING = byte_level("$A <|end|>", eos_token="<|end|>")
 BEGINNING = byte_level("<|bos|> $A", bos_token="<|bos|>", eos_token="<|end|>")
+AS_GPT2 = byte_level(bos_token="<|end|>", eos_token="<|end|>")
+"""One token begins texts and ends them, as in GPT-2."""
 
 MARKS = {"plain": ([BOS], []), "encoder": ([CLS], [SEP]), "ending": ([], [END]), "beginning": ([BOS], [])}
 TOKENIZERS = {"plain": PLAIN, "encoder": ENCODER, "ending": ENDING, "beginning": BEGINNING}
@@ -302,12 +304,12 @@ def test_there_must_be_room_between_the_marks():
         token_blocks([STORY], PLAIN, length=1, bos="sequence")
 
 
-# The real ones: what `auto` does is what the model saw.
+# On real text: what `auto` does is what the model saw.
 
 
 @pytest.fixture(scope="module")
-def stories(shared_assets):
-    texts = read_texts(str(shared_assets / "tinystories" / "stories.jsonl"))
+def stories():
+    texts = read_texts("stories-corpus")
     return [next(texts) for _ in range(40)]
 
 
@@ -315,8 +317,8 @@ def first_of_each(blocks):
     return [ids for ids, _ in sequences_of(blocks)]
 
 
-def test_llama_documents_are_what_its_tokenizer_makes_of_them(shared_assets, stories):
-    tokenizer = AutoTokenizer.from_pretrained(shared_assets / "stories260K")
+def test_llama_documents_are_what_its_tokenizer_makes_of_them(llama_folder, stories):
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
     blocks = quietly(stories, tokenizer, length=512, packing="documents")
     assert first_of_each(blocks) == [tokenizer(t)["input_ids"][:512] for t in stories]
     assert (blocks.ids[:, 0] == tokenizer.bos_token_id).all()
@@ -332,20 +334,18 @@ def test_encoder_documents_are_what_its_tokenizer_makes_of_them(stories):
     assert blocks.description["marks"] == {"text": "[101] + ids + [102]"}
 
 
-def test_gpt2_documents_begin_with_the_end_of_text(shared_assets, stories):
-    tokenizer = AutoTokenizer.from_pretrained(shared_assets / "gpt2-tokenizer")
-    blocks = quietly(stories, tokenizer, length=64, packing="documents")
-    assert first_of_each(blocks) == [([50256, *plain_ids(tokenizer, t)])[:64] for t in stories]
+def test_gpt2_documents_begin_with_the_end_of_text(stories):
+    blocks = quietly(stories, AS_GPT2, length=64, packing="documents")
+    assert first_of_each(blocks) == [([END, *plain_ids(AS_GPT2, t)])[:64] for t in stories]
 
 
-def test_sequences_begin_with_bos_as_saelens_has_them(shared_assets, stories):
-    tokenizer = AutoTokenizer.from_pretrained(shared_assets / "gpt2-tokenizer")
-    blocks = token_blocks(stories, tokenizer, length=64, bos="sequence")
-    stream = [token for t in stories for token in [50256, *plain_ids(tokenizer, t)]]
+def test_sequences_begin_with_bos_as_saelens_has_them(stories):
+    blocks = token_blocks(stories, AS_GPT2, length=64, bos="sequence")
+    stream = [token for t in stories for token in [END, *plain_ids(AS_GPT2, t)]]
     expected, at = [], 0
     while at < len(stream):
-        n_taken = 64 if stream[at] == 50256 else 63
-        expected.append(([] if n_taken == 64 else [50256]) + stream[at : at + n_taken])
+        n_taken = 64 if stream[at] == END else 63
+        expected.append(([] if n_taken == 64 else [END]) + stream[at : at + n_taken])
         at += n_taken
     assert first_of_each(blocks) == [ids for ids in expected if len(ids) == 64]
 

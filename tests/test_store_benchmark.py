@@ -16,6 +16,8 @@ import store_data
 from actcache.store import open_store
 from actcache.store.verify import verify
 
+pytestmark = pytest.mark.exhaustive
+
 
 @pytest.fixture(scope="module")
 def data():

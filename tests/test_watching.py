@@ -13,12 +13,10 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,8 @@ from rich.console import Console
 from test_extract import SITES, SIZES, tiny_lm
 
 import actcache as ac
-from actcache.cli.progress import MOST_SITES, Lines, Stage, sites_worth_a_look
+from actcache.cli import progress
+from actcache.cli.progress import MOST_SITES, Events, Lines, Stage, sites_worth_a_look
 from actcache.cli.screen import Screen, sites_table, store_lines
 from actcache.spec import SiteStatus, Status
 
@@ -71,6 +70,19 @@ def until_sequences(process: subprocess.Popen[str], n: int) -> None:
     raise AssertionError(f"ended with {process.wait()} before {n} sequences")
 
 
+class Clock:
+    """What `progress` takes for the time."""
+
+    seconds = 1000.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress, "monotonic", lambda: clock.seconds)
+    return clock
+
+
 def everything_in(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
@@ -82,7 +94,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, list[
     with running("extract", *WAITED_FOR, *SHARDS, "--out", "acts.zarr", "--json", cwd=folder) as process:
         events = list(events_of(process))
         out = process.stdout.read()
-        assert process.wait(60) == 0, events
+        assert process.wait(600) == 0, events
     return folder / "acts.zarr", out, events
 
 
@@ -102,19 +114,21 @@ def test_events_tell_each_stage_from_its_beginning_to_its_end(unbroken):
         assert (of_stage[-1]["done"], of_stage[-1]["total"], of_stage[-1]["unit"]) == (512, 512, "sequences")
 
 
-def test_the_times_of_events_are_utc_and_progress_comes_once_a_second_at_most(unbroken):
+def test_the_times_of_events_are_utc_and_in_order(unbroken):
     events = unbroken[2]
     times = [datetime.fromisoformat(event["time"]) for event in events]
     assert times == sorted(times)
     assert all(moment.tzinfo is not None and moment.utcoffset() == timedelta(0) for moment in times)
     assert datetime.now(UTC) - times[-1] < timedelta(minutes=10)
-    moments = [
-        moment
-        for moment, event in zip(times, events, strict=True)
-        if (event["event"], event["title"]) == ("progress", "Extract activations")
-    ]
-    assert moments
-    assert all(b - a > timedelta(seconds=0.98) for a, b in pairwise(moments))
+
+
+def test_progress_comes_once_a_second_at_most(clock, capsys):
+    stage = Stage("Extract", "sequences", Events())
+    for done in range(45):  # tenths of a second
+        stage.count(done, 45)
+        clock.seconds += 0.1
+    events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [event["done"] for event in events if event["event"] == "progress"] == [0, 10, 20, 30, 40]
 
 
 def test_the_last_event_of_an_extraction_has_its_speeds_and_statistics(unbroken):
@@ -145,7 +159,7 @@ def test_the_last_event_of_an_extraction_has_its_speeds_and_statistics(unbroken)
 def test_an_error_is_the_last_event(tmp_path, arguments, message):
     with running(*arguments, "--json", cwd=tmp_path) as process:
         events = list(events_of(process))
-        assert process.wait(60) == 1
+        assert process.wait(600) == 1
         assert process.stdout.read() == ""
     assert events[-1]["event"] == "error"
     assert message in events[-1]["message"]
@@ -185,19 +199,17 @@ def status_of(done: int, seconds: float, **changes: Any) -> Status:
     return Status(**{**fields, **changes})
 
 
-def test_lines_in_a_log_come_ever_rarer():
+def test_lines_in_a_log_come_ever_rarer(clock):
     said = io.StringIO()
-    stage = Stage("Extract", "sequences", Lines(Console(file=said, width=200), first_after_s=0.05))
-    moments: list[float] = []
-    while stage.seconds < 1.0:
+    stage = Stage("Extract", "sequences", Lines(Console(file=said, width=200)))
+    moments: list[int] = []
+    for second in range(3000):
         stage.watch(status_of(500, 10.0))
         if said.getvalue().count("\n") > len(moments):
-            moments.append(stage.seconds)
-        time.sleep(0.001)
-    # After 0.05, then 0.1, 0.2, 0.4 later: 0.05, 0.15, 0.35, 0.75.
-    assert len(moments) == 4
-    gaps = [b - a for a, b in pairwise(moments)]
-    assert all(later > 1.5 * sooner for sooner, later in pairwise(gaps))
+            moments.append(second)
+        clock.seconds += 1.0
+    # After 30 s, then 1, 2, 4, 8 minutes later, and every ten minutes from then on.
+    assert moments == [30, 90, 210, 450, 930, 1530, 2130, 2730]
     assert said.getvalue().startswith(
         "Extract: 500 of 1,000 sequences, 6,400 tokens/s, 0 B/s stored, 0 B so far, queue"
     )
@@ -272,11 +284,12 @@ def read_until(terminal: int, wanted: str, seen: str = "") -> str:
     return seen
 
 
+@pytest.mark.exhaustive
 def test_a_terminal_shows_bars_speeds_and_sites_while_it_lasts(tmp_path):
     wanted = ["extract", *WAITED_FOR, *SHARDS, "--out", "acts.zarr"]
     with on_a_terminal(*wanted, cwd=tmp_path) as (process, terminal):
         shown = read_until(terminal, "\0")
-        assert process.wait(60) == 0, shown
+        assert process.wait(600) == 0, shown
     assert re.search(r"Extract activations\s+━+\S*\s+\d+/512\s+[\d,]+ tokens/s\s+\d:\d\d:\d\d left \d:\d\d:\d\d", shown)
     assert re.search(r"[kM]B/s stored · .* so far · queue \d of \d shards", shown)
     live, _, result = shown.rpartition("store  ")
@@ -291,20 +304,21 @@ def test_ctrl_c_on_a_terminal_says_how_far_it_is(tmp_path):
         shown = read_until(terminal, "B/s stored")
         os.write(terminal, b"\x03")
         shown = read_until(terminal, "\0", shown)
-        assert process.wait(60) == 130, shown
+        assert process.wait(600) == 130, shown
     found = re.search(f"error: {INTERRUPTED}", shown)
     assert found, shown
     assert int(found[1]) == len(ac.open_store(tmp_path / "acts.zarr").committed)
     assert "Traceback" not in shown
 
 
+@pytest.mark.exhaustive
 def test_an_interrupted_extraction_continues_to_the_same_bytes(tmp_path, unbroken):
     wanted = ["extract", *WAITED_FOR, *SHARDS, "--out", "acts.zarr", "--json"]
     with running(*wanted, cwd=tmp_path) as process:
         until_sequences(process, 48)
         process.send_signal(signal.SIGINT)
         events = list(events_of(process))
-        assert process.wait(60) == 130
+        assert process.wait(600) == 130
         assert process.stdout.read() == ""
     last = events[-1]
     assert last["event"] == "error"
@@ -315,11 +329,12 @@ def test_an_interrupted_extraction_continues_to_the_same_bytes(tmp_path, unbroke
     assert 1 <= int(found[1]) == len(store.committed) < 32
     with running(*wanted, cwd=tmp_path) as process:
         events = list(events_of(process))
-        assert process.wait(60) == 0, events
+        assert process.wait(600) == 0, events
     assert events[-1]["n_sequences_here"] == 512 - 16 * int(found[1])
     assert everything_in(tmp_path / "acts.zarr") == everything_in(unbroken[0])
 
 
+@pytest.mark.exhaustive
 def test_shards_that_are_finished_after_the_interrupt_are_counted(tmp_path):
     """Those of one site are encoded as a whole when the interrupt comes, and it takes seconds."""
     site = ["--sites", "blocks.0.hook_mlp_out", "--codec", SLOW_CODEC, "--length", "256", "--count", "512"]
@@ -328,12 +343,13 @@ def test_shards_that_are_finished_after_the_interrupt_are_counted(tmp_path):
         until_sequences(process, 48)
         process.send_signal(signal.SIGINT)
         last = list(events_of(process))[-1]
-        assert process.wait(60) == 130
+        assert process.wait(600) == 130
     found = re.match(INTERRUPTED, last["message"])
     assert found, last
     assert int(found[1]) == len(ac.open_store(tmp_path / "acts.zarr").committed)
 
 
+@pytest.mark.exhaustive
 def test_a_second_ctrl_c_ends_at_once_and_leaves_nothing_half_written(tmp_path):
     """Without the second one it would take the ten seconds and more that two sites of a shard need to be encoded."""
     wanted = ["extract", *WAITED_FOR, "--count", "512", "--sequences-per-shard", "256", "--out", "acts.zarr", "--json"]
@@ -343,15 +359,14 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_nothing_half_written(tmp_path):
         events = events_of(process)
         assert WAITING in (event.get("message") for event in events)
         process.send_signal(signal.SIGINT)
-        began = time.monotonic()
         last = list(events)[-1]
-        assert process.wait(60) == 130
-        assert time.monotonic() - began < 2
+        assert process.wait(600) == 130
     assert "interrupted again, ended at once" in last["message"]
-    assert not ac.open_store(tmp_path / "acts.zarr").sealed
+    assert ac.open_store(tmp_path / "acts.zarr").committed == []  # it did not wait for the shard
     assert ac.verify(tmp_path / "acts.zarr") == []
 
 
+@pytest.mark.exhaustive
 def test_a_job_in_the_background_of_a_shell_is_not_interrupted(tmp_path):
     def ignore_interrupts() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -361,4 +376,4 @@ def test_a_job_in_the_background_of_a_shell_is_not_interrupted(tmp_path):
         assert next(events_of(process))["event"] == "stage"
         process.send_signal(signal.SIGINT)
         assert list(events_of(process))[-1]["event"] == "done"
-        assert process.wait(60) == 0
+        assert process.wait(600) == 0

@@ -64,12 +64,14 @@ def plan(
     epochs: int = 10,
     read_mb_per_s: float | None = None,
     seconds: float = 20.0,
+    sample_sequences: int | None = None,
     json: Flag = False,
 ) -> int:
     """Say what an extraction is going to cost before it runs: bytes, time, memory, money, and when it pays.
 
     A few batches run through the model, and are encoded and read with every preset in a temporary folder; everything
-    else is computed from that.
+    else is computed from that. How far these batches differ says how sure the plan is: it gives a range with each
+    number.
 
     Parameters
     ----------
@@ -108,6 +110,9 @@ def plan(
         Megabytes a second that disk or network give a reader; by default reading is limited by decoding.
     seconds
         How long to measure, about; a slow model takes longer.
+    sample_sequences
+        Measure on so many sequences (one shard at most), however long it takes; by default on as many as --seconds
+        allows.
     json
         Print one JSON object on stdout; progress stays on stderr.
     """
@@ -136,6 +141,7 @@ def plan(
             epochs=epochs,
             read_bytes_per_s=None if read_mb_per_s is None else 1e6 * read_mb_per_s,
             time_budget_s=seconds,
+            sample_sequences=sample_sequences,
         )
         screen.result(found.to_dict(), lambda out: _show(out, found))
     return 0
@@ -201,6 +207,7 @@ def _show(out: Console, plan: Plan) -> None:
     out.print(_presets_table(plan))
     below = [
         ("auto", _auto_line(plan.presets["auto"])),
+        ("ranges", _range_line(plan)),
         ("break-even", _break_even_line(plan)),
         ("measured", _measured_line(plan)),
     ]
@@ -234,7 +241,7 @@ def _lines(plan: Plan) -> Table:
         ("model alone", f"{_time(plan.forward_s)}{shared}, {_rate(plan)} tokens/s ({_spread(plan)})"),
         (
             "memory",
-            f"about {formats.size(memory.total)}{each}: "
+            f"about {formats.size(memory.total)} ({' to '.join(map(formats.size, memory.total_range))}){each}: "
             + ", ".join(f"{name} {formats.size(n_bytes)}" for name, n_bytes in parts)
             + elsewhere,
         ),
@@ -269,7 +276,7 @@ def _presets_table(plan: Plan) -> Table:
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "preset" else "right", no_wrap=True)
     for name, preset in plan.presets.items():
-        line = dict(zip(_HEADINGS, _preset_values(name, preset), strict=True))
+        line = dict(zip(_HEADINGS, _preset_values(name, preset, plan.free_bytes), strict=True))
         table.add_row(*(line[heading] for heading in headings))
     return table
 
@@ -277,16 +284,40 @@ def _presets_table(plan: Plan) -> Table:
 _HEADINGS = ("preset", "on disk", "B/value", "of raw", "fits", "time", "to read", "USD/month")
 
 
-def _preset_values(name: str, preset: PresetPlan) -> tuple[str, ...]:
+def _preset_values(name: str, preset: PresetPlan, free_bytes: int | None) -> tuple[str, ...]:
+    on_disk, low, high = (n + preset.other_bytes for n in (preset.bytes, *preset.bytes_range))
     return (
         name,
-        _size_text(preset.bytes + preset.other_bytes),
+        _size_text(on_disk) + _give_or_take(on_disk, low, high),
         f"{preset.bytes_per_activation:.2f}",
         formats.percent(preset.ratio),
-        {True: "yes", False: "[bold red]no[/]", None: ""}[preset.fits],
-        _time(preset.seconds),
+        _fits(preset.fits, high, free_bytes),
+        _time(preset.seconds) + _give_or_take(preset.seconds, *preset.seconds_range),
         _time(preset.read_s),
         _money(preset.cost_per_month),
+    )
+
+
+def _give_or_take(value: float, low: float, high: float) -> str:
+    """How far the farther end of a range is away, in percent."""
+    away = max(high / value - 1, 1 - low / value)
+    return f" ±{formats.percent(away, 1 if away < 0.095 else 0)}"
+
+
+def _fits(fits: bool | None, most_bytes: int, free_bytes: int | None) -> str:
+    if fits is None or free_bytes is None:
+        return ""
+    return "[bold red]no[/]" if not fits else "yes" if most_bytes <= free_bytes else "[bold red]perhaps[/]"
+
+
+def _range_line(plan: Plan) -> str:
+    """The default preset's ranges in full, and what a range is."""
+    preset = plan.presets["lossless"]
+    low, high = (_size_text(n_bytes + preset.other_bytes) for n_bytes in preset.bytes_range)
+    fast, slow = (_time(seconds) for seconds in preset.seconds_range)
+    return (
+        f"lossless takes {low} to {high} and {fast} to {slow}: as in the best and in the worst tenth of the batches "
+        "that were measured"
     )
 
 

@@ -27,8 +27,11 @@ def contention(
     folder: Path,
     threads: int,
     seconds: float,
+    n_batches: int,
 ) -> float:
     """How long a second of encoding holds the model up: the model runs while all threads encode without a pause.
+
+    It runs for so many seconds, and over so many batches at least.
 
     In a window of W seconds the model does f tokens, and the threads what takes them e seconds on an empty machine.
     With F seconds a token for the model alone, just before and just after, `W = f * F + e * kappa`.
@@ -48,19 +51,19 @@ def contention(
                 done.append((began, perf_counter(), encode_s_per_row[site.name] * sample.n_rows))
         return done
 
-    n_batches = 0
+    n_done = 0
     with ThreadPoolExecutor(threads) as pool:
         running = [pool.submit(encode, thread) for thread in range(threads)]
         began = perf_counter()
         try:
-            while perf_counter() - began < seconds:
+            while n_done < n_batches or perf_counter() - began < seconds:
                 model.run()
-                n_batches += 1
+                n_done += 1
         finally:
             ended = perf_counter()
             over.set()
         encoded = [piece for future in running for piece in future.result()]
     alone += [model.run() for _ in range(_ALONE)]
     work = sum(cost * max(0.0, min(end, ended) - max(start, began)) / (end - start) for start, end, cost in encoded)
-    delayed = (ended - began) - n_batches * float(np.median(alone))
+    delayed = (ended - began) - n_done * float(np.median(alone))
     return max(0.0, delayed / work) if work else 0.0

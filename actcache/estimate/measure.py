@@ -6,6 +6,7 @@ written lies in a temporary folder and is gone afterwards.
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,8 @@ _TABLE_ROWS = 1 << 20
 """Rows of a shard's row table that are encoded to see how large it is."""
 _JOINT_CODEC = "lossless"
 """The preset that is encoded beside the model, to see how much they are in each other's way."""
+_BATCHES_ENCODED = 10
+"""Batches that are encoded one by one at most, to see how much their sizes differ."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,14 +48,20 @@ class SiteCosts:
     """The preset; of `auto` the one that it chose."""
     bytes_per_row: float
     """Stored bytes of a row in a chunk, checksum included."""
+    bytes_per_row_range: tuple[float, float]
+    """A batch in ten had rows smaller than the first, and one in ten larger than the second."""
     bytes_per_shard: int
     """Beside them, in every shard: the indexes of its chunks and its line of statistics."""
     pads_chunks: bool
     """Whether a chunk that is not full takes as many bytes as a full one; what compresses makes nothing of padding."""
     encode_s_per_row: float
     """To shuffle, measure, compress and write a row, on one thread with the machine for itself."""
+    encode_s_range: tuple[float, float]
+    """The same in the fastest and in the slowest of the measurements."""
     read_s_per_row: float
     """To read, check and decode a row, on as many threads as there are cores, from the page cache."""
+    read_s_range: tuple[float, float]
+    """The same in the fastest and in the slowest of the measurements."""
     n_arrays: int
     """Sharded objects in a shard: one, and one more for the scales of a quantised site."""
 
@@ -91,6 +100,8 @@ class Measured:
     the model fills all cores, and nearly 0 where the model runs on a device of its own."""
     resident_bytes: tuple[int, int]
     """Memory of this process before and after it ran whole batches, buffers not counted."""
+    resident_range: tuple[int, int]
+    """After those of the batches that left the least and the most."""
     setup_s: float
     """What is done before the first batch: digests of weights and tokens."""
     row_table_bytes_per_row: float
@@ -110,24 +121,35 @@ def measure(
     batch_sequences: int,
     threads: int,
     time_budget_s: float,
+    sample_sequences: int | None,
     setup_s: float,
 ) -> Measured:
-    """Run the sample; it takes about `time_budget_s`, and longer only where three batches of one sequence do."""
+    """Run the sample: so many sequences, however long they take; or as many as fit into `time_budget_s`.
+
+    The latter takes longer only where three batches of one sequence do. What the former measures, times aside, depends
+    on the text and the model alone.
+    """
     keep_freed_memory()
     began = perf_counter()
-    warm = warm_up(lm, blocks, sites, spec, batch_sequences, time_budget_s / 10)
+    limit_s = time_budget_s / 10 if sample_sequences is None else math.inf
+    warm = warm_up(lm, blocks, sites, spec, batch_sequences, limit_s)
     batch, batch_s = warm.batch_sequences, warm.batch_s
-    most = batch * max(FEWEST_BATCHES, int(0.3 * time_budget_s / batch_s))
-    sample = Sample(lm, blocks, sites, spec, min(most, sequences_wanted(spec, batch)), batch)
-    sample.run_for(0.1 * time_budget_s)
+    if sample_sequences is None:
+        most = batch * max(FEWEST_BATCHES, int(0.3 * time_budget_s / batch_s))
+        sample = Sample(lm, blocks, sites, spec, min(most, sequences_wanted(spec, batch)), batch)
+        sample.run_for(0.1 * time_budget_s)
+    else:
+        sample = Sample(lm, blocks, sites, spec, sample_sequences, batch)
+        sample.run_for(0.0)
     chosen = _fitted_sites(sample)
     with tempfile.TemporaryDirectory(prefix="actcache-plan-") as folder:
         costs = {name: _costs(sample, chosen[name], Path(folder) / name) for name in PRESETS}
-        left_s = max(2 * batch_s, min(0.2 * time_budget_s, time_budget_s - (perf_counter() - began)))
+        left_s = 0.0
+        if sample_sequences is None:
+            left_s = max(2 * batch_s, min(0.2 * time_budget_s, time_budget_s - (perf_counter() - began)))
         encode_s = {name: site.encode_s_per_row for name, site in costs[_JOINT_CODEC].sites.items()}
-        kappa = contention(sample, chosen[_JOINT_CODEC], encode_s, Path(folder), threads, left_s)
+        kappa = contention(sample, chosen[_JOINT_CODEC], encode_s, Path(folder), threads, left_s, FEWEST_BATCHES)
     lengths = blocks.lengths(range(blocks.n_sequences))
-    fast, slow = np.quantile(sample.seconds_per_token, (0.1, 0.9))
     return Measured(
         n_tokens=sample.n_tokens_timed,
         n_rows=sample.n_rows,
@@ -135,9 +157,10 @@ def measure(
         tokens_per_sequence=float(lengths.mean()),
         batch_sequences=batch,
         forward_s_per_token=float(np.median(sample.seconds_per_token)),
-        forward_s_range=(float(fast), float(slow)),
+        forward_s_range=_range(sample.seconds_per_token),
         contention=kappa,
-        resident_bytes=(warm.resident_before, warm.resident_after),
+        resident_bytes=(warm.resident_before, warm.resident_after[0]),
+        resident_range=(min(warm.resident_after), max(warm.resident_after)),
         setup_s=setup_s,
         row_table_bytes_per_row=_row_table_bytes(spec, blocks),
         token_bytes=_token_bytes(spec, blocks),
@@ -170,21 +193,41 @@ def _costs(sample: Sample, sites: tuple[Site, ...], folder: Path) -> PresetCosts
         chain = chain_of(site.codec)
         pads = chain.is_raw or chain.quantised
         n_rows = -(-sample.n_rows // spec.rows_per_chunk) * spec.rows_per_chunk if pads else sample.n_rows
-        encode_s = min(_seconds(partial(encoder.write, site, 0, sample.rows(site.name), order)) for _ in range(2))
-        read_s = min(_seconds(partial(_read, store, site)) for _ in range(2))
+        bytes_per_row = (store.info()["sites"][site.name]["bytes"] - per_shard) / n_rows
+        encode_s = _seconds(partial(encoder.write, site, 0, sample.rows(site.name), order), sample.n_rows)
+        read_s = _seconds(partial(_read, store, site), sample.n_rows)
         found[site.name] = SiteCosts(
             codec=site.codec,
-            bytes_per_row=(store.info()["sites"][site.name]["bytes"] - per_shard) / n_rows,
+            bytes_per_row=bytes_per_row,
+            bytes_per_row_range=_bytes_range(sample, encoder, site, bytes_per_row),
             bytes_per_shard=per_shard,
             pads_chunks=pads,
-            encode_s_per_row=encode_s / sample.n_rows,
-            read_s_per_row=read_s / sample.n_rows,
+            encode_s_per_row=min(encode_s),
+            encode_s_range=(min(encode_s), max(encode_s)),
+            read_s_per_row=min(read_s),
+            read_s_range=(min(read_s), max(read_s)),
             n_arrays=len(arrays),
         )
     metadata = [key for key in store.objects.list("") if key.endswith("zarr.json")]
     return PresetCosts(
         sites=found, n_metadata=len(metadata), metadata_bytes=sum(store.objects.size(key) for key in metadata)
     )
+
+
+def _bytes_range(sample: Sample, encoder: ShardEncoder, site: Site, bytes_per_row: float) -> tuple[float, float]:
+    """How small and how large the rows of single batches are, in proportion to those of the whole sample.
+
+    Of each batch a chunk is encoded. It may not be full, which makes its rows larger, but those of all batches alike.
+    """
+    batches = list(sample.batches_of_rows(_BATCHES_ENCODED))
+    fewest = min(map(len, batches))
+    besides = len(layout.arrays_of(site)) * layout.index_bytes(sample.spec)
+    sizes = np.empty(len(batches))
+    for i, rows in enumerate(batches):
+        record, _ = encoder.write(site, 0, sample.rows(site.name), rows[:fewest])
+        sizes[i] = record.n_bytes - besides - encoder.objects.size(layout.stats_key(site.name, 0))
+    low, high = _range((sizes / sizes.mean() * bytes_per_row).tolist())
+    return min(low, bytes_per_row), max(high, bytes_per_row)
 
 
 def _stored(sample: Sample, spec: StoreSpec, path: Path) -> Store:
@@ -241,10 +284,20 @@ def _token_bytes(spec: StoreSpec, blocks: TokenBlocks) -> float:
     return sum(len(layout.encode_table(values)[1]) for values in parts) / max(1, n_tokens)
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    began = perf_counter()
-    work()
-    return perf_counter() - began
+def _seconds(work: Callable[[], object], n_rows: int) -> list[float]:
+    """Seconds a row of work that is done twice."""
+
+    def once() -> float:
+        began = perf_counter()
+        work()
+        return (perf_counter() - began) / n_rows
+
+    return [once(), once()]
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    """Of ten values or fewer the least and the largest; of more without a tenth of them at either end."""
+    return float(np.quantile(values, 0.1, method="lower")), float(np.quantile(values, 0.9, method="higher"))
 
 
 def _cores() -> int:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _BUFFERS = 2
 """Shards in memory: one is filled while the other is encoded. What `StoreWriter` has by default."""
+_RESERVE = 4 / 3
+"""An allocator that cannot use all that was freed takes so much at most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +27,7 @@ class Memory:
     `buffers = min(2, shards) * rows per shard * bytes of a row at all sites`: one shard is filled while the other is
     encoded. `encoders = threads * (for each width: a chunk as it is shuffled, and half of that as int8; and an encoded
     chunk of the widest)`. The others were measured. An allocator that cannot use all that was freed takes some more:
-    have a third in reserve.
+    `total_range` has a third in reserve.
     """
 
     process: int
@@ -34,6 +36,8 @@ class Memory:
     """Parameters and buffers of the model."""
     batch: int
     """What a batch takes: its activations at all sites, and what the forward pass holds between them."""
+    batch_range: tuple[int, int]
+    """The same after those of the sample's batches that left the least and the most."""
     buffers: int
     """Shards of all sites."""
     encoders: int
@@ -44,7 +48,16 @@ class Memory:
     @property
     def total(self) -> int:
         """Of the machine's memory."""
-        on_machine = 0 if self.model_on_device else self.weights + self.batch
+        return self._total(self.batch)
+
+    @property
+    def total_range(self) -> tuple[int, int]:
+        """With the smallest batch of the sample; and with the largest, and a third more for the allocator."""
+        low, high = (self._total(batch) for batch in self.batch_range)
+        return low, round(_RESERVE * high)
+
+    def _total(self, batch: int) -> int:
+        on_machine = 0 if self.model_on_device else self.weights + batch
         return self.process + self.buffers + self.encoders + on_machine
 
 
@@ -58,19 +71,27 @@ class Host:
     """See `Memory`."""
     batch_per_sequence: float
     """Bytes of a batch by the sequence; on another device those of its activations at the sites only."""
+    batch_per_sequence_range: tuple[float, float]
+    """The same after the batches that left the least and the most."""
     on_device: bool
     """Whether the model is on another device."""
 
 
-def host_of(lm: LanguageModel, asked: Asked, *, before: int, after: int, n_sequences: int) -> Host:
+def host_of(
+    lm: LanguageModel, asked: Asked, *, before: int, after: int, after_range: tuple[int, int], n_sequences: int
+) -> Host:
     """From the memory of this process before and after it ran batches of so many sequences."""
     weights = sum(t.numel() * t.element_size() for t in chain(lm.module.parameters(), lm.module.buffers()))
     activations = asked.sequence_length * sum(asked.sites.values()) * lm.dtype.itemsize
     on_device = lm.device.type != "cpu"
+    typical, low, high = (
+        activations if on_device else max(activations, (then - before) / n_sequences) for then in (after, *after_range)
+    )
     return Host(
         process=before if on_device else max(0, before - weights),
         weights=weights,
-        batch_per_sequence=activations if on_device else max(activations, (after - before) / n_sequences),
+        batch_per_sequence=typical,
+        batch_per_sequence_range=(low, high),
         on_device=on_device,
     )
 
@@ -79,10 +100,13 @@ def memory_of(host: Host, asked: Asked, amounts: Amounts, batch_sequences: int) 
     """What an extraction of these sizes holds; see `Memory`."""
     rows_per_shard = amounts.sequences_per_shard * (asked.sequence_length - asked.skip_first)
     chunks = [amounts.rows_per_chunk * width * DTYPE_BYTES[asked.dtype] for width in set(asked.sites.values())]
+    n_sequences = min(batch_sequences, amounts.sequences_per_shard)
+    low, high = host.batch_per_sequence_range
     return Memory(
         process=host.process,
         weights=host.weights,
-        batch=round(min(batch_sequences, amounts.sequences_per_shard) * host.batch_per_sequence),
+        batch=round(n_sequences * host.batch_per_sequence),
+        batch_range=(round(n_sequences * low), round(n_sequences * high)),
         buffers=min(_BUFFERS, amounts.n_shards) * rows_per_shard * asked.row_bytes,
         encoders=asked.threads * _encoder_bytes(chunks),
         model_on_device=host.on_device,

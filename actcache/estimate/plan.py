@@ -46,6 +46,8 @@ class Plan:
     """Room there; None for buckets, and where no place was named."""
     forward_s: float
     """Seconds of the forward passes alone, all workers side by side."""
+    forward_s_range: tuple[float, float]
+    """The same at the pace of the fastest tenth of the sample's batches, and of the slowest."""
     memory: Memory
     """Of one worker."""
     presets: Mapping[str, PresetPlan]
@@ -86,7 +88,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
-        return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
+        memory = {**asdict(self.memory), "total": self.memory.total, "total_range": self.memory.total_range}
+        return {**asdict(self), "memory": memory}
 
 
 def plan(
@@ -109,8 +112,9 @@ def plan(
     months: float = 1.0,
     read_bytes_per_s: float | None = None,
     time_budget_s: float = 20.0,
+    sample_sequences: int | None = None,
 ) -> Plan:
-    """Say what `extract` with these arguments is going to cost, after a few real batches.
+    """Say what `extract` with these arguments is going to cost, after a few real batches, and how sure that is.
 
     Args:
         lm: the base model.
@@ -132,12 +136,21 @@ def plan(
         read_bytes_per_s: what the disk or the network gives a worker, where that is less than it can decode.
         time_budget_s: about how long the measurement may take. A slow model takes longer: three batches of one
             sequence are the least.
+        sample_sequences: measure on so many of the first sequences (one shard at most), however long it takes; bytes
+            and amounts then do not depend on how fast or busy the machine is. By default on as many as
+            `time_budget_s` allows.
 
     Raises:
         SiteError: a pattern matches nothing. ConfigError: sizes that do not fit together, sequences longer than the
         model's context or with nothing to keep, a price below zero.
     """
-    given = {"batch_sequences": batch_sequences, "threads": threads, "n_tokens": n_tokens, "workers": workers}
+    given = {
+        "batch_sequences": batch_sequences,
+        "threads": threads,
+        "n_tokens": n_tokens,
+        "workers": workers,
+        "sample_sequences": sample_sequences,
+    }
     check_positive("plan", **{name: n for name, n in given.items() if n is not None and n != "auto"})
     if not (math.isfinite(time_budget_s) and time_budget_s > 0):
         raise ConfigError(f"plan: time_budget_s must be a number above 0, got {time_budget_s!r}")
@@ -173,6 +186,7 @@ def plan(
         batch_sequences=batch,
         threads=asked.threads,
         time_budget_s=time_budget_s,
+        sample_sequences=sample_sequences,
         setup_s=perf_counter() - began,
     )
     before, after = measured.resident_bytes
@@ -180,7 +194,14 @@ def plan(
         measured,
         asked,
         terms,
-        host_of(lm, asked, before=before, after=after, n_sequences=measured.batch_sequences),
+        host_of(
+            lm,
+            asked,
+            before=before,
+            after=after,
+            after_range=measured.resident_range,
+            n_sequences=measured.batch_sequences,
+        ),
         n_sequences=n_sequences,
         workers=workers,
         batch_sequences=batch,
@@ -210,6 +231,10 @@ def _planned(
     free_bytes: int | None,
 ) -> Plan:
     amounts = amounts_of(asked, n_sequences, measured.rows_per_sequence, measured.tokens_per_sequence)
+    typical, fast, slow = (
+        amounts.n_tokens * forward_s / workers
+        for forward_s in (measured.forward_s_per_token, *measured.forward_s_range)
+    )
     return Plan(
         model=model,
         asked=asked,
@@ -218,7 +243,8 @@ def _planned(
         batch_sequences=batch_sequences,
         out=out,
         free_bytes=free_bytes,
-        forward_s=amounts.n_tokens * measured.forward_s_per_token / workers,
+        forward_s=typical,
+        forward_s_range=(fast, slow),
         memory=memory_of(host, asked, amounts, batch_sequences),
         presets={
             name: preset_plan(costs, measured, asked, amounts, terms, workers=workers, free_bytes=free_bytes)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from actcache.errors import ConfigError
@@ -80,6 +80,8 @@ class PresetPlan:
     """Preset by site; they differ with `auto` only."""
     bytes: int
     """Activations, statistics and the row table: what `info` is going to say."""
+    bytes_range: tuple[int, int]
+    """The same if all batches were as small as the smallest tenth of the sample's, and as large as the largest."""
     other_bytes: int
     """Beside them: tokens, commit records, ledger, metadata."""
     bytes_per_activation: float
@@ -93,11 +95,13 @@ class PresetPlan:
     seconds: float
     """Of the extraction, without loading model and text; all workers side by side."""
     seconds_range: tuple[float, float]
-    """The same at the pace of the fastest tenth of the batches, and of the slowest."""
+    """The same at the pace of the fastest tenth of the batches and the fastest encoding, and of the slowest."""
     tokens_per_s: float
     """Of all workers together."""
     read_s: float
     """To read everything once, by one worker."""
+    read_s_range: tuple[float, float]
+    """The same as fast as in the fastest of the measurements, and as slow as in the slowest."""
     cost_per_month: float
     """Dollars for storage."""
     compute_cost: float | None
@@ -116,32 +120,46 @@ def preset_plan(
     free_bytes: int | None,
 ) -> PresetPlan:
     """What a store of these amounts takes with a preset of these costs."""
-    sites = {name: _site_bytes(site, amounts) for name, site in costs.sites.items()}
-    n_bytes = sum(sites.values()) + round(amounts.n_rows * measured.row_table_bytes_per_row)
+    sites = {name: _site_bytes(site, amounts, site.bytes_per_row) for name, site in costs.sites.items()}
+    row_table = round(amounts.n_rows * measured.row_table_bytes_per_row)
+    n_bytes = sum(sites.values()) + row_table
+    fewest, most = (
+        sum(_site_bytes(site, amounts, site.bytes_per_row_range[end]) for site in costs.sites.values()) + row_table
+        for end in (0, 1)
+    )
     other = _other_bytes(costs, measured, amounts)
     raw_bytes = amounts.n_rows * asked.row_bytes
-    seconds, low, high = (
-        extraction_seconds(forward_s, costs, measured, asked, amounts, workers)
-        for forward_s in (measured.forward_s_per_token, *measured.forward_s_range)
+    of_all = list(costs.sites.values())
+    seconds, fast, slow = (
+        extraction_seconds(forward_s, sum(encode_s), len(of_all), measured, asked, amounts, workers)
+        for forward_s, encode_s in zip(
+            (measured.forward_s_per_token, *measured.forward_s_range),
+            _columns((site.encode_s_per_row, *site.encode_s_range) for site in of_all),
+            strict=True,
+        )
     )
-    read_s = amounts.n_rows * sum(site.read_s_per_row for site in costs.sites.values())
-    if terms.read_bytes_per_s:
-        read_s = max(read_s, sum(sites.values()) / terms.read_bytes_per_s)
+    least_read_s = sum(sites.values()) / terms.read_bytes_per_s if terms.read_bytes_per_s else 0.0
+    read_s, read_fast, read_slow = (
+        max(least_read_s, amounts.n_rows * sum(per_row))
+        for per_row in _columns((site.read_s_per_row, *site.read_s_range) for site in of_all)
+    )
     price = terms.compute_price_per_hour
     cost_per_month = (n_bytes + other) / _TERABYTE * terms.price_per_tb_month
     return PresetPlan(
         sites=sites,
         codecs={name: site.codec for name, site in costs.sites.items()},
         bytes=n_bytes,
+        bytes_range=(fewest, most),
         other_bytes=other,
         bytes_per_activation=sum(sites.values()) / (amounts.n_rows * sum(asked.sites.values())),
         ratio=sum(sites.values()) / raw_bytes,
         n_objects=_n_objects(costs, amounts),
         fits=None if free_bytes is None else n_bytes + other <= free_bytes,
         seconds=seconds,
-        seconds_range=(low, high),
+        seconds_range=(fast, slow),
         tokens_per_s=amounts.n_tokens / seconds,
         read_s=read_s,
+        read_s_range=(read_fast, read_slow),
         cost_per_month=cost_per_month,
         compute_cost=None if price is None else seconds * workers / _SECONDS_PER_HOUR * price,
         break_even=_break_even(
@@ -155,34 +173,41 @@ def preset_plan(
 
 
 def extraction_seconds(
-    forward_s: float, costs: PresetCosts, measured: Measured, asked: Asked, amounts: Amounts, workers: int
+    forward_s: float,
+    encode_s_per_row: float,
+    n_sites: int,
+    measured: Measured,
+    asked: Asked,
+    amounts: Amounts,
+    workers: int,
 ) -> float:
     """Seconds until the last of some workers is done, each of which makes whole shards.
 
-    A token takes the model F seconds and one encoding thread E. The first shard is computed while nothing is encoded,
-    and the last is encoded while nothing is computed; between them a token takes `max(F + kappa E, E / p)`, where p
-    threads encode at a time: as many as there are threads and cores. Within a shard a site is encoded by one thread.
+    A token takes the model F seconds (`forward_s`) and one encoding thread E (its rows at all sites). The first shard
+    is computed while nothing is encoded, and the last is encoded while nothing is computed; between them a token takes
+    `max(F + kappa E, E / p)`, where p threads encode at a time: as many as there are threads and cores. Within a shard
+    a site is encoded by one thread.
     """
-    encode_s = _encode_s_per_token(costs, measured)
+    encode_s = encode_s_per_row * measured.rows_per_sequence / measured.tokens_per_sequence
     parallel = min(asked.threads, os.cpu_count() or 1)
     shards = math.ceil(amounts.n_shards / workers)
     tokens = min(float(amounts.n_tokens), shards * amounts.tokens_per_shard)
     first = min(tokens, amounts.tokens_per_shard)
     last = tokens - (shards - 1) * first
     steady = max(forward_s + measured.contention * encode_s, encode_s / parallel)
-    alone = encode_s / min(parallel, len(costs.sites))
+    alone = encode_s / min(parallel, n_sites)
     return measured.setup_s + first * forward_s + (tokens - first) * steady + last * alone
 
 
-def _encode_s_per_token(costs: PresetCosts, measured: Measured) -> float:
-    per_row = sum(site.encode_s_per_row for site in costs.sites.values())
-    return per_row * measured.rows_per_sequence / measured.tokens_per_sequence
+def _columns(values: Iterable[tuple[float, ...]]) -> list[tuple[float, ...]]:
+    """For every site one tuple; all first values, all second ones, ..."""
+    return list(zip(*values, strict=True))
 
 
-def _site_bytes(site: SiteCosts, amounts: Amounts) -> int:
+def _site_bytes(site: SiteCosts, amounts: Amounts, bytes_per_row: float) -> int:
     """Rows (or chunks, where those that are not full take as many bytes as full ones), and a little for each shard."""
     n_rows = amounts.n_chunks * amounts.rows_per_chunk if site.pads_chunks else amounts.n_rows
-    return round(n_rows * site.bytes_per_row + amounts.n_shards * site.bytes_per_shard)
+    return round(n_rows * bytes_per_row + amounts.n_shards * site.bytes_per_shard)
 
 
 def _other_bytes(costs: PresetCosts, measured: Measured, amounts: Amounts) -> int:

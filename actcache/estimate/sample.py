@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -96,6 +96,14 @@ class Sample:
         """`(n, D)` stored values of a site, in reading order."""
         return self.buffers.rows[site][: self.n_rows]
 
+    def batches_of_rows(self, most: int) -> Iterator[NDArray[np.int64]]:
+        """Numbers of rows, a chunk of them at most, out of each batch of the text; of many batches, some of them."""
+        n_batches = -(-self.spec.n_sequences // self.batch_sequences)
+        ends = np.linspace(0, self.n_rows, min(n_batches, self.n_rows) + 1).astype(np.int64)
+        for batch in np.unique(np.linspace(0, len(ends) - 2, min(most, len(ends) - 1)).astype(np.int64)):
+            rows = ends[batch] + permutation(int(ends[batch + 1] - ends[batch]), self.spec.seed, 0)
+            yield rows[: self.spec.rows_per_chunk]
+
 
 def _wait_for(lm: LanguageModel) -> None:
     """Until the model's device has done what it was given."""
@@ -122,8 +130,8 @@ class Warm:
     """Seconds that one takes."""
     resident_before: int
     """Bytes of this process with all libraries, before it ran whole batches."""
-    resident_after: int
-    """And afterwards."""
+    resident_after: tuple[int, ...]
+    """And after each of some batches of that size, without what is kept of them."""
 
 
 def warm_up(
@@ -134,7 +142,10 @@ def warm_up(
     batch_sequences: int,
     limit_s: float,
 ) -> Warm:
-    """Find the batch to measure with: what was asked for, or less where that would take longer than the limit."""
+    """Find the batch to measure with: what was asked for, or less where that would take longer than the limit.
+
+    Without a limit (`inf`) it depends on nothing but what was asked for.
+    """
     one = Sample(lm, blocks, sites, spec, 1, 1)
     one.run()  # the first forward pass of a process is none to measure
     with tempfile.TemporaryDirectory(prefix="actcache-plan-") as folder:
@@ -148,4 +159,8 @@ def warm_up(
         some.run()
         seconds = some.run()
     kept = some.n_rows * sum(site.width for site in spec.sites) * DTYPE_BYTES[spec.dtype]
-    return Warm(batch_sequences=batch, batch_s=seconds, resident_before=before, resident_after=resident_bytes() - kept)
+    after = [resident_bytes() - kept]
+    for _ in range(FEWEST_BATCHES - 1):
+        some.run()
+        after.append(resident_bytes() - kept)
+    return Warm(batch_sequences=batch, batch_s=seconds, resident_before=before, resident_after=tuple(after))
