@@ -51,7 +51,7 @@ def store_spec(
     """The spec of the store that `extract` would write, with default sizes filled in.
 
     Raises:
-        ConfigError: sizes that do not fit together, sequences longer than the model takes, or ids that it does not know.
+        ConfigError: sizes that do not fit together, sequences longer than the model takes, or ids unknown to it.
     """
     lm.check_length(blocks.sequence_length)
     lm.check_ids(blocks.ids)

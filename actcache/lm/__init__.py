@@ -10,8 +10,13 @@ the model is read there by a plain torch hook, so that users pay for the model a
     sites.py        finding sites by running a few tokens
     bridge.py       transformer-lens: instrumented models, and what their hook names stand for
     names.py        the names that a model answers to, and where each of them is
-    identity.py     digests of weights and tokenizers
+    identity.py     digests of weights and tokenizers, settings that change values; whether two models are the same
+    context.py      how long sequences may be, by trying
+    inputs.py       checks of what a model is given: lengths, ids, ids that it moves for a decoder
     model.py        LanguageModel: resolve, capture, logits, splice
+    diagnose.py     what is wrong with the files of a model
+    trust.py        code that comes with a model, and is not run unless it is trusted
+    tokenizers.py   tokenizers: there, missing, or there and unreadable
     huggingface.py  models of Hugging Face: causal, masked, bare; GGUF files, device maps, 8 bits
     load.py         load_lm
 """

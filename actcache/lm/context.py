@@ -20,7 +20,7 @@ TOO_LONG = (IndexError, RuntimeError, ValueError, AssertionError)
 _SHORT = 8
 """Tokens that every model takes."""
 _MOST_UNASKED = 1 << 13
-_MOST_UNASKED_PRODUCTS = 1 << 40
+_MOST_UNASKED_PRODUCTS = 1 << 38
 """Positions, and parameters x positions, up to which a config's claim is tried without having been asked for."""
 
 

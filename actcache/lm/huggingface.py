@@ -97,7 +97,7 @@ def load_huggingface(
         _needs("gguf", "a GGUF file")
         options["gguf_file"] = source.gguf_file
     placement = _placement(device_map, load_in_8bit)
-    with _no_progress_bars(source.gguf_file is not None):
+    with _quiet(source.gguf_file is not None):
         try:
             module = _open(source, {"dtype": dtype or "auto", **options, **placement})
         except ActcacheError:
@@ -256,22 +256,20 @@ def _classes_for(source: Source, config: Any, named: str | None) -> list[Any]:
         names = [c.__name__ for c in (known if isinstance(known, tuple) else (known,))]
         if names and (known_class is None or named in names):
             found.append(opener)
-    if getattr(config, "is_encoder_decoder", False):
-        # Opened as what it is named only: the bare model would lack weights, or have a decoder too many.
-        if known_class is not None and not takes_decoder_input(known_class):
-            return [known_class]
-        if known_class is not None or not found:
-            raise ConfigError(
-                f"{source.name} ({config.model_type}) is not a causal language model, nor an encoder: it needs inputs "
-                "for encoder and decoder, or makes the decoder's of the encoder's, moved by one position; give load_lm "
-                "the one that is wanted as a module: load_lm(module.get_encoder(), tokenizer=...)"
-            )
+    bare = hf.MODEL_MAPPING.get(type(config), None)
+    has_decoder = bare is not None and takes_decoder_input(bare)
+    if has_decoder and (known_class is None or takes_decoder_input(known_class)):
+        raise ConfigError(
+            f"{source.name} ({config.model_type}) is not a causal language model, nor an encoder: it needs inputs for "
+            "encoder and decoder, or makes the decoder's of the encoder's, moved by one position; give load_lm the one "
+            "that is wanted as a module: load_lm(module.get_encoder(), tokenizer=...)"
+        )
     if known_class is None:
         return [*found, hf.AutoModel]
     if found:
         return found
-    bare = hf.MODEL_MAPPING.get(type(config), None)
-    return [known_class] if bare is None else [hf.AutoModel, known_class]
+    # The bare model would have a decoder too many.
+    return [known_class] if bare is None or has_decoder else [hf.AutoModel, known_class]
 
 
 def _check_no_adapter(source: Source) -> None:
@@ -333,16 +331,21 @@ def _folder_of(source: Source, revision: str) -> Path | None:
 
 
 @contextmanager
-def _no_progress_bars(gguf: bool) -> Iterator[None]:
-    """transformers draws a bar over each loading, even of a small model; the library prints nothing."""
+def _quiet(gguf: bool) -> Iterator[None]:
+    """transformers draws a bar over each loading, and logs a table under it; the library prints nothing."""
     from transformers.utils import logging as hf_logging
 
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
+    # A table of weights that are missing or left over, which are errors and warnings of ours.
+    reports = logging.getLogger("transformers.modeling_utils")
+    level = reports.level
+    reports.setLevel(logging.ERROR)
     try:
         # The bar over a GGUF file is of another kind, which cannot be switched off.
         with redirect_stderr(StringIO()) if gguf else nullcontext():
             yield
     finally:
+        reports.setLevel(level)
         if shown:
             hf_logging.enable_progress_bar()

@@ -228,7 +228,11 @@ def _check_shapes(folder: Path, module: nn.Module, state: Mapping[str, torch.Ten
     wanted = module.state_dict()
     lacking, left = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     if lacking or left:
-        what = f"lack {len(lacking)} of its weights ({lacking[0]}, ...)" if lacking else f"have {left[0]} besides"
+        what = (
+            f"lack {len(lacking)} that the config describes ({lacking[0]}, ...)"
+            if lacking
+            else f"have {left[0]} besides"
+        )
         raise ConfigError(f"the config and the weights of {folder} disagree: the weights {what}")
     for name, tensor in wanted.items():
         if tensor.shape != state[name].shape:

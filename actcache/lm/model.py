@@ -179,7 +179,7 @@ class LanguageModel:
         tokenizer, code = self.tokenizer_if_readable, code_digest(self.module)
         said = {
             "revision": self.revision,
-            "config": computation_of(self.module) or None,
+            "config": computation_of(self.module) if self.kind == "huggingface" else None,
             "trust_remote_code": True if code is not None else None,
             "code": code,
             "autocast": None if self._autocast is None else str(self._autocast).removeprefix("torch."),
