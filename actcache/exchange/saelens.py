@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from actcache.addresses import shown
 from actcache.errors import ConfigError, StoreError, StoreIncompleteError
 from actcache.exchange.origin import TORCH_DTYPES, Origin, checked_ids, write
-from actcache.files import flush, full_disk_explained, write_whole
+from actcache.files import full_disk_explained, whole_file, write_whole
 from actcache.spec import Dtype, Progress, expand_names
 from actcache.store import Store
 
@@ -247,11 +248,12 @@ def _begin(store: Store, out: Path, features: datasets.Features) -> None:
     origin = {"exported_from": store.fingerprint, "by": "actcache"}
     info = DatasetInfo(description=json.dumps(origin), features=features)
     out.mkdir(parents=True, exist_ok=True)
-    if not any(out.iterdir()):
-        with full_disk_explained(f"for {out}: a few kilobytes", out):
-            info.write_to_directory(str(out))
-        return
     file = out / "dataset_info.json"
+    if all(place.suffix == ".partial" for place in out.iterdir()):
+        with tempfile.TemporaryDirectory() as beside:
+            info.write_to_directory(beside)
+            write_whole(file, Path(beside, file.name).read_bytes())
+        return
     found = DatasetInfo.from_directory(str(out)) if file.exists() else None
     if found is None or (found.description, found.features) != (info.description, info.features):
         raise ConfigError(f"export: {out} holds something else; name another folder")
@@ -280,13 +282,15 @@ def _put_table(file: Path, values: Mapping[str, NDArray[Any]], schema: pa.Schema
     widest = max(array[0].nbytes for array in values.values())
     per_batch = max(1, _BATCH_BYTES // widest)
     partial, n_bytes = file.with_suffix(".partial"), sum(array.nbytes for array in values.values())
-    with full_disk_explained(f"for {file}: {n_bytes:,} bytes", file):
-        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
-            for start in range(0, n_sequences, per_batch):
-                arrays = [_column(values[f.name][start : start + per_batch], f.type) for f in schema]
-                stream.write_batch(pa.record_batch(arrays, schema=schema))
-        flush(str(partial))  # what has its name is whole, after a power cut too
-        os.replace(partial, file)
+    with (
+        full_disk_explained(f"for {file}: {n_bytes:,} bytes", file),
+        whole_file(str(file), str(partial), flushed=True) as descriptor,
+        os.fdopen(descriptor, "wb", closefd=False) as sink,
+        pa.ipc.new_stream(sink, schema) as stream,
+    ):
+        for start in range(0, n_sequences, per_batch):
+            arrays = [_column(values[f.name][start : start + per_batch], f.type) for f in schema]
+            stream.write_batch(pa.record_batch(arrays, schema=schema))
 
 
 def _column(values: NDArray[Any], kind: pa.DataType) -> pa.Array:
