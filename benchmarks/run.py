@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import durability
 import extraction
 import latency
 import loader
@@ -26,6 +27,7 @@ from measure import HEADER, machine
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 TITLES = {
     "Extraction / bare forward of the same batches": extraction,
+    "Extraction flushed / not flushed": durability,
     "Plan / extraction": plan,
     "Loader / rows in memory, a memory-mapped file, annbatch": loader,
     "Loader, page cache cold / reading in order": loader_cold,

@@ -4,7 +4,8 @@
 
 Data: eight residual-stream sites of the embedded model, 627 MB of bfloat16, in memory before anything is timed. Rates
 are GB/s of these bytes before compression (reading and checking whole files: of stored bytes), two threads each, local
-disk, page cache warm unless a row says cold. All baselines run in turn with ours, on the same data:
+disk, page cache warm unless a row says cold. Nothing is flushed, neither by us nor by the baselines (what that costs is
+in `durability.py`). All baselines run in turn with ours, on the same data:
 
 - write ceiling: the same chunks are encoded, each thread writes what comes out to plain files. It neither
   shuffles rows, nor takes statistics, nor checksums, all of which the store does.
@@ -40,7 +41,7 @@ from store_data import Data, compressor_of, expander_of, of_shard, recorded
 
 from actcache.memory import keep_freed_memory
 from actcache.spec import StoreSpec
-from actcache.store import Store, StoreWriter, codecs, layout, open_store
+from actcache.store import Store, StoreWriter, codecs, layout, open_store, to_write
 from actcache.store.verify import verify
 
 _CHECKSUM_BYTES = 4
@@ -51,10 +52,10 @@ PRESETS = ("lossless", "fast")
 # --- ways of writing -----------------------------------------------------------------------------------------------
 
 
-def write_store(data: Data, spec: StoreSpec, path: Path) -> Store:
+def write_store(data: Data, spec: StoreSpec, path: Path, *, durable: bool = False) -> Store:
     """Through the store's writer, from rows that are in memory already: what the forward pass does is not timed."""
     shutil.rmtree(path, ignore_errors=True)
-    with StoreWriter(path, spec, data.blocks, threads=THREADS) as writer:
+    with StoreWriter(to_write(path, durable=durable), spec, data.blocks, threads=THREADS) as writer:
         for shard in writer.pending():
             buffers, ids = writer.acquire(shard), spec.shard_sequences(shard)
             for name in buffers.rows:

@@ -117,7 +117,7 @@ def test_errors_do_not_say_it_nor_do_their_causes(location, monkeypatch, capfd):
     except (ConfigError, OSError) as error:
         said.append(everything_said(error))
     assert all(map(without_secrets, said))
-    for verb in (["info"], ["verify"], ["repair"], ["repair", "--unlock"], ["delete-sites", "--sites", "a"]):
+    for verb in (["info"], ["verify"], ["repair"], ["repair", "--unlock"], ["delete-sites", "a"]):
         main([verb[0], location, *verb[1:], "--json"])
     out, err = capfd.readouterr()
     assert without_secrets(out + err)
@@ -127,7 +127,7 @@ def test_errors_do_not_say_it_nor_do_their_causes(location, monkeypatch, capfd):
 def test_the_command_line_does_not_say_it(made, url, json_flag, capsys):
     for verb in ("info", "verify", "repair"):
         assert main([verb, url, *json_flag]) == 0
-    assert main(["delete-sites", url, "--sites", "no.such", *json_flag]) == 1
+    assert main(["delete-sites", url, "no.such", *json_flag]) == 1
     assert main(["info", url, "--no-such", url, *json_flag]) == 1
     out, err = capsys.readouterr()
     assert without_secrets(out + err)

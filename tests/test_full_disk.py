@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def files_of(disk: Path) -> list[str]:
 
 def fill(disk: Path) -> None:
     """Leave no room at all."""
-    with pytest.raises(OSError, match="No space left"), open(disk / FILL, "wb", buffering=0) as file:
+    with open(disk / FILL, "wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(bytes(4096))
 
@@ -47,7 +47,7 @@ def train(disk: Path, store: ac.Store) -> None:
     mlp = SparseMLP(d_in=12, d_out=12, n_latents=64)
     with Loader(store, store.sites[:1], batch_rows=20, epochs=None) as loader:
         sites = {"site_in": store.sites[0], "site_out": store.sites[0]}
-        Trainer(mlp, loader, TrainConfig(n_steps=2), checkpoint=disk / "run", **sites).fit()
+        Trainer(mlp, loader, TrainConfig(n_steps=2, warmup_steps=0), checkpoint=disk / "run", **sites).fit()
 
 
 WRITERS: dict[str, Callable[[Path, ac.Store], Any]] = {

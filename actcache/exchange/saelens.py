@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +24,7 @@ from numpy.typing import NDArray
 from actcache.addresses import shown as shown_address
 from actcache.errors import ConfigError, StoreError, StoreIncompleteError
 from actcache.exchange.origin import TORCH_DTYPES, Origin, checked_ids, damage_explained, write
-from actcache.files import explained, flush, path_of, read_json, shown, write_whole
+from actcache.files import explained, path_of, read_json, shown, whole_file, write_whole
 from actcache.spec import Dtype, Progress, check_callable, check_positive, expand_names
 from actcache.store import Store
 from actcache.store.opened import checked_store
@@ -283,12 +285,15 @@ def _begin(store: Store, out: Path, features: datasets.Features) -> None:
     info = DatasetInfo(description=json.dumps(origin), features=features)
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
-        if not any(out.iterdir()):
-            info.write_to_directory(str(out))
+        file = out / "dataset_info.json"
+        if all(place.suffix == ".partial" for place in out.iterdir()):
+            with tempfile.TemporaryDirectory() as beside:
+                info.write_to_directory(beside)
+                write_whole(file, Path(beside, file.name).read_bytes())
             return
     found = None
     with suppress(Exception):  # whatever is there, and however it is damaged, it is not ours
-        found = DatasetInfo.from_directory(str(out))
+        found = DatasetInfo.from_directory(str(out)) if file.exists() else None
     if found is None or (found.description, found.features) != (info.description, info.features):
         raise ConfigError(f"export: {out} holds something else; name another folder")
 
@@ -315,14 +320,16 @@ def _put_table(file: Path, values: Mapping[str, NDArray[Any]], schema: pa.Schema
     n_sequences = len(values[TOKENS])
     widest = max(array[0].nbytes for array in values.values())
     per_batch = max(1, _BATCH_BYTES // widest)
-    partial = file.with_suffix(".partial")
-    with explained(file):
-        with partial.open("wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
-            for start in range(0, n_sequences, per_batch):
-                arrays = [_column(values[f.name][start : start + per_batch], f.type) for f in schema]
-                stream.write_batch(pa.record_batch(arrays, schema=schema))
-        flush(str(partial))  # what has its name is whole, after a power cut too
-        partial.replace(file)
+    partial, n_bytes = file.with_suffix(".partial"), sum(array.nbytes for array in values.values())
+    with (
+        explained(file, f"{n_bytes:,} bytes"),
+        whole_file(str(file), str(partial), flushed=True) as descriptor,
+        os.fdopen(descriptor, "wb", closefd=False) as sink,
+        pa.ipc.new_stream(sink, schema) as stream,
+    ):
+        for start in range(0, n_sequences, per_batch):
+            arrays = [_column(values[f.name][start : start + per_batch], f.type) for f in schema]
+            stream.write_batch(pa.record_batch(arrays, schema=schema))
 
 
 def _column(values: NDArray[Any], kind: pa.DataType) -> pa.Array:
