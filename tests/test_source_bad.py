@@ -218,6 +218,7 @@ def test_spelled_control_tokens_can_be_the_characters_that_they_are():
     assert not {BOS, END} & set(ids[1:])
     assert PLAIN.decode(ids[1:]) == SPELLED
     assert blocks.description["control_tokens"] == "text"
+    token_blocks([SPELLED], PLAIN, length=8, bos="none", control_tokens="text")
     assert PLAIN.backend_tokenizer.encode_special_tokens is False  # the tokenizer is as it was
     with pytest.raises(ConfigError, match="control_tokens must be one of token, text"):
         token_blocks([SPELLED], PLAIN, length=64, control_tokens="error")
