@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Tests against the S3 server are exhaustive; those that another environment runs are left out here."""
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        if "s3" in getattr(item, "fixturenames", ()) or "s3" in map(str, parameters):
+        if "s3" in getattr(item, "fixturenames", ()) or any(isinstance(p, str) and p == "s3" for p in parameters):
             item.add_marker(pytest.mark.exhaustive)
     elsewhere = [item for item in items if not all(is_installed(mark.args[0]) for mark in item.iter_markers("needs"))]
     items[:] = [item for item in items if item not in elsewhere]
