@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actcache.errors import ConfigError, StoreMismatchError
+from actcache.errors import ConfigError, SiteError, StoreError, StoreMismatchError
 from actcache.extraction.run import Run, tokens_in, tokens_of
 from actcache.extraction.settle import (
     BatchSequences,
     batch_size,
+    check_meanings,
     fastest_batch,
+    meanings_of,
     provenance,
     store_spec,
     warn_of_other_circumstances,
@@ -25,7 +28,7 @@ from actcache.spec import Dtype, Progress, StoreSpec, TokenBlocks, Watch
 from actcache.store import Store, StoreWriter, open_store
 
 if TYPE_CHECKING:
-    from actcache.lm import LanguageModel
+    from actcache.lm import LanguageModel, ResolvedSite
 
 
 def extract(
@@ -138,9 +141,11 @@ def fill(
     store; otherwise what is returned is not sealed.
 
     Raises:
-        StoreMismatchError: the store is of another model. The others are those of `extract`.
+        StoreMismatchError: the store is of another model, or a name means something else. The others are those of
+        `extract`.
     """
     store = open_store(path)
+    _resolved(lm, store)
     batch = batch_size(batch_sequences, path, lambda: 0)
     writer = _writer(lm, path, replace(store.spec, model=lm.identity), None, batch, threads, shared=True)
     return Run(lm=lm, writer=writer, tokens=tokens_in(store), batch_sequences=batch, shards=list(shards), watch=watch)()
@@ -177,7 +182,7 @@ def extend(
         blocks = blocks.join(more)
         parts = [*parts, {**more.description, "tokens": digest, "n_sequences": more.n_sequences}]
         spec = replace(spec, n_sequences=blocks.n_sequences, text={"tokens": blocks.digest(), "parts": parts})
-    resolved = lm.resolve(store.sites, length=spec.sequence_length)
+    resolved = _resolved(lm, store)
     batch = batch_size(batch_sequences, path, lambda: fastest_batch(lm, resolved, blocks))
     writer = _writer(lm, path, spec, blocks, batch, threads, grow=True)
     run = Run(lm=lm, writer=writer, tokens=tokens_of(blocks, writer), batch_sequences=batch)
@@ -205,6 +210,7 @@ def add_sites(
     store = open_store(path)
     blocks, spec = store.token_blocks(), store.spec
     new = [site for site in lm.resolve(patterns, length=spec.sequence_length) if site.site.name not in store.sites]
+    check_meanings(path, spec.sites, [site.site for site in _known(lm, store)])
     warn_of_the_slow_path(lm, new)
     sites = with_codecs(lm, blocks, new, path, codec, spec)
     spec = replace(spec, model=lm.identity, sites=(*spec.sites, *sites))
@@ -234,7 +240,11 @@ def _begin(
     batch = batch_size(batch_sequences, path, lambda: fastest_batch(lm, resolved, blocks))
 
     def made() -> StoreWriter:
-        spec = replace(plain, sites=with_codecs(lm, blocks, resolved, path, codec, plain))
+        sites = with_codecs(lm, blocks, resolved, path, codec, plain)
+        with suppress(StoreError):
+            found = open_store(path)
+            sites = meanings_of(path, found.spec.sites, sites, warn=found.root.state != "sealed")
+        spec = replace(plain, sites=sites)
         return _writer(lm, path, spec, blocks, batch, threads, shared=shared, elsewhere=elsewhere)
 
     try:
@@ -244,6 +254,22 @@ def _begin(
             raise
         # Another process may have begun the store in the meantime, with codecs that it has fitted itself.
         return made(), batch
+
+
+def _resolved(lm: LanguageModel, store: Store) -> list[ResolvedSite]:
+    """A store's sites in the model, once it is clear that their names mean what they meant when it was begun."""
+    resolved = lm.resolve(store.sites, length=store.spec.sequence_length)
+    check_meanings(store.path, store.spec.sites, [site.site for site in resolved])
+    return resolved
+
+
+def _known(lm: LanguageModel, store: Store) -> list[ResolvedSite]:
+    """Those of a store's sites that the model still has."""
+    found: list[ResolvedSite] = []
+    for name in store.sites:
+        with suppress(SiteError):
+            found += lm.resolve([name], length=store.spec.sequence_length)
+    return found
 
 
 def _writer(

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.lm.hooks import PATTERN
 from actcache.store import ShardBuffers
 
 if TYPE_CHECKING:
@@ -65,7 +64,9 @@ class Sink:
 
         `on_batch` is called with sequences and tokens that are done; sequences without rows are no tokens to it.
         """
-        for batch in self._batches(batch_sequences, lambda longest: lm.takes_padding_to(self._width(sites, longest), sites)):
+        for batch in self._batches(
+            batch_sequences, lambda longest: lm.takes_padding_to(self._width(sites, longest), sites)
+        ):
             batch_sequences = self._capture(lm, sites, ids, batch, min(batch_sequences, len(batch)), batch_sequences)
             on_batch(len(batch), int(self.lengths[batch].sum()))
         without_rows = int((~self._kept_QR.any(axis=1)).sum())
@@ -138,7 +139,7 @@ class Sink:
 
     def _width(self, sites: Sequence[ResolvedSite], longest: int) -> int:
         """Positions of a batch: a row of an attention pattern is as wide as the store's sequences, whatever these."""
-        return self.spec.sequence_length if any(site.layout == PATTERN for site in sites) else longest
+        return self.spec.sequence_length if any(site.is_pattern for site in sites) else longest
 
     def _copy(self, target: Tensor, values: Tensor) -> None:
         """Cast and copy; from a GPU it is done when the stream is."""

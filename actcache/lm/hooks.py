@@ -24,9 +24,9 @@ Side = Literal["in", "out"]
 SIDES: tuple[Side, ...] = ("in", "out")
 
 Layout = str
-"""Axes as the model has them, separated by spaces: `Q` and `T`, each exactly once, or `QT` for both in one axis (routers
-of experts); no `Q`, or `1` in its place, where all sequences share the value (positions); `F` a feature axis, `K` the
-keys of attention patterns. The usual one is `Q T F`."""
+"""Axes as the model has them, separated by spaces: `Q` and `T`, each exactly once, or `QT` for both in one axis
+(routers of experts); no `Q`, or `1` in its place, where all sequences share the value (positions); `F` a feature axis,
+`K` the keys of attention patterns. The usual one is `Q T F`."""
 
 PATTERN: Layout = "Q F T K"
 """Attention patterns, whose width is as large as the sequence is long."""
@@ -63,6 +63,11 @@ class ResolvedSite:
     """Whether the model changes the value in place later in the same forward, so that it must be copied when read."""
     call: int = 0
     """As `Spot.call`."""
+
+    @property
+    def is_pattern(self) -> bool:
+        """Whether a row is as wide as the sequence is long."""
+        return self.layout == PATTERN
 
     @property
     def spot(self) -> Spot:
@@ -152,7 +157,7 @@ def is_pattern(name: str) -> bool:
 def layout_of(
     pattern: bool, shapes: Sequence[tuple[int, ...]], ids_shapes: Sequence[tuple[int, int]]
 ) -> tuple[Layout | None, str]:
-    """The layout of a value (of an attention pattern, or not), by its shapes for two batches of other Q and other T; or None, and why it has none.
+    """The layout of a value, by its shapes for two batches of other Q and other T; or None, and why it has none.
 
     An axis is one of sequences or positions only if it follows their number in both, whatever it may equal in one.
     """

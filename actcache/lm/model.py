@@ -300,9 +300,7 @@ class LanguageModel:
         """Whether no position of the output depends on later ones."""
         return self.kind == "stories" or ignores_what_follows(self._forward, self._survey_ids()[0], self.d_vocab or 2)
 
-    def _mask(
-        self, tokens: Tensor, lengths: ArrayLike | Tensor | None, sites: Sequence[ResolvedSite]
-    ) -> Tensor | None:
+    def _mask(self, tokens: Tensor, lengths: ArrayLike | Tensor | None, sites: Sequence[ResolvedSite]) -> Tensor | None:
         """The attention mask that sequences of these lengths need; causal models need none, and are faster without."""
         if lengths is None:
             return None
@@ -331,10 +329,8 @@ class LanguageModel:
             raise ConfigError("a splice of plain sites is in force: leave it before using instrumented sites")
         return instrumented or any(in_force) or self.kind == "transformer_lens"
 
-    def _captured(
-        self, tokens: Tensor, wanted: Sequence[ResolvedSite], mask: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Plain sites of the plain model, the others of the instrumented one; all of that one where a splice is in it."""
+    def _captured(self, tokens: Tensor, wanted: Sequence[ResolvedSite], mask: Tensor | None) -> dict[str, Tensor]:
+        """Plain sites of the plain model, the others of the instrumented one; all of that where a splice is in it."""
         in_one = self._choose(any(site.instrumented for site in wanted)) and bool(self._splices)
         places = [self._names.in_instrumented(site) if in_one else site for site in wanted]
         values: dict[str, Tensor] = {}

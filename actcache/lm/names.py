@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from actcache.errors import ConfigError, SiteError
 from actcache.lm.bridge import Opened, hf_bridge, hook_points, is_bare, native_bridge
 from actcache.lm.forward import Forward
-from actcache.lm.hooks import PATTERN, ResolvedSite, Spot
+from actcache.lm.hooks import ResolvedSite, Spot
 from actcache.lm.identity import quantization_of
 from actcache.lm.sites import (
     OUTPUT,
@@ -102,7 +102,9 @@ class SiteNames:
         patterns = [patterns] if isinstance(patterns, str) else patterns
         wanted = {name for pattern in patterns for name in self._matches(pattern)}
         found = [name for name in self.places if name in wanted]
-        return found if len(found) == len(wanted) else found + [n for n in self._module_places if n in wanted - {*found}]
+        return (
+            found if len(found) == len(wanted) else found + [n for n in self._module_places if n in wanted - {*found}]
+        )
 
     def place(self, name: str) -> ResolvedSite:
         """Where a name is; opens the instrumented model if only that knows.
@@ -141,11 +143,13 @@ class SiteNames:
         if self._kind == "transformer_lens" or length <= self._compared_up_to:
             return
         ids, both = self._batches(length)[0][:1], outputs_of(self._candidates.seen, self._instrumented.seen)
-        plain, instrumented = ({name: seen[name].place for name in both} for seen in (self._candidates.seen, self._instrumented.seen))
+        plain, instrumented = (
+            {name: seen[name].place for name in both} for seen in (self._candidates.seen, self._instrumented.seen)
+        )
         found = compare(values_at(self._run(), plain, ids), values_at(self.instrumented_forward, instrumented, ids))
         if found.first:
             raise SiteError(
-                f"sites of the instrumented model cannot be cached: {self._said(found)}, for sequences of {length} tokens"
+                f"sites of the instrumented model cannot be cached for sequences of {length} tokens: {self._said(found)}"
             )
         self._compared_up_to = length
 
@@ -205,16 +209,23 @@ class SiteNames:
             warnings.warn(f"sites of {self._name} are named module.path:in and module.path:out: {error}", stacklevel=2)
             return {**self._module_places}, self._modules
         found, compared = agreeing(self._candidates.seen, instrumented.seen), self._compared
-        places = {n: p for n, p in found.items() if n in compared.trusted or (n in compared.before and not p.instrumented)}
+        places = {
+            n: p for n, p in found.items() if n in compared.trusted or (n in compared.before and not p.instrumented)
+        }
         places.pop(OUTPUT, None)
         if not self._disagreement:
             return {**self._meant(places)}, instrumented
         warnings.warn(
             f"{self._disagreement}: sites behind that are named module.path:in and module.path:out", stacklevel=2
         )
-        dropped = {name: f"is not known: {self._disagreement}" for name in found if name not in places and name != OUTPUT}
+        dropped = {name: self._why_dropped(name) for name in found if name not in places and name != OUTPUT}
         refused = {**instrumented.refused, **dropped, **self._modules.refused}
         return {**self._meant(places), **self._module_places}, replace(instrumented, refused=refused)
+
+    def _why_dropped(self, name: str) -> str:
+        spot = self._candidate_spots.get(name)
+        stands_for = f"; it may stand for {self._paths[spot.module]}:{spot.side}" if spot else ""
+        return f"is of unknown meaning: {self._disagreement}{stands_for}"
 
     @cached_property
     def _modules(self) -> Survey:
@@ -321,7 +332,7 @@ def _chosen(pattern: str, places: Mapping[str, ResolvedSite | Site], is_glob: bo
 
 def sized(place: ResolvedSite, length: int | None) -> ResolvedSite:
     """An attention pattern's place with as many keys as sequences have tokens; every other as it is."""
-    if place.layout != PATTERN:
+    if not place.is_pattern:
         return place
     n_heads = place.site.shape[0]
     if length is None:

@@ -7,7 +7,6 @@ until a sequence comes that is short enough. A value must not depend on what was
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import torch

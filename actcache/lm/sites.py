@@ -87,9 +87,7 @@ def _size_of_table(run: Run, tables: Sequence[nn.Embedding], ids: Tensor) -> int
     return next((spots[spot] for spot, _ in given if given[spot, 1]), None)
 
 
-def survey_ids(
-    d_vocab: int | None, n_ctx: int | None, device: torch.device, length: int = _T
-) -> list[Tensor]:
+def survey_ids(d_vocab: int | None, n_ctx: int | None, device: torch.device, length: int = _T) -> list[Tensor]:
     """Three batches `(Q, T)` of token ids, within the model's vocabulary and context.
 
     The second has more sequences of fewer tokens, so that no axis of one can be taken for the other. The third is the

@@ -33,7 +33,7 @@ def _by_site(spec: StoreSpec) -> dict[str, Any]:
     plain = spec.to_dict()
     return {
         **plain,
-        "sites": {site["name"]: site for site in plain["sites"]},
+        "sites": {site.name: {**site.to_dict(), "meaning": site.meaning and str(site.meaning)} for site in spec.sites},
         "order of sites": [site.name for site in spec.sites],
     }
 
@@ -73,8 +73,13 @@ def clear_leftovers(objects: Objects, found: StoreSpec, asked: StoreSpec, blocks
         stored = objects.get(f"{layout.site_prefix(site.name)}/acts/zarr.json")
         if stored is None:
             continue
-        about = {"feature_exponents": [], **json.loads(bytes(stored))["attributes"]}
-        wanted = {"codec": site.codec, "feature_exponents": list(site.feature_exponents), "shape": list(site.shape)}
+        about = {"feature_exponents": [], "meaning": None, **json.loads(bytes(stored))["attributes"]}
+        wanted = {
+            "codec": site.codec,
+            "feature_exponents": list(site.feature_exponents),
+            "shape": list(site.shape),
+            "meaning": site.meaning and site.meaning.to_dict(),
+        }
         if any(about.get(name) != value for name, value in wanted.items()):
             _remove_site(objects, site.name)
     reader = Store(objects, layout.Root(state="open", spec=asked))

@@ -190,8 +190,9 @@ def _table(shape: tuple[int, ...], chunks: tuple[int, ...], dtype: np.dtype[Any]
 def _sharded(spec: StoreSpec, site: Site, array: str) -> dict[str, Any]:
     width = (site.width,) if array == "acts" else ()
     chain, dtype = layout.array_chain(site, array), layout.array_dtype(spec, site, array)
-    about = {"dtype": spec.dtype, "hook": site.name, "shape": list(site.shape), "codec": site.codec}
+    about: dict[str, Any] = {"dtype": spec.dtype, "hook": site.name, "shape": list(site.shape), "codec": site.codec}
     about |= {"feature_exponents": list(site.feature_exponents)} if site.feature_exponents else {}
+    about |= {"meaning": site.meaning.to_dict()} if site.meaning else {}
     return {
         "shape": (spec.n_rows, *width),
         "chunks": (spec.rows_per_chunk, *width),
