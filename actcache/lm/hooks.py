@@ -215,6 +215,12 @@ def feature_axes(value: Tensor, layout: Layout) -> tuple[int, ...]:
     return tuple(n for n, axis in zip(value.shape, layout.split(), strict=True) if axis in ("F", "K"))
 
 
+def ids_shape_of(value: Tensor, layout: Layout) -> tuple[int, int] | None:
+    """Q and T of the batch that a value is of, if it has an axis of each."""
+    axes = layout.split()
+    return (value.shape[axes.index("Q")], value.shape[axes.index("T")]) if "Q" in axes else None
+
+
 def to_rows(value: Tensor, layout: Layout, ids_shape: tuple[int, int]) -> Tensor:
     """The value as `(Q, T, D)`: without a copy where possible (always, in the usual layout with one feature axis).
 
@@ -223,6 +229,8 @@ def to_rows(value: Tensor, layout: Layout, ids_shape: tuple[int, int]) -> Tensor
     """
     n_sequences, n_positions = ids_shape
     axes = layout.split()
+    if axes[0] == "T" and value.ndim == len(axes) + 1:  # what a splice has put in its place is each sequence's own
+        axes = ["1", *axes]
     sizes = {"Q": n_sequences, "T": n_positions, "QT": n_sequences * n_positions}
     if len(axes) != value.ndim or any(sizes.get(axis, n) != n for axis, n in zip(axes, value.shape, strict=True)):
         raise SiteError(
@@ -232,7 +240,7 @@ def to_rows(value: Tensor, layout: Layout, ids_shape: tuple[int, int]) -> Tensor
     if axes[0] == "QT":
         return value.reshape(*ids_shape, -1)
     if "Q" not in axes:
-        return value.expand(*ids_shape, *feature_axes(value, layout)).flatten(2)
+        return value.expand(*ids_shape, *feature_axes(value, " ".join(axes))).flatten(2)
     return value.movedim((axes.index("Q"), axes.index("T")), (0, 1)).flatten(2)
 
 

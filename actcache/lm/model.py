@@ -26,7 +26,7 @@ from actcache.lm.forward import (
     logits_of,
     padding_mask,
 )
-from actcache.lm.hooks import ForwardStopped, ResolvedSite, attach, from_rows, to_rows
+from actcache.lm.hooks import ForwardStopped, ResolvedSite, attach, from_rows, ids_shape_of, to_rows
 from actcache.lm.identity import quantization_of, tokenizer_digest, weights_digest
 from actcache.lm.names import Kind, SiteNames, sized
 from actcache.lm.padding import Padding
@@ -247,14 +247,16 @@ class LanguageModel:
         def read(value: Tensor) -> None:
             if self._looking:
                 return
-            held[:] = [self._rows(source, value)]
+            held[:] = [to_rows(value, source.layout, ids_shape_of(value, source.layout) or self._ids_shape)]
 
         def write(value: Tensor) -> Tensor | None:
             if self._looking:
                 return None
             if not held:
                 raise SiteError(f"cannot splice: {source.site.name} comes after {target.site.name} in the model")
-            old, new = self._rows(target, value), fn(held.pop())
+            # Whoever runs the module, here or elsewhere, is spliced.
+            old = to_rows(value, target.layout, ids_shape_of(value, target.layout) or self._ids_shape)
+            new = fn(held.pop())
             if new.shape != old.shape:
                 raise ConfigError(
                     f"spliced function: {target.site.name} holds {tuple(old.shape)}, got {tuple(new.shape)}"

@@ -148,9 +148,7 @@ class SiteNames:
         )
         found = compare(values_at(self._run(), plain, ids), values_at(self.instrumented_forward, instrumented, ids))
         if found.first:
-            raise SiteError(
-                f"sites of the instrumented model cannot be cached for sequences of {length} tokens: {self._said(found)}"
-            )
+            raise SiteError(f"instrumented sites of sequences of {length} tokens cannot be cached: {self._said(found)}")
         self._compared_up_to = length
 
     def listed(self, name: str, length: int) -> Listed:
