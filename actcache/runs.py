@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from actcache import report
 from actcache.errors import ActcacheError, RunNotFoundError, StateError
-from actcache.spec import Progress
+from actcache.spec import Progress, Site
 
 if TYPE_CHECKING:
     from actcache.lm import LanguageModel
@@ -300,6 +300,7 @@ def evaluate_run(
     began, tokens = perf_counter(), blocks.digest()
     path = run / f"held_out-{tokens[:8]}.zarr"
     sites = list(dict.fromkeys(row[side] for row in rows for side in ("site_in", "site_out")))
+    _check_meanings(run, lm, [Site.from_dict(site) for site in spec["sites"] if site["name"] in sites], blocks)
     same = {name: spec[name] for name in ("dtype", "skip_first")}
     progress = on_stage("Extract held-out activations", "sequences")
     held_out = extract(lm, blocks, sites, path, **same, progress=progress)
@@ -345,6 +346,17 @@ def _check_model(run: Path, lm: LanguageModel, known: Mapping[str, Any]) -> None
             f"{run} was made with the base model {known.get('name')!r} (weights {str(known.get('weights'))[:12]}), "
             f"not {lm.name!r} (weights {lm.identity['weights'][:12]}); name it with --model"
         )
+
+
+def _check_meanings(run: Path, lm: LanguageModel, sites: Sequence[Site], blocks: TokenBlocks) -> None:
+    """The MLPs were trained on what the names of sites meant then."""
+    for site in sites:
+        (found,) = lm.resolve([site.name], length=blocks.sequence_length)
+        if site.meaning not in (None, found.site.meaning):
+            raise StateError(
+                f"{run} was trained on {site.name} when that was {site.meaning}, and in {lm.name} it is "
+                f"{found.site.meaning}; evaluate it with the version of transformer-lens that the store was made with"
+            )
 
 
 def _training_store(facts: Mapping[str, Any]) -> Store | None:

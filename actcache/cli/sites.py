@@ -5,6 +5,7 @@ In: options, documented where they are defined. Out: a result on stdout (`--json
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any
 
 from actcache.cli.options import Flag, Flat, RunOptions
@@ -28,6 +29,9 @@ def sites(
 ) -> int:
     """List what can be cached of a model, with shapes and bytes a token; given patterns, the sites that they mean.
 
+    Module paths such as 'model.layers.3.mlp:out' are names of every model, and are listed for patterns that mean them.
+    What has activations and is not offered stands at the end, with the reason.
+
     Parameters
     ----------
     model
@@ -46,8 +50,20 @@ def sites(
     with Screen(json=json) as screen:
         lm = (run or RunOptions()).open(model)
         found = [_described(site, DTYPE_BYTES[store_dtype]) for site in lm.list_sites(patterns, length=length)]
-        result = {"model": lm.name, "store_dtype": store_dtype, "sites": found}
-        screen.result(result, lambda out: out.print(_lines(found), markup=False, highlight=False))
+        refused = [
+            {"name": name, "reason": reason}
+            for name, reason in lm.refused_sites.items()
+            if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
+        ]
+        result = {
+            "model": lm.name,
+            "store_dtype": store_dtype,
+            "sites": found,
+            "not_offered": refused,
+            "disagreement": lm.disagreement,
+        }
+        text = _lines(found) + _refused_lines(refused)
+        screen.result(result, lambda out: out.print(text, markup=False, highlight=False))
     return 0
 
 
@@ -74,3 +90,15 @@ def _lines(found: list[dict[str, Any]]) -> str:
     if any(site["instrumented"] for site in found):
         lines.append("instrumented: read from transformer-lens' model, in which everything is slower")
     return "\n".join(lines)
+
+
+def _refused_lines(refused: list[dict[str, str]]) -> str:
+    """The names that share a reason, behind the first of them."""
+    by_reason: dict[str, list[str]] = {}
+    for entry in refused:
+        by_reason.setdefault(entry["reason"], []).append(entry["name"])
+    lines = [
+        f"  {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
+        for reason, names in by_reason.items()
+    ]
+    return "\n".join(["", "not offered:", *lines]) if lines else ""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actcache.auditing import check_before_sealing
-from actcache.errors import ConfigError, StoreMismatchError
+from actcache.errors import ConfigError, SiteError, StoreError, StoreMismatchError
 from actcache.extraction.run import Run, tokens_in, tokens_of
 from actcache.extraction.settle import (
     BatchSequences,
     batch_size,
+    check_meanings,
     fastest_batch,
+    meanings_of,
     model_for,
     provenance,
     store_spec,
@@ -28,7 +31,7 @@ from actcache.spec import Dtype, Progress, StoreSpec, TokenBlocks, Watch
 from actcache.store import Check, Objects, Store, StoreWriter, open_store, to_write
 
 if TYPE_CHECKING:
-    from actcache.lm import LanguageModel
+    from actcache.lm import LanguageModel, ResolvedSite
 
 
 def extract(
@@ -156,10 +159,12 @@ def fill(
     store; otherwise what is returned is not sealed.
 
     Raises:
-        StoreMismatchError: the store is of another model. The others are those of `extract`.
+        StoreMismatchError: the store is of another model, or a name means something else. The others are those of
+        `extract`.
     """
     place = to_write(path, durable=durable)
     store = open_store(place)
+    _resolved(lm, store)
     batch = batch_size(batch_sequences, place, lambda: 0)
     writer = _writer(
         lm, place, replace(store.spec, model=lm.identity_for(store.spec.model)), None, batch, threads, shared=True
@@ -211,7 +216,7 @@ def extend(
         blocks = blocks.join(more)
         parts = [*parts, {**more.description, "tokens": digest, "n_sequences": more.n_sequences}]
         spec = replace(spec, n_sequences=blocks.n_sequences, text={"tokens": blocks.digest(), "parts": parts})
-    resolved = lm.resolve(store.sites, length=spec.sequence_length)
+    resolved = _resolved(lm, store)
     batch = batch_size(batch_sequences, place, lambda: fastest_batch(lm, resolved, blocks))
     writer = _writer(lm, place, spec, blocks, batch, threads, grow=True)
     new = range(spec.n_sequences - more.n_sequences, spec.n_sequences)
@@ -244,6 +249,7 @@ def add_sites(
     store = open_store(place)
     blocks, spec = store.token_blocks(), store.spec
     new = [site for site in lm.resolve(patterns, length=spec.sequence_length) if site.site.name not in store.sites]
+    check_meanings(path, spec.sites, [site.site for site in _known(lm, store)])
     warn_of_the_slow_path(lm, new)
     sites = with_codecs(lm, blocks, new, place, codec, spec)
     spec = replace(spec, model=lm.identity_for(spec.model), sites=(*spec.sites, *sites))
@@ -281,6 +287,9 @@ def _begin(
 
     def made() -> StoreWriter:
         sites = with_codecs(lm, blocks, resolved, place, codec, plain)
+        with suppress(StoreError):
+            found = open_store(place)
+            sites = meanings_of(place, found.spec.sites, sites, warn=found.root.state != "sealed")
         spec = replace(plain, sites=sites, model=model_for(lm, place))
         return _writer(lm, place, spec, blocks, batch, threads, shared=shared, elsewhere=elsewhere)
 
@@ -291,6 +300,22 @@ def _begin(
             raise
         # Another process may have begun the store in the meantime, with codecs that it has fitted itself.
         return made(), batch
+
+
+def _resolved(lm: LanguageModel, store: Store) -> list[ResolvedSite]:
+    """A store's sites in the model, once it is clear that their names mean what they meant when it was begun."""
+    resolved = lm.resolve(store.sites, length=store.spec.sequence_length)
+    check_meanings(store.path, store.spec.sites, [site.site for site in resolved])
+    return resolved
+
+
+def _known(lm: LanguageModel, store: Store) -> list[ResolvedSite]:
+    """Those of a store's sites that the model still has."""
+    found: list[ResolvedSite] = []
+    for name in store.sites:
+        with suppress(SiteError):
+            found += lm.resolve([name], length=store.spec.sequence_length)
+    return found
 
 
 def _writer(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from actcache.errors import StoreError
+from actcache.errors import StoreError, StoreMismatchError
 from actcache.extraction.sink import Sink
 from actcache.memory import is_out_of_memory
 from actcache.spec import Dtype, Site, StoreSpec, TokenBlocks, check_positive
@@ -98,7 +98,44 @@ def with_codecs(
     to_try = [site for site in resolved if needs_trial(asked[site.site.name]) and site.site.name not in known]
     if to_try:
         known |= _tried(lm, blocks, to_try, asked, spec)
-    return tuple(known.get(site.site.name) or given(site.site, asked[site.site.name]) for site in resolved)
+    found = (known.get(site.site.name) or given(site.site, asked[site.site.name]) for site in resolved)
+    # What a name means is the model's to say, whatever the store says that the codec is known from.
+    return tuple(replace(site, meaning=own.site.meaning) for site, own in zip(found, resolved, strict=True))
+
+
+def meanings_of(
+    path: Objects | str, found: Sequence[Site], asked: Sequence[Site], *, warn: bool = True
+) -> tuple[Site, ...]:
+    """The sites that are asked for, without a meaning where the store that is continued has none.
+
+    Warns:
+        UserWarning: the store does not say what its names meant.
+    """
+    silent = {site.name for site in found if site.meaning is None} & {site.name for site in asked if site.meaning}
+    if silent and warn:
+        warnings.warn(
+            f"{path} does not say what {', '.join(sorted(silent))} meant when it was begun (an early version of "
+            "actcache made it), so nothing shows whether what is added now is the same",
+            stacklevel=4,
+        )
+    return tuple(replace(site, meaning=None) if site.name in silent else site for site in asked)
+
+
+def check_meanings(path: Objects | str, found: Sequence[Site], asked: Sequence[Site]) -> None:
+    """Raise `StoreMismatchError` if a name meant something else when the store was begun; warns as `meanings_of`."""
+    known = {site.name: site.meaning for site in found}
+    others = [
+        f"sites.{site.name}.meaning: the store has {str(known[site.name])!r}, asked for {str(site.meaning)!r}"
+        for site in meanings_of(path, found, asked)
+        if known.get(site.name, site.meaning) != site.meaning
+    ]
+    if others:
+        raise StoreMismatchError(
+            f"the store at {path} was begun when names of its sites meant something else in this model, so it is left "
+            "as it is:\n  "
+            + "\n  ".join(others)
+            + "\ngo on with the version of transformer-lens that it was begun with, or name another place"
+        )
 
 
 def _tried(

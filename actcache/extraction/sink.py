@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.lm.hooks import PATTERN
 from actcache.memory import is_out_of_memory
 from actcache.store import ShardBuffers
 
@@ -141,7 +140,7 @@ class Sink:
 
     def _width(self, sites: Sequence[ResolvedSite], longest: int) -> int:
         """Positions of a batch: a row of an attention pattern is as wide as the store's sequences, whatever these."""
-        return self.spec.sequence_length if any(site.layout == PATTERN for site in sites) else longest
+        return self.spec.sequence_length if any(site.is_pattern for site in sites) else longest
 
     def _copy(self, target: Tensor, values: Tensor) -> None:
         """Cast and copy; from a GPU it is done when the stream is."""

@@ -24,9 +24,9 @@ Side = Literal["in", "out"]
 SIDES: tuple[Side, ...] = ("in", "out")
 
 Layout = str
-"""Axes as the model has them, separated by spaces: `Q` and `T`, each exactly once, or `QT` for both in one axis (routers
-of experts); no `Q`, or `1` in its place, where all sequences share the value (positions); `F` a feature axis, `K` the
-keys of attention patterns. The usual one is `Q T F`."""
+"""Axes as the model has them, separated by spaces: `Q` and `T`, each exactly once, or `QT` for both in one axis
+(routers of experts); no `Q`, or `1` in its place, where all sequences share the value (positions); `F` a feature axis,
+`K` the keys of attention patterns. The usual one is `Q T F`."""
 
 PATTERN: Layout = "Q F T K"
 """Attention patterns, whose width is as large as the sequence is long."""
@@ -63,6 +63,11 @@ class ResolvedSite:
     """Whether the model changes the value in place later in the same forward, so that it must be copied when read."""
     call: int = 0
     """As `Spot.call`."""
+
+    @property
+    def is_pattern(self) -> bool:
+        """Whether a row is as wide as the sequence is long."""
+        return self.layout == PATTERN
 
     @property
     def spot(self) -> Spot:
@@ -152,7 +157,7 @@ def is_pattern(name: str) -> bool:
 def layout_of(
     pattern: bool, shapes: Sequence[tuple[int, ...]], ids_shapes: Sequence[tuple[int, int]]
 ) -> tuple[Layout | None, str]:
-    """The layout of a value (of an attention pattern, or not), by its shapes for two batches of other Q and other T; or None, and why it has none.
+    """The layout of a value, by its shapes for two batches of other Q and other T; or None, and why it has none.
 
     An axis is one of sequences or positions only if it follows their number in both, whatever it may equal in one.
     """
@@ -210,6 +215,12 @@ def feature_axes(value: Tensor, layout: Layout) -> tuple[int, ...]:
     return tuple(n for n, axis in zip(value.shape, layout.split(), strict=True) if axis in ("F", "K"))
 
 
+def ids_shape_of(value: Tensor, layout: Layout) -> tuple[int, int] | None:
+    """Q and T of the batch that a value is of, if it has an axis of each."""
+    axes = layout.split()
+    return (value.shape[axes.index("Q")], value.shape[axes.index("T")]) if "Q" in axes else None
+
+
 def to_rows(value: Tensor, layout: Layout, ids_shape: tuple[int, int]) -> Tensor:
     """The value as `(Q, T, D)`: without a copy where possible (always, in the usual layout with one feature axis).
 
@@ -218,6 +229,8 @@ def to_rows(value: Tensor, layout: Layout, ids_shape: tuple[int, int]) -> Tensor
     """
     n_sequences, n_positions = ids_shape
     axes = layout.split()
+    if axes[0] == "T" and value.ndim == len(axes) + 1:  # what a splice has put in its place is each sequence's own
+        axes = ["1", *axes]
     sizes = {"Q": n_sequences, "T": n_positions, "QT": n_sequences * n_positions}
     if len(axes) != value.ndim or any(sizes.get(axis, n) != n for axis, n in zip(axes, value.shape, strict=True)):
         raise SiteError(
@@ -227,7 +240,7 @@ def to_rows(value: Tensor, layout: Layout, ids_shape: tuple[int, int]) -> Tensor
     if axes[0] == "QT":
         return value.reshape(*ids_shape, -1)
     if "Q" not in axes:
-        return value.expand(*ids_shape, *feature_axes(value, layout)).flatten(2)
+        return value.expand(*ids_shape, *feature_axes(value, " ".join(axes))).flatten(2)
     return value.movedim((axes.index("Q"), axes.index("T")), (0, 1)).flatten(2)
 
 

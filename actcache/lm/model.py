@@ -26,7 +26,7 @@ from actcache.lm.forward import (
     logits_of,
     padding_mask,
 )
-from actcache.lm.hooks import ForwardStopped, ResolvedSite, attach, from_rows, to_rows
+from actcache.lm.hooks import ForwardStopped, ResolvedSite, attach, from_rows, ids_shape_of, to_rows
 from actcache.lm.identity import computation_of, is_same_model, quantization_of, tokenizer_digest, weights_digest
 from actcache.lm.inputs import Inputs, may_make_input
 from actcache.lm.names import Kind, SiteNames, sized
@@ -328,14 +328,16 @@ class LanguageModel:
         def read(value: Tensor) -> None:
             if self._looking:
                 return
-            held[:] = [self._rows(source, value)]
+            held[:] = [to_rows(value, source.layout, ids_shape_of(value, source.layout) or self._ids_shape)]
 
         def write(value: Tensor) -> Tensor | None:
             if self._looking:
                 return None
             if not held:
                 raise SiteError(f"cannot splice: {source.site.name} comes after {target.site.name} in the model")
-            old, new = self._rows(target, value), fn(held.pop())
+            # Whoever runs the module, here or elsewhere, is spliced.
+            old = to_rows(value, target.layout, ids_shape_of(value, target.layout) or self._ids_shape)
+            new = fn(held.pop())
             if new.shape != old.shape:
                 raise ConfigError(
                     f"spliced function: {target.site.name} holds {tuple(old.shape)}, got {tuple(new.shape)}"
@@ -414,7 +416,7 @@ class LanguageModel:
         return instrumented or any(in_force) or self.kind == "transformer_lens"
 
     def _captured(self, tokens: Tensor, wanted: Sequence[ResolvedSite], mask: Tensor | None) -> dict[str, Tensor]:
-        """Plain sites of the plain model, the others of the instrumented one; all of that one where a splice is in it."""
+        """Plain sites of the plain model, the others of the instrumented one; all of that where a splice is in it."""
         in_one = self._choose(any(site.instrumented for site in wanted)) and bool(self._splices)
         places = [self._names.in_instrumented(site) if in_one else site for site in wanted]
         values: dict[str, Tensor] = {}

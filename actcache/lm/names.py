@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from actcache.errors import ConfigError, SiteError
 from actcache.lm.bridge import Opened, hf_bridge, hook_points, is_bare, native_bridge
 from actcache.lm.forward import Forward
-from actcache.lm.hooks import PATTERN, ResolvedSite, Spot
+from actcache.lm.hooks import ResolvedSite, Spot
 from actcache.lm.identity import quantization_of
 from actcache.lm.sites import (
     OUTPUT,
@@ -148,9 +148,7 @@ class SiteNames:
         )
         found = compare(values_at(self._run(), plain, ids), values_at(self.instrumented_forward, instrumented, ids))
         if found.first:
-            raise SiteError(
-                f"sites of the instrumented model cannot be cached: {self._said(found)}, for sequences of {length} tokens"
-            )
+            raise SiteError(f"instrumented sites of sequences of {length} tokens cannot be cached: {self._said(found)}")
         self._compared_up_to = length
 
     def listed(self, name: str, length: int) -> Listed:
@@ -218,11 +216,14 @@ class SiteNames:
         warnings.warn(
             f"{self._disagreement}: sites behind that are named module.path:in and module.path:out", stacklevel=2
         )
-        dropped = {
-            name: f"is not known: {self._disagreement}" for name in found if name not in places and name != OUTPUT
-        }
+        dropped = {name: self._why_dropped(name) for name in found if name not in places and name != OUTPUT}
         refused = {**instrumented.refused, **dropped, **self._modules.refused}
         return {**self._meant(places), **self._module_places}, replace(instrumented, refused=refused)
+
+    def _why_dropped(self, name: str) -> str:
+        spot = self._candidate_spots.get(name)
+        stands_for = f"; it may stand for {self._paths[spot.module]}:{spot.side}" if spot else ""
+        return f"is of unknown meaning: {self._disagreement}{stands_for}"
 
     @cached_property
     def _modules(self) -> Survey:
@@ -329,7 +330,7 @@ def _chosen(pattern: str, places: Mapping[str, ResolvedSite | Site], is_glob: bo
 
 def sized(place: ResolvedSite, length: int | None) -> ResolvedSite:
     """An attention pattern's place with as many keys as sequences have tokens; every other as it is."""
-    if place.layout != PATTERN:
+    if not place.is_pattern:
         return place
     n_heads = place.site.shape[0]
     if length is None:

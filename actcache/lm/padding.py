@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from actcache.lm.hooks import PATTERN, ResolvedSite, Spot
+from actcache.lm.hooks import ResolvedSite, Spot
 from actcache.lm.sites import equal
 
 Values = Callable[[Tensor, Tensor | None, Sequence[ResolvedSite]], Mapping[str, Tensor]]
@@ -48,13 +48,13 @@ class Padding:
         shorter = sorted({min(_SHORT, length - 1), max(1, length // 4)})
         ids = self._ids(length).expand(1 + len(shorter), length)
         batch = self._values(ids, torch.tensor([length, *shorter]), sites)
-        patterns = {site.site.name: site.site.shape[0] for site in sites if site.layout == PATTERN}
+        patterns = {site.site.name: site.site.shape[0] for site in sites if site.is_pattern}
         for number, n_tokens in enumerate(shorter, 1):
             alone = self._values(ids[:1, :n_tokens], None, sites)
             for name, value in alone.items():
                 padded = batch[name][number : number + 1, :n_tokens]
                 if name in patterns:  # keys behind the end of a sequence are none of its own
-                    padded = padded.unflatten(2, (patterns[name], length))[..., :n_tokens].flatten(2)
+                    padded = padded.view(1, n_tokens, patterns[name], length)[..., :n_tokens].flatten(2)
                 if not equal(padded.nan_to_num(), value.nan_to_num(), _TOLERANCE.get(value.dtype, _TOLERANCE_16_BIT)):
                     return False
         return True

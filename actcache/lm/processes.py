@@ -1,7 +1,7 @@
 """A guard under which this thread starts no process.
 
-transformer-lens installs packages with pip while it opens a multimodal model. Looking at a model must change nothing, so
-what it starts is refused as if the system had refused it, which it answers by going on without.
+transformer-lens installs packages with pip while it opens a multimodal model. Looking at a model must change nothing,
+so what it starts is refused as if the system had refused it, which it answers by going on without.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-_WAYS = [(subprocess.Popen, "__init__")]
+_WAYS: list[tuple[Any, str]] = [(subprocess.Popen, "__init__")]
 _WAYS += [(os, name) for name in ("system", "fork", "forkpty", "posix_spawn", "posix_spawnp", "execv", "execve")]
 
 _lock = threading.Lock()

@@ -1,7 +1,7 @@
 """What a forward pass leaves behind in a model, and how it is taken back.
 
-Some models are not the same after a long sequence: rotary frequencies that were stretched for it ("dynamic NTK") stay so
-until a sequence comes that is short enough. A value must not depend on what was run before.
+Some models are not the same after a long sequence: rotary frequencies that were stretched for it ("dynamic NTK") stay
+so until a sequence comes that is short enough. A value must not depend on what was run before.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def _by_site(spec: StoreSpec) -> dict[str, Any]:
     plain = spec.to_dict()
     return {
         **plain,
-        "sites": {site["name"]: site for site in plain["sites"]},
+        "sites": {site.name: {**site.to_dict(), "meaning": site.meaning and str(site.meaning)} for site in spec.sites},
         "order of sites": [site.name for site in spec.sites],
     }
 

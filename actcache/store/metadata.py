@@ -73,12 +73,12 @@ def differences(objects: Objects, spec: StoreSpec, site: Site) -> Iterator[tuple
     key = f"{layout.site_prefix(site.name)}/acts/zarr.json"
     found, wanted = _parsed(_stored(objects, key)), _sharded(spec, site, "acts")
     try:
-        about = {"feature_exponents": [], **found["attributes"]}
+        about = {"feature_exponents": [], "meaning": None, **found["attributes"]}
         about["rows of a shard"] = found["chunk_grid"]["configuration"]["chunk_shape"][0]
         about["rows of a chunk"] = found["codecs"][0]["configuration"]["chunk_shape"][0]
     except (KeyError, TypeError, IndexError):
         return
-    said = {"feature_exponents": [], **wanted["attributes"]}
+    said = {"feature_exponents": [], "meaning": None, **wanted["attributes"]}
     said |= {"rows of a shard": wanted["shards"][0], "rows of a chunk": wanted["chunks"][0]}
     yield from ((name, value, about[name]) for name, value in said.items() if name in about and about[name] != value)
 
@@ -212,8 +212,9 @@ def _table(shape: tuple[int, ...], chunks: tuple[int, ...], dtype: np.dtype[Any]
 def _sharded(spec: StoreSpec, site: Site, array: str) -> dict[str, Any]:
     width = (site.width,) if array == "acts" else ()
     chain, dtype = layout.array_chain(site, array), layout.array_dtype(spec, site, array)
-    about = {"dtype": spec.dtype, "hook": site.name, "shape": list(site.shape), "codec": site.codec}
+    about: dict[str, Any] = {"dtype": spec.dtype, "hook": site.name, "shape": list(site.shape), "codec": site.codec}
     about |= {"feature_exponents": list(site.feature_exponents)} if site.feature_exponents else {}
+    about |= {"meaning": site.meaning.to_dict()} if site.meaning else {}
     return {
         "shape": (spec.n_rows, *width),
         "chunks": (spec.rows_per_chunk, *width),
