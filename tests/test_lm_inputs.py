@@ -90,6 +90,12 @@ def test_limit_of_a_module_is_found_in_few_passes() -> None:
         lm.logits(np.zeros((1, 1001), np.int64))
 
 
+def test_a_length_that_fails_unasked_is_explained() -> None:
+    with pytest.raises(ConfigError, match=r"14 tokens, but Positions has a context of 13 positions") as raised:
+        load_lm(Positions()).logits(np.zeros((1, 14), np.int64))
+    assert isinstance(raised.value.__cause__, IndexError)
+
+
 def test_other_errors_are_not_taken_for_a_length() -> None:
     class Broken(Positions):
         def forward(self, ids: Tensor) -> Tensor:

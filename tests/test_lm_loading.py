@@ -271,3 +271,8 @@ def test_revision_is_the_commit_of_the_hub(tmp_path: Path, llama_folder: Path) -
     assert (identity["name"], identity["revision"]) == ("somebody/stories", commit)
     assert recipe == {"model": "somebody/stories", "revision": commit}
     assert "revision" not in load_lm(str(llama_folder)).identity
+    for file in (repository / "snapshots" / commit).glob("tokenizer*"):
+        file.unlink()
+    said = "from actcache.lm import load_lm; print(load_lm('somebody/stories').tokenizer)"
+    run = subprocess.run([sys.executable, "-c", said], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "None"

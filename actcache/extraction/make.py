@@ -249,7 +249,7 @@ def add_sites(
     store = open_store(place)
     blocks, spec = store.token_blocks(), store.spec
     new = [site for site in lm.resolve(patterns, length=spec.sequence_length) if site.site.name not in store.sites]
-    check_meanings(path, spec.sites, [site.site for site in _known(lm, store)])
+    check_meanings(place, spec.sites, [site.site for site in _known(lm, store)])
     warn_of_the_slow_path(lm, new)
     sites = with_codecs(lm, blocks, new, place, codec, spec)
     spec = replace(spec, model=lm.identity_for(spec.model), sites=(*spec.sites, *sites))

@@ -54,15 +54,40 @@ def load_tokenizer(place: str, folder: Path | None, options: Mapping[str, Any]) 
         fault = _fault(folder, trusted=bool(options["trust_remote_code"]))
         if fault is not None:
             return Unreadable(fault)
+    found: Any = None
+    error: Exception | None = None
     try:
         found = AutoTokenizer.from_pretrained(place, **options)
-    except Exception as error:  # tokenizers raise bare exceptions and whatever their readers do
-        return None if folder is None and isinstance(error, OSError) else _unreadable(place, folder, error)
+    except Exception as raised:  # tokenizers raise bare exceptions and whatever their readers do
+        error = raised
+    if folder is None and not in_gguf:
+        folder = _in_cache(place, options.get("revision"))
+        if folder is None or not any(_files(folder)):
+            return None
+    if error is not None:
+        return _unreadable(place, folder, error)
     if _has_words(found):
         return found
-    return (
-        None if in_gguf or folder is None else Unreadable(f"the tokenizer in {folder} has no vocabulary: get its files")
-    )
+    return None if in_gguf else Unreadable(f"the tokenizer in {folder} has no vocabulary: get its files")
+
+
+def _in_cache(name: str, revision: str | None) -> Path | None:
+    """Where the files of a repository of the hub are; None if none of those that are looked for is there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for file in (
+        "tokenizer_config.json",
+        "tokenizer.json",
+        "config.json",
+        "vocab.txt",
+        "vocab.json",
+        "tokenizer.model",
+    ):
+        with suppress(ValueError):  # no name of a repository
+            found = try_to_load_from_cache(name, file, revision=revision or "main")
+            if isinstance(found, str):
+                return Path(found).parent
+    return None
 
 
 def open_tokenizer(tokenizer: Any, trust_remote_code: bool) -> Any:
