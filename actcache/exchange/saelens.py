@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from actcache.errors import ConfigError, StoreError, StoreIncompleteError
 from actcache.exchange.origin import TORCH_DTYPES, Origin, checked_ids, write
 from actcache.spec import Dtype, Progress, expand_names
-from actcache.store import Store
+from actcache.store import Store, refuse_inside_store
 
 if TYPE_CHECKING:
     import datasets
@@ -239,6 +239,7 @@ def _begin(store: Store, out: Path, features: datasets.Features) -> None:
 
     origin = {"exported_from": store.fingerprint, "by": "actcache"}
     info = DatasetInfo(description=json.dumps(origin), features=features)
+    refuse_inside_store(out)
     out.mkdir(parents=True, exist_ok=True)
     if not any(out.iterdir()):
         info.write_to_directory(str(out))

@@ -50,6 +50,9 @@ def read_metrics(run: Path | str) -> dict[str, Any]:
 
 def write_atomically(file: Path, text: str) -> Path:
     """Write a text file so that a reader sees the old content or the new, whatever happens in between."""
+    from actcache.store import refuse_inside_store
+
+    refuse_inside_store(file.parent)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:

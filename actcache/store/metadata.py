@@ -21,13 +21,13 @@ from actcache.store import codecs, layout, stats
 from actcache.store.objects import Objects
 
 _MOST_BYTES = 1 << 20
-_GROWING = "tokens/ids/zarr.json"
+_TOKENS = "tokens/ids/zarr.json"
 """The file that is put first when a store is extended."""
 
 
 def write_metadata(objects: Objects, spec: StoreSpec) -> None:
     """Put the metadata of every group and array that lacks it, has grown or is damaged; leave what is as it should."""
-    for key, wanted in sorted(_wanted(spec).items(), key=lambda item: item[0] != _GROWING):
+    for key, wanted in sorted(_wanted(spec).items(), key=lambda item: item[0] != _TOKENS):
         _mend(objects, key, wanted)
 
 
@@ -60,6 +60,16 @@ def wrong_metadata(objects: Objects, root: layout.Root) -> Iterator[tuple[str, s
         reason = _difference(found, data)
         if reason and not (key in grown and _difference(found, grown[key]) is None):
             yield key, reason
+
+
+def stored_length(objects: Objects) -> int | None:
+    """T, the length of the sequences by the metadata of the token array; None where that is missing or damaged."""
+    found = _parsed(_stored(objects, _TOKENS))
+    try:
+        length = found["shape"][1]
+    except (KeyError, TypeError, IndexError):
+        return None
+    return length if type(length) is int else None
 
 
 def differences(objects: Objects, spec: StoreSpec, site: Site) -> Iterator[tuple[str, Any, Any]]:
@@ -134,7 +144,7 @@ def _plain(value: Any) -> Any:
 
 def _grown(objects: Objects, spec: StoreSpec) -> Mapping[str, bytes]:
     """The metadata of the larger store that this one is becoming; empty when it is not."""
-    found = _parsed(_stored(objects, _GROWING))
+    found = _parsed(_stored(objects, _TOKENS))
     shape = found.get("shape") if isinstance(found, dict) else None
     if not isinstance(shape, list) or not shape or type(shape[0]) is not int or shape[0] <= spec.n_sequences:
         return {}

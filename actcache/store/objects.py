@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
-from actcache.errors import ActcacheError, StorageFullError
+from actcache.errors import ActcacheError, ConfigError, StorageFullError
 from actcache.store import lock as locks
 from actcache.store.backends import PARTIAL, FileBackend, backend_of
 from actcache.store.leases import LEASE
@@ -50,6 +50,8 @@ class Objects:
     """
 
     def __init__(self, location: str | Path | Store, *, read_only: bool) -> None:
+        if not isinstance(location, Store) and "://" not in str(location):
+            location = _at_home(location)
         self.location, self._read_only = location, read_only
         if isinstance(location, Store):
             self.store = location
@@ -269,6 +271,14 @@ class Objects:
     def lock(self, *, shared: bool = False) -> WriterLock:
         """The lock that a writer holds, alone or with others that share it; use as a context manager."""
         return WriterLock(self, shared=shared)
+
+
+def _at_home(path: str | Path) -> str | Path:
+    """A path whose `~` is the home folder that it stands for; the kind of path stays."""
+    try:
+        return type(path)(Path(path).expanduser()) if str(path).startswith("~") else path
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: {first_line(error)}; give the whole path") from error
 
 
 def _opened(location: str | Path | Store, read_only: bool) -> Objects:
