@@ -244,6 +244,9 @@ def train_run(
         StateError: the run is that of another store, or the MLP's folder has a checkpoint of other settings.
         SiteError, ConfigError: as `train_pair`.
     """
+    from actcache.store import refuse_inside_store
+
+    refuse_inside_store(run)  # and not when it is trained
     facts = store_facts(store)
     metrics = _metrics_of_store(run, facts)
     folder = run / "sparse" / pair.name

@@ -63,7 +63,10 @@ class SparseMLP(nn.Module):
         """Write `weights.safetensors`, then `config.json` with its digest; each replaces an older one as a whole."""
         from safetensors.torch import save
 
+        from actcache.store import refuse_inside_store
+
         folder = path_of(folder, "sparse MLP: the folder")
+        refuse_inside_store(folder)
         weights = save({name: w.detach().cpu().contiguous() for name, w in self.state_dict().items()})
         config = {
             "format": "actcache sparse MLP",

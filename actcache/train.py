@@ -138,6 +138,10 @@ class Trainer:
     ) -> None:
         self.mlp, self.loader, self.config = mlp, loader, config or TrainConfig()
         self.site_in, self.site_out = choose_sites(loader, mlp, site_in, site_out)
+        if checkpoint is not None:
+            from actcache.store import refuse_inside_store
+
+            refuse_inside_store(checkpoint)
         self.checkpoint = None if checkpoint is None else _folder(checkpoint) / CHECKPOINT
         self.step, self.seconds = 0, 0.0
         self.history: dict[str, list[float]] = {name: [] for name in HISTORY}

@@ -26,7 +26,7 @@ from actcache.errors import ConfigError, StoreError, StoreIncompleteError
 from actcache.exchange.origin import TORCH_DTYPES, Origin, checked_ids, damage_explained, write
 from actcache.files import explained, path_of, read_json, shown, whole_file, write_whole
 from actcache.spec import Dtype, Progress, check_callable, check_positive, expand_names
-from actcache.store import Store
+from actcache.store import Store, refuse_inside_store
 from actcache.store.opened import checked_store
 
 if TYPE_CHECKING:
@@ -283,6 +283,7 @@ def _begin(store: Store, out: Path, features: datasets.Features) -> None:
 
     origin = {"exported_from": store.fingerprint, "by": "actcache"}
     info = DatasetInfo(description=json.dumps(origin), features=features)
+    refuse_inside_store(out)
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
         file = out / "dataset_info.json"

@@ -31,7 +31,10 @@ def write_report(run: Path | str) -> Path:
         RunNotFoundError: the folder has no `metrics.json`.
         StateError: `metrics.json` cannot be read, or holds what no page can show; an older page stays as it is.
     """
+    from actcache.store import refuse_inside_store
+
     folder = path_of(run, "run")
+    refuse_inside_store(folder)
     metrics = read_metrics(folder)
     try:
         page = render(metrics)

@@ -68,7 +68,10 @@ def read_metrics(run: Path | str) -> dict[str, Any]:
 def write_metrics(run: Path | str, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Write `RUN/metrics.json` in one atomic step, and return what it holds now."""
     plain: dict[str, Any] = all_hidden(finite({"format": FORMAT, **metrics}))
+    from actcache.store import refuse_inside_store
+
     file = path_of(run, "run") / "metrics.json"
+    refuse_inside_store(file.parent)
     write_whole(file, json.dumps(plain, indent=1, allow_nan=False) + "\n", beside=own_partial(file))
     return plain
 

@@ -6,6 +6,7 @@ from actcache.store.context import Context
 from actcache.store.export import export
 from actcache.store.grow import delete_sites
 from actcache.store.objects import Objects, to_write, unlock
+from actcache.store.places import refuse_inside_store
 from actcache.store.reader import Store, open_store
 from actcache.store.rows import RowFilter
 from actcache.store.seal import Check
@@ -28,6 +29,7 @@ __all__ = [
     "delete_sites",
     "export",
     "open_store",
+    "refuse_inside_store",
     "repair",
     "to_write",
     "unlock",

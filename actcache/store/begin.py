@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from actcache.errors import NotAStoreError, StorageFullError, StoreNotFoundError
 from actcache.spec import StoreSpec, TokenBlocks
 from actcache.store import codecs, grow, layout, metadata
 from actcache.store.objects import Objects
+from actcache.store.places import refuse_inside_store
 from actcache.store.reader import Store
 
 
@@ -20,7 +22,8 @@ def look(objects: Objects, spec: StoreSpec, blocks: TokenBlocks | None, *, may_g
 
     Raises:
         NotAStoreError: something else is there. StoreMismatchError: another store is there. StoreNotFoundError: nothing
-        is there, and without tokens nothing can be made. CorruptShardError: its root is not the one it was made with.
+        is there, and without tokens nothing can be made. ConfigError: the place lies in a store. CorruptShardError: the
+        root is not the one that the store was made with.
     """
     if objects.size("zarr.json") < 0:
         # In this order: somebody may be making it at this moment.
@@ -28,6 +31,8 @@ def look(objects: Objects, spec: StoreSpec, blocks: TokenBlocks | None, *, may_g
             raise NotAStoreError(f"{objects} holds something else, no activation store; name another place")
         if blocks is None:
             raise StoreNotFoundError(f"no activation store at {objects}; make one with 'actcache extract'")
+        if isinstance(place := objects.root or objects.location, str | Path):
+            refuse_inside_store(place, itself=False)
         return None
     root = layout.read_root(objects)
     if root.state == "creating":  # a crash before the first shard: nothing is lost by beginning again

@@ -14,7 +14,7 @@ from actcache.spec import StoreSpec, TokenBlocks
 from actcache.store import layout, metadata
 from actcache.store.objects import Objects, to_write
 from actcache.store.reader import Store
-from actcache.store.seal import complete_ledger, seal
+from actcache.store.seal import complete, seal
 
 
 def check_same_spec(objects: Objects, found: StoreSpec, asked: StoreSpec) -> None:
@@ -120,9 +120,9 @@ def delete_sites(path: str | Path | Objects, names: list[str]) -> None:
             if root.state != "sealed":
                 raise StoreIncompleteError(f"{objects} is not finished; finish 'actcache extract' first")
             spec = replace(root.spec, sites=stay)
-            ledger = complete_ledger(objects, spec, root)
+            held = complete(objects, spec, root)
             layout.write_root(objects, layout.Root(state="open", spec=spec, provenance=root.provenance))
-            seal(objects, root, ledger=ledger)
+            seal(objects, held)
         elif root.state == "open" and len(store.committed) == root.spec.n_shards:
             seal(objects)
         for name in names:

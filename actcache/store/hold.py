@@ -8,6 +8,7 @@ has to be bound to the tokens and rows of this store. What is in the objects is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from actcache.store import layout, tables
 from actcache.store.binding import Bindings, home_of
 from actcache.store.objects import Objects
 from actcache.store.reader import Store
+from actcache.store.stats import merge
 
 _MOST_NAMED = 3
 
@@ -145,34 +147,47 @@ def torn_among(store: Store, made: Mapping[int, Sequence[str]]) -> set[int]:
     return torn
 
 
-def held_ledger(store: Store, known: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """`(S, C, 48)` heads of all records of a complete store, each held against what lies there.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Complete:
+    """What a complete store is sealed with."""
+
+    ledger: NDArray[np.uint8]
+    """`(S, C, 48)` heads of all records."""
+    totals: Mapping[str, NDArray[np.float64]]
+    """The merged statistics line of each site."""
+
+
+def complete(store: Store, earlier: Store | None) -> Complete:
+    """Hold every record of a store whose shards are all committed against what lies there, and sum them up.
 
     Args:
         store: is read as one that is not sealed.
-        known: `(S, 48)` heads of columns whose records a seal vouches for: they are not read again.
+        earlier: the same store as it was sealed, before sites were added or deleted: the records and statistics of the
+            sites that stay are not read again.
 
     Raises:
-        TornShardsError: shards cannot be sealed as they are. CorruptShardError: the tokens are damaged, or the spec is
-        not the one that the store was begun with.
+        TornShardsError: shards cannot be sealed as they are. CorruptShardError: the root or the tokens are not those
+        that the store was begun with, or statistics are damaged.
     """
-    spec, homes = store.spec, Homes(store)
     store.check()
     store.check_tokens()
-    shards = range(spec.n_shards)
-    ledger = np.empty((spec.n_shards, len(spec.sites) + 1, layout.HEAD_BYTES), np.uint8)
+    spec, homes, shards = store.spec, Homes(store), range(store.spec.n_shards)
+    ledger = np.zeros((len(shards), len(spec.sites) + 1, layout.HEAD_BYTES), np.uint8)
+    known = [] if earlier is None else layout.columns(earlier.spec)
     torn: list[tuple[int, str, str]] = []
+    totals: dict[str, NDArray[np.float64]] = {}
     for place, column in enumerate(layout.columns(spec)):
-        heads = np.zeros((spec.n_shards, layout.HEAD_BYTES), np.uint8)
-        if column in known:
-            heads = known[column]
+        if earlier is not None and column in known:
+            ledger[:, place] = earlier.ledger[:, known.index(column)]
             there = layout.committed_shards(store.objects, column)
-            torn += [(shard, column, "its commit record is missing") for shard in shards if shard not in there]
-            wrong = _wrong_lengths(store.objects, spec, column, shards, heads)
+            wrong = [(shard, "its commit record is missing") for shard in shards if shard not in there]
+            wrong += _wrong_lengths(store.objects, spec, column, shards, ledger[:, place])
             torn += [(shard, column, reason) for shard, reason in wrong]
-        else:
-            torn += torn_shards(store, column, shards, homes, heads)
-        ledger[:, place] = heads
+            totals |= {} if column == layout.ROWS else {column: earlier.total(column)}
+            continue
+        torn += torn_shards(store, column, shards, homes, ledger[:, place])
+        if column != layout.ROWS and not torn:
+            totals[column] = merge(store.shard_line(column, shard) for shard in shards)
     if torn:
         raise TornShardsError(store.objects, torn)
-    return ledger
+    return Complete(ledger=ledger, totals=totals)

@@ -21,16 +21,16 @@ from actcache.store import codecs, layout, stats
 from actcache.store.objects import Objects
 
 _MOST_BYTES = 1 << 20
-_GROWING = "tokens/ids/zarr.json"
+_TOKENS = "tokens/ids/zarr.json"
 """The file that is put first when a store is extended."""
 
 
 def write_metadata(objects: Objects, spec: StoreSpec) -> None:
     """Put the metadata of every group and array that lacks it, has grown or is damaged; leave what is as it should."""
     wanted = _wanted(spec)
-    _mend(objects, _GROWING, wanted[_GROWING])
+    _mend(objects, _TOKENS, wanted[_TOKENS])
     objects.flush()  # it says what the others mean
-    for key in sorted(wanted.keys() - {_GROWING}):
+    for key in sorted(wanted.keys() - {_TOKENS}):
         _mend(objects, key, wanted[key])
 
 
@@ -63,6 +63,16 @@ def wrong_metadata(objects: Objects, root: layout.Root) -> Iterator[tuple[str, s
         reason = _difference(found, data)
         if reason and not (key in grown and _difference(found, grown[key]) is None):
             yield key, reason
+
+
+def stored_length(objects: Objects) -> int | None:
+    """T, the length of the sequences by the metadata of the token array; None where that is missing or damaged."""
+    found = _parsed(_stored(objects, _TOKENS))
+    try:
+        length = found["shape"][1]
+    except (KeyError, TypeError, IndexError):
+        return None
+    return length if type(length) is int else None
 
 
 def differences(objects: Objects, spec: StoreSpec, site: Site) -> Iterator[tuple[str, Any, Any]]:
@@ -138,7 +148,7 @@ def _plain(value: Any) -> Any:
 
 def _grown(objects: Objects, spec: StoreSpec) -> Mapping[str, bytes]:
     """The metadata of the larger store that this one is becoming; empty when it is not."""
-    found = _parsed(_stored(objects, _GROWING))
+    found = _parsed(_stored(objects, _TOKENS))
     shape = found.get("shape") if isinstance(found, dict) else None
     if not isinstance(shape, list) or not shape or type(shape[0]) is not int or shape[0] <= spec.n_sequences:
         return {}

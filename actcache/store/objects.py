@@ -53,6 +53,8 @@ class Objects:
     """
 
     def __init__(self, location: str | Path | Store, *, read_only: bool, durable: bool = True) -> None:
+        if not isinstance(location, Store) and "://" not in str(location):
+            location = _at_home(location)
         self.location, self._read_only, self._durable = location, read_only, durable
         if isinstance(location, Store):
             self.store = location
@@ -285,6 +287,14 @@ class Objects:
     def lock(self, *, shared: bool = False) -> WriterLock:
         """The lock that a writer holds, alone or with others that share it; use as a context manager."""
         return WriterLock(self, shared=shared)
+
+
+def _at_home(path: str | Path) -> str | Path:
+    """A path whose `~` is the home folder that it stands for; the kind of path stays."""
+    try:
+        return type(path)(Path(path).expanduser()) if str(path).startswith("~") else path
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: {first_line(error, path)}; give the whole path") from error
 
 
 def _opened(location: str | Path | Store, read_only: bool, durable: bool) -> Objects:

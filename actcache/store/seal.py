@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 
 from actcache.errors import AuditError, CorruptShardError
 from actcache.spec import StoreSpec
-from actcache.store import layout, metadata
-from actcache.store.hold import held_ledger
+from actcache.store import hold, layout, metadata
+from actcache.store.hold import Complete
 from actcache.store.objects import Objects
 from actcache.store.reader import Store
 from actcache.store.sealed import fingerprint
-from actcache.store.stats import merge
 
 Check: TypeAlias = Callable[[Store], Mapping[str, Any]]
 """Looks at a complete store that is about to be sealed: returns what its provenance is to say of that, JSON-able, or
@@ -56,8 +55,8 @@ def _is_the_failure(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     return earlier.get("sound") is False and all(earlier.get(name) == now.get(name) for name in ("of", "sites"))
 
 
-def complete_ledger(objects: Objects, spec: StoreSpec, before: layout.Root | None = None) -> NDArray[np.uint8]:
-    """`(S, C, 48)` the ledger of a store whose shards are all committed, each record held against what lies there.
+def complete(objects: Objects, spec: StoreSpec, before: layout.Root | None = None) -> Complete:
+    """Hold a store whose shards are all committed against what lies there, before it is sealed.
 
     Args:
         objects: the store.
@@ -67,18 +66,17 @@ def complete_ledger(objects: Objects, spec: StoreSpec, before: layout.Root | Non
 
     Raises:
         TornShardsError: objects are missing or too short, or belong elsewhere. CorruptShardError: the root or the
-        tokens are not those that the store was begun with.
+        tokens are not those that the store was begun with, or statistics are damaged.
     """
-    earlier = _earlier(objects, before, spec)
-    known = {} if earlier is None else _known_heads(earlier, spec)
-    return held_ledger(_unsealed(objects, spec), known)
+    same_rows = before is not None and before.state == "sealed" and before.spec.n_sequences == spec.n_sequences
+    earlier = Store(objects, before, lies_there=False) if before is not None and same_rows else None
+    return hold.complete(Store(objects, layout.Root(state="open", spec=spec), lies_there=False), earlier)
 
 
 def seal(
     objects: Objects,
-    before: layout.Root | None = None,
+    held: Complete | None = None,
     provenance: Mapping[str, Any] | None = None,
-    ledger: NDArray[np.uint8] | None = None,
     *,
     expected: str | None = None,
 ) -> None:
@@ -86,56 +84,30 @@ def seal(
 
     Args:
         objects: the store, in state `open`.
-        before: see `complete_ledger`.
+        held: from `complete`, which is called if it is not given.
         provenance: what the sealed root says of how the store came to be; by default what the open one says.
-        ledger: from `complete_ledger`, which is called if it is not given.
         expected: the fingerprint that has to come out; by default any.
 
     Raises:
-        CorruptShardError: a statistics line is damaged, or another fingerprint comes out. The others are those of
-        `complete_ledger`. Nothing has been written then.
+        CorruptShardError: another fingerprint comes out. The others are those of `complete`. Nothing has been written
+        then.
     """
     root = layout.read_root(objects)
-    spec, reader, earlier = root.spec, _unsealed(objects, root.spec), _earlier(objects, before, root.spec)
-    for name in layout.columns(spec):
+    for name in layout.columns(root.spec):
         objects.keep(f"{layout.column_prefix(name)}/commit")
-    if ledger is None:
-        ledger = complete_ledger(objects, spec, before)
-    known = {} if earlier is None else {site: earlier.total(site) for site in earlier.sites}
-    new = {
-        site.name: merge(reader.shard_line(site.name, shard) for shard in range(spec.n_shards))
-        for site in spec.sites
-        if site.name not in known
-    }
-    sealed = sealed_root(spec, ledger, [{**known, **new}[site.name] for site in spec.sites])
+    held = complete(objects, root.spec) if held is None else held
+    totals = [held.totals[site.name] for site in root.spec.sites]
+    sealed = sealed_root(root.spec, held.ledger, totals)
     if expected not in (None, sealed.fingerprint):
         raise CorruptShardError(
             f"{objects}: its commit records are not those that it was sealed with, or its zarr.json is not; extract "
             "the store again to another place"
         )
-    for site, total in new.items():
-        layout.put_table(objects, layout.total_key(site), total)
-    metadata.put_ledger(objects, spec, ledger)
+    for site in root.spec.sites:
+        layout.put_table(objects, layout.total_key(site.name), held.totals[site.name])
+    metadata.put_ledger(objects, root.spec, held.ledger)
     provenance = root.provenance if provenance is None else provenance
     layout.write_root(objects, replace(sealed, provenance=provenance))
-
-
-def _unsealed(objects: Objects, spec: StoreSpec) -> Store:
-    """A store that is read by its commit records, whatever its root says."""
-    return Store(objects, layout.Root(state="open", spec=spec), lies_there=False)
-
-
-def _earlier(objects: Objects, before: layout.Root | None, spec: StoreSpec) -> Store | None:
-    """The store as it was sealed before, if it had the same rows."""
-    if before is None or before.state != "sealed" or before.spec.n_sequences != spec.n_sequences:
-        return None
-    return Store(objects, before, lies_there=False)
-
-
-def _known_heads(earlier: Store, spec: StoreSpec) -> dict[str, NDArray[np.uint8]]:
-    """`(S, 48)` ledger columns that are the same before and after."""
-    stay = layout.columns(spec)
-    return {name: earlier.ledger[:, i] for i, name in enumerate(layout.columns(earlier.spec)) if name in stay}
 
 
 def sealed_root(spec: StoreSpec, ledger: NDArray[np.uint8], totals: list[NDArray[np.float64]]) -> layout.Root:

@@ -101,6 +101,9 @@ def check_open(objects: Objects, spec: StoreSpec) -> None:
 
 def first_difference(objects: Objects, spec: StoreSpec) -> str | None:
     """Where a spec and the metadata of the arrays disagree; None when they do not."""
+    length = metadata.stored_length(objects)
+    if length not in (None, spec.sequence_length):
+        return f"it has sequences of {spec.sequence_length} tokens, the array was begun with {length}"
     for site in spec.sites:
         for what, said, found in metadata.differences(objects, spec, site):
             return (

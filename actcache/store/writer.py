@@ -31,7 +31,7 @@ from actcache.store.encode import ShardEncoder
 from actcache.store.hold import TornShardsError, torn_among
 from actcache.store.objects import Objects, to_write
 from actcache.store.reader import Store
-from actcache.store.seal import Check, check_before_sealing, complete_ledger, seal
+from actcache.store.seal import Check, check_before_sealing, complete, seal
 
 _Part: TypeAlias = tuple[layout.Record, NDArray[np.float64]]
 _CREATION_PATIENCE_S = 600.0
@@ -326,13 +326,13 @@ class StoreWriter:
     def _seal(self, root: layout.Root, check: Check | None) -> None:
         """Seal a store of which everything is there, alone; `root` is the one that lies there."""
         try:
-            ledger = complete_ledger(self.objects, self.spec, self._before)
+            held = complete(self.objects, self.spec, self._before)
         except TornShardsError as error:
             self._take_back({shard for shard, column in error.torn if column in self._own(shard)})
             raise
         provenance = None if check is None else check_before_sealing(self.objects, root, self.spec, check)
         self._adopt()
-        seal(self.objects, self._before, provenance, ledger)
+        seal(self.objects, held, provenance)
 
     def _seal_together(self, check: Check | None) -> None:
         """Give the store back, and if all of it is there seal it, alone; of several who try at once the first does.
