@@ -14,7 +14,7 @@ from actcache.train import TrainConfig
 
 
 def train(
-    store: Path,
+    store: str,
     /,
     *,
     site_in: str,
