@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from actcache.errors import ConfigError
+from actcache.files import shown
 from actcache.source import as_token_blocks
 from actcache.sparse import SparseMLP
-from actcache.spec import Progress, TokenBlocks, check_positive
+from actcache.spec import Progress, TokenBlocks, check_callable, check_positive
 from actcache.train import choose_sites
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ def reconstruction(
         ConfigError: the loader gave no batch, or the targets do not vary.
     """
     site_in, site_out = choose_sites(loader, mlp, site_in, site_out)
+    if n_batches is not None:
+        check_positive("reconstruction", n_batches=n_batches)
     position = loader.state_dict()
     sums = _Sums(mlp)
     for batch in islice(iter(loader), len(loader) if n_batches is None else n_batches):
@@ -156,6 +159,11 @@ def spliced_loss(
     logits of `batch_sequences` sequences are in memory at once.
     """
     check_positive("spliced loss", batch_sequences=batch_sequences)
+    check_callable("spliced loss", progress=progress)
+    if not isinstance(mlp, SparseMLP):
+        raise ConfigError(f"spliced loss: mlp must be of SparseMLP, got {shown(mlp)}")
+    if type(skip_first) is not int:
+        raise ConfigError(f"spliced loss: skip_first must be an integer, got {shown(skip_first)}")
     blocks = as_token_blocks(blocks)
     if not 0 <= skip_first < blocks.sequence_length or blocks.sequence_length < 2:
         limits = f"skip_first must be between 0 and {blocks.sequence_length - 1}, and sequences at least 2 tokens long"

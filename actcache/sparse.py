@@ -38,8 +38,12 @@ class SparseMLP(nn.Module):
         self.d_in, self.d_out, self.n_latents, self.activation = d_in, d_out, n_latents, activation
         self.about: dict[str, Any] = {}
         """What the weights were trained on (sites, store, config): JSON-able, saved with them."""
-        self.encoder = nn.Linear(d_in, n_latents)
-        self.decoder = nn.Linear(n_latents, d_out)
+        try:
+            self.encoder = nn.Linear(d_in, n_latents)
+            self.decoder = nn.Linear(n_latents, d_out)
+        except (RuntimeError, TypeError, OverflowError) as error:
+            sizes = f"d_in={shown(d_in)}, d_out={shown(d_out)}, n_latents={shown(n_latents)}"
+            raise ConfigError(f"sparse MLP: there is no memory for {sizes}; take fewer latents") from error
 
     def encode(self, x_BD: Tensor) -> Tensor:
         """`(B, D_in)` activations -> `(B, F)` latents, zero or positive."""

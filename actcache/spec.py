@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -104,6 +105,24 @@ def check_positive(where: str, **values: int) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"{where}: {name} must be a positive integer, got {shown(value)}")
+
+
+def check_number(where: str, least: float, most: float, **values: Any) -> None:
+    """Raise `ConfigError` for the first of the named values that is no finite number within these limits."""
+    for name, value in values.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not least <= value <= most or not math.isfinite(value):
+            raise ConfigError(f"{where}: {name} must be between {least} and {most}, got {shown(value)}")
+
+
+def integer(where: str, name: str, value: Any) -> int:
+    """A whole number, which may be one of numpy's; ConfigError for anything else."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ConfigError(f"{where}: {name} must be an integer, got {shown(value)}") from None
 
 
 def check_callable(where: str, **values: Any) -> None:

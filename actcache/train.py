@@ -25,7 +25,7 @@ from actcache.errors import ConfigError, SiteError, StateError, TrainingError
 from actcache.files import path_of, shown
 from actcache.memory import keep_freed_memory
 from actcache.sparse import Scaling, SparseMLP, fold_scaling, initialise, sparse_loss
-from actcache.spec import Progress, check_positive
+from actcache.spec import Progress, check_callable, check_number, check_positive, integer
 
 if TYPE_CHECKING:
     from actcache.load import Loader
@@ -74,7 +74,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         names = ("n_steps", "dead_window_rows", "record_every", "checkpoint_every")
         check_positive("train config", **{name: getattr(self, name) for name in names})
-        limits = {
+        integer("train config", "seed", self.seed)
+        limits: dict[str, tuple[float, float]] = {
             "l1": (0, math.inf),
             "lr": (0, math.inf),
             "warmup_steps": (0, self.n_steps),
@@ -83,15 +84,15 @@ class TrainConfig:
             "clip": (0, math.inf),
         }
         for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            if value is not None and not (low <= value <= high and math.isfinite(value)):
-                raise ConfigError(f"train config: {name} must be between {low} and {high}, got {value!r}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"train config: betas must be two numbers from 0 to below 1, got {self.betas!r}")
+            if name != "clip" or self.clip is not None:
+                check_number("train config", low, high, **{name: getattr(self, name)})
+        betas: Any = self.betas
+        if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(map(_is_share, betas)):
+            raise ConfigError(f"train config: betas must be two numbers from 0 to below 1, got {shown(betas)}")
         for name, choices in {"start": ("recipe", "given"), "precision": ("auto", "float32", "bfloat16")}.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(
-                    f"train config: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                    f"train config: {name} must be one of {', '.join(choices)}, got {shown(getattr(self, name))}"
                 )
 
     def learning_rate(self, step: int) -> float:
@@ -100,6 +101,10 @@ class TrainConfig:
         tail_steps = self.decay_fraction * self.n_steps
         falling = (self.n_steps - step) / tail_steps if tail_steps else 1.0
         return self.lr * min(1.0, rising, falling)
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,7 +141,10 @@ class Trainer:
         checkpoint: str | Path | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.mlp, self.loader, self.config = mlp, loader, config or TrainConfig()
+        self.mlp, self.loader, self.config = mlp, loader, TrainConfig() if config is None else config
+        if not isinstance(self.config, TrainConfig):
+            raise ConfigError(f"trainer: config must be a TrainConfig, got {shown(config)}")
+        check_callable("trainer", progress=progress)
         self.site_in, self.site_out = choose_sites(loader, mlp, site_in, site_out)
         if checkpoint is not None:
             from actcache.store import refuse_inside_store
@@ -343,11 +351,15 @@ def _folder(given: str | Path) -> Path:
 
 def choose_sites(loader: Loader, mlp: SparseMLP, site_in: str | None, site_out: str | None) -> tuple[str, str]:
     """Input and target site: those asked for, else the loader's first and last; checked against loader and MLP."""
+    if not isinstance(mlp, SparseMLP):
+        raise ConfigError(f"mlp must be a SparseMLP, got {shown(mlp)}")
+    if not hasattr(loader, "site_stats"):  # of others' loaders too, which need to be of no class
+        raise ConfigError(f"loader must be a Loader, got {shown(loader)}")
     sites = list(loader.sites)
-    chosen = (site_in or sites[0], site_out or sites[-1])
+    chosen = (sites[0] if site_in is None else site_in, sites[-1] if site_out is None else site_out)
     for name, site, width in zip(("site_in", "site_out"), chosen, (mlp.d_in, mlp.d_out), strict=True):
         if site not in sites:
-            raise SiteError(f"{name} {site!r} is not among the loader's sites: {', '.join(sites)}")
+            raise SiteError(f"{name} {shown(site)} is not among the loader's sites: {', '.join(sites)}")
         found = len(loader.site_stats(site).mean)
         if found != width:
             raise ConfigError(

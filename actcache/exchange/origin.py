@@ -7,6 +7,7 @@ function of its own sequences only, so an import that was killed is continued by
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,8 +19,18 @@ import torch
 from numpy.typing import NDArray
 
 from actcache.errors import ActcacheError, ConfigError
-from actcache.files import shown
-from actcache.spec import DTYPES, Dtype, Progress, Site, StoreSpec, TokenBlocks, check_callable
+from actcache.files import path_of, shown
+from actcache.spec import (
+    DTYPES,
+    Dtype,
+    Progress,
+    Site,
+    StoreSpec,
+    TokenBlocks,
+    check_callable,
+    check_positive,
+    integer,
+)
 from actcache.store import ShardBuffers, Store, StoreWriter, to_write
 from actcache.store.codecs import STORED_DTYPE
 from actcache.store.fit import codec_of, fitted, given, needs_trial
@@ -75,6 +86,13 @@ def write(
 ) -> Store:
     """Write the activations into a store, or go on with it; see the importers for what the options mean."""
     _check_options(dtype, skip_first, progress, origin.sequence_length)
+    sizes = {"sequences_per_shard": sequences_per_shard, "rows_per_chunk": rows_per_chunk}
+    check_positive("import", threads=threads, **{name: n for name, n in sizes.items() if n is not None})
+    seed = integer("import", "seed", seed)
+    if not isinstance(codec, str) and not (isinstance(codec, Mapping) and all(map(_is_text, codec.items()))):
+        raise ConfigError(f"import: codec must be the name of one, or names by site, got {shown(codec)}")
+    if "://" not in str(path) and (isinstance(path, str | os.PathLike) or path is None):
+        path = path_of(path, "import: path")
     blocks = _token_blocks(origin)
     logical = common_dtype(origin.dtypes) if dtype is None else dtype
     spec = _spec(origin, blocks, logical, codec, skip_first, seed, sequences_per_shard, rows_per_chunk)
@@ -99,6 +117,10 @@ def _check_options(dtype: Any, skip_first: Any, progress: Any, length: int) -> N
         raise ConfigError(f"import: dtype must be one of {', '.join(DTYPES)}, got {shown(dtype)}")
     if type(skip_first) is not int or not 0 <= skip_first < length:
         raise ConfigError(f"import: skip_first must be between 0 and {length - 1}, got {shown(skip_first)}")
+
+
+def _is_text(values: tuple[Any, ...]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 @contextmanager

@@ -5,20 +5,19 @@ In: arguments of any kind. Out: the same as the rooms below want them, or one se
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from actcache.errors import ConfigError, StoreIncompleteError
 from actcache.files import shown
-from actcache.spec import check_positive
+from actcache.spec import check_number, check_positive
 from actcache.store.opened import checked_store
 
 if TYPE_CHECKING:
     import torch
 
 ORDERS = ("shuffled", "sequence")
-MOST_LANES, MOST_READ_AHEAD = 1 << 16, 1 << 16
+MOST_LANES, _MOST_READ_AHEAD, _MOST_THREADS = 1 << 16, 1 << 16, 1 << 12
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -32,31 +31,23 @@ def check_loader(
             f"{store.path} has {len(store.committed)} of {store.spec.n_shards} shards; finish 'actcache extract' first"
         )
     check_positive("loader", world_size=world_size)
-    for name, value, most in (("read_ahead", read_ahead, MOST_READ_AHEAD), ("rank", rank, world_size - 1)):
+    check_number("loader", 1, MOST_LANES, world_size=world_size)
+    for name, value, most in (("read_ahead", read_ahead, _MOST_READ_AHEAD), ("rank", rank, world_size - 1)):
         if type(value) is not int or not 0 <= value <= most:
             raise ConfigError(f"loader: {name} must be an integer between 0 and {most}, got {shown(value)}")
     for name, number in optional.items():
         if number is not None:
             check_positive("loader", **{name: number})
-    if (optional.get("lanes") or 1) > MOST_LANES:
-        raise ConfigError(f"loader: lanes must be between 1 and {MOST_LANES}, got {shown(optional['lanes'])}")
+    limits = {"lanes": MOST_LANES, "threads": _MOST_THREADS}
+    for name, most in limits.items():
+        check_number("loader", 1, most, **{name: optional.get(name) or 1})
     if order not in ORDERS:
         raise ConfigError(f"loader: order must be one of {', '.join(ORDERS)}, got {shown(order)}")
 
 
-def integer(who: str, name: str, value: Any) -> int:
-    """A whole number, which may be one of numpy's."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise ConfigError(f"{who}: {name} must be an integer, got {shown(value)}") from None
-
-
 def switch(who: str, name: str, value: Any) -> bool:
     """True or False."""
-    if value not in (True, False):
+    if not isinstance(value, int) or value not in (0, 1):
         raise ConfigError(f"{who}: {name} must be True or False, got {shown(value)}")
     return bool(value)
 

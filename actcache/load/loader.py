@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from actcache.errors import ConfigError, StateError
 from actcache.load.ahead import ReadAhead, check_process
-from actcache.load.arguments import check_loader, device_of, dtype_of, integer, switch
+from actcache.load.arguments import check_loader, device_of, dtype_of, switch
 from actcache.load.batch import Batch
 from actcache.load.chosen import chosen_rows
 from actcache.load.fetch import LaneStream, Pools, Window
@@ -30,7 +30,7 @@ from actcache.load.reading import in_reading_order
 from actcache.load.sizes import GOOD_RATIO, Budget, expected_ratio, memory_bytes, sized
 from actcache.load.speed import Clock, LoaderStats
 from actcache.load.state import STATE_VERSION, Place, check_settings, checked_place, checked_state, named
-from actcache.spec import DTYPE_BYTES, check_positive, expand_names
+from actcache.spec import DTYPE_BYTES, check_positive, expand_names, integer
 from actcache.store.layout import array_dtype
 
 if TYPE_CHECKING:

@@ -8,11 +8,10 @@ from typing import Any
 
 from actcache.errors import ConfigError, StateError
 from actcache.files import shown
-from actcache.load.arguments import integer
 from actcache.load.batch import Batch
 from actcache.load.loader import Loader
 from actcache.load.state import differ, packed, unpacked
-from actcache.spec import check_positive
+from actcache.spec import check_positive, integer
 
 STATE_VERSION = 2
 _STEP = 0x9E3779B97F4A7C15

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import ConfigError
+from actcache.spec import check_number, integer
+from actcache.store.opened import checked_store
 from actcache.store.rows import RowFilter
 
 if TYPE_CHECKING:
@@ -30,8 +32,11 @@ def split_sequences(store: Store, validation: float = 0.05, seed: int = 0) -> tu
     Raises:
         ConfigError: the share is none, or leaves one side without a sequence.
     """
+    checked_store(store, "split")
+    check_number("split", 0, 1, validation=validation)
     if not 0 < validation < 1:
         raise ConfigError(f"split: validation must be a share between 0 and 1, got {validation!r}")
+    seed = integer("split", "seed", seed)
     held_out = _fractions(store.spec.n_sequences, seed) < validation
     if held_out.all() or not held_out.any():
         raise ConfigError(

@@ -58,7 +58,13 @@ def _identity(path: Path) -> tuple[int, int]:
 def _make_way(path: Path) -> None:
     """Remove the socket of a server that is dead."""
     with suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(path.lstat().st_mode):
+        try:
+            is_socket = stat.S_ISSOCK(path.lstat().st_mode)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise ServingError(f"no socket can be made at {path}: {error}; give another path") from error
+        if not is_socket:
             raise ServingError(f"{path} is there and is no socket; give another path")
         with socket.socket(socket.AF_UNIX) as probe:
             probe.settimeout(_ANSWER_S)

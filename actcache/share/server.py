@@ -24,7 +24,7 @@ from actcache.load.gather import BatchMemory
 from actcache.load.state import check_settings, checked_place, checked_state
 from actcache.share.memory import SharedMemory
 from actcache.share.messages import PROTOCOL, Lines, Message, State, how_far
-from actcache.spec import Progress, check_positive, expand_names
+from actcache.spec import Progress, check_callable, check_positive, expand_names
 from actcache.store.codecs import chain_of
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def serve_batches(
             are told.
     """
     check_positive("serve_batches", n_consumers=n_consumers, batches_ahead=batches_ahead)
+    check_callable("serve_batches", progress=progress, say=say)
     if not isinstance(loader, Loader):
         raise ConfigError(f"serve_batches: loader must be a Loader, got {shown(loader)}")
     if n_consumers > _most_connections():

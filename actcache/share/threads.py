@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from actcache.errors import ConfigError, StateError
+from actcache.files import shown
 from actcache.load import Batch, Loader, MixedLoader
+from actcache.load.arguments import dtype_of, switch
 from actcache.share.copies import Copies
 from actcache.share.messages import State, how_far
 from actcache.spec import check_positive, expand_names
@@ -54,7 +56,12 @@ def share_batches(
         StateError: a state is none of this loader.
     """
     check_positive("share_batches", n_consumers=n_consumers, batches_ahead=batches_ahead)
+    if not isinstance(loader, Loader | MixedLoader):
+        raise ConfigError(f"share_batches: loader must be a Loader or a MixedLoader, got {shown(loader)}")
+    dtype, copy = dtype and dtype_of("share_batches", dtype), switch("share_batches", "copy", copy)
     for name, given in {"sites": sites, "states": states}.items():
+        if given is not None and (isinstance(given, str) or not isinstance(given, Sequence)):
+            raise ConfigError(f"share_batches: {name} must be a list with one for each consumer, got {shown(given)}")
         if given is not None and len(given) != n_consumers:
             raise ConfigError(f"share_batches: {n_consumers} consumers and {len(given)} {name}; give each consumer its")
     if not copy and dtype is not None:
