@@ -247,6 +247,7 @@ def test_a_run_keeps_its_store(trained: Path, tmp_path: Path, capsys: pytest.Cap
     assert "the run of another store" in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_an_interrupted_command_says_how_to_go_on(tmp_path: Path) -> None:
     wanted = ["--sites", "blocks.*.mlp.hook_*", "--out", "acts.zarr", "--length", "256", "--count", "128"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -312,7 +312,7 @@ def test_a_process_ends_though_its_loader_was_left_open(stores, read_ahead):
     assert (process.returncode, out, err) == (0, "begun\n", "")
 
 
-@pytest.mark.parametrize("after_s", [0.1, 2])
+@pytest.mark.parametrize("after_s", [0.1, pytest.param(2, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("read_ahead", [0, 2])
 def test_an_interrupt_ends_the_loop_and_its_threads(stores, read_ahead, after_s):
     """Wherever it comes: while compiled loops are loaded, while a batch is waited for, made, or used."""

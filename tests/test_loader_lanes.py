@@ -46,6 +46,7 @@ def shape_of(kind: str, n_rows: int, rows_per_chunk: int, seed: int, **sizes: ob
     return Plan(n_rows=len(ids), rows_per_chunk=rows_per_chunk, chunk_table=table, seed=seed, **sizes), ids
 
 
+@pytest.mark.exhaustive
 @settings(max_examples=2000, deadline=None)
 @given(
     kind=st.sampled_from(["whole", "partial shards", "wanted"]),

@@ -22,6 +22,8 @@ from actcache.store import RowFilter, Store, export, open_store
 from actcache.store.layout import LEDGER_KEY, chunks_per_shard
 from actcache.store.objects import Objects
 
+QUICK = ("plain", "lanes")
+"""Modes that every change is tried with; the others are exhaustive."""
 MODES = {
     "plain": {},
     "last one smaller": {"drop_last": False},
@@ -67,7 +69,9 @@ def loader_of(store: Store, **changes: object) -> Loader:
 
 @pytest.mark.filterwarnings("ignore:batches of .* rows are going to have")
 @pytest.mark.parametrize("name", ["whole", "holes"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", [mode if mode in QUICK else pytest.param(mode, marks=pytest.mark.exhaustive) for mode in MODES]
+)
 def test_resume_at_every_batch(stores, name, mode):
     assert run_test_resume_at_every_batch(lambda **ahead: loader_of(stores[name], **MODES[mode], **ahead)) > 4
 

@@ -267,6 +267,7 @@ def test_only_finished_stories_are_taken_from_a_stream():
     assert list(sample_stories.finished(row[-2:], ends=[0])) == []
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("eos", ["<|bos|>", "<|end|>"])
 def test_a_hugging_face_model_writes_stories_too(tmp_path, talkative, eos):
     """One that never writes its end of text, as many Llamas do, ends its stories by beginning the next."""
@@ -288,6 +289,7 @@ def test_a_hugging_face_model_writes_stories_too(tmp_path, talkative, eos):
     assert sampler(0) == stories != sampler(1)
 
 
+@pytest.mark.exhaustive
 def test_make_corpus_writes_a_corpus_that_reads_as_texts(talkative, tmp_path, capsys):
     out = tmp_path / "corpus.jsonl.bz2"
     make_corpus.main(model=talkative, out=out, tokens=4_000, batch=8, length=512)

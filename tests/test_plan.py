@@ -129,7 +129,7 @@ def test_text_whose_batches_differ_makes_the_plan_less_sure(lm, blocks, planned)
 
 
 def test_the_range_of_the_time_is_that_of_model_and_encoding(planned):
-    """All at the pace of the fastest tenth of the batches, and of the slowest."""
+    """All at the pace of the fastest of the batches, and of the slowest."""
     assert planned.forward_s_range == tuple(planned.amounts.n_tokens * s for s in planned.measured.forward_s_range)
     for preset in planned.presets.values():
         assert preset.seconds_range[0] >= planned.forward_s_range[0]

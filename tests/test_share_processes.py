@@ -302,6 +302,7 @@ class Served:
             assert self._server.ended()
 
 
+@pytest.mark.exhaustive
 def test_resume_at_every_batch(small_store, path):
     def make(read_ahead: int) -> Served:
         return Served(loader_of(small_store.path, dtype=torch.bfloat16, read_ahead=read_ahead), path)

@@ -350,6 +350,7 @@ def test_sequences_begin_with_bos_as_saelens_has_them(stories):
     assert first_of_each(blocks) == [ids for ids in expected if len(ids) == 64]
 
 
+@pytest.mark.exhaustive
 def test_embedded_and_smollm2_documents_begin_with_their_bos():
     for tokenizer, bos in ((load_lm("stories-4l").tokenizer, "<|bos|>"), (smollm2(), "<|im_start|>")):
         blocks = token_blocks([STORY, "The end."], tokenizer, length=64, packing="documents")
@@ -364,6 +365,7 @@ CHAT = [
 SHAREGPT = [{"from": "human", "value": CHAT[0]["content"]}, {"from": "gpt", "value": CHAT[1]["content"]}]
 
 
+@pytest.mark.exhaustive
 def test_chats_are_what_the_real_template_makes_of_them():
     tokenizer = smollm2()
     expected = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)

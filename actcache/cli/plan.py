@@ -316,8 +316,8 @@ def _range_line(plan: Plan) -> str:
     low, high = (_size_text(n_bytes + preset.other_bytes) for n_bytes in preset.bytes_range)
     fast, slow = (_time(seconds) for seconds in preset.seconds_range)
     return (
-        f"lossless takes {low} to {high} and {fast} to {slow}: as in the best and in the worst tenth of the batches "
-        "that were measured"
+        f"lossless takes {low} to {high} and {fast} to {slow}: as in the best and in the worst of the batches that "
+        "were measured"
     )
 
 

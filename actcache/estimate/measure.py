@@ -49,7 +49,7 @@ class SiteCosts:
     bytes_per_row: float
     """Stored bytes of a row in a chunk, checksum included."""
     bytes_per_row_range: tuple[float, float]
-    """A batch in ten had rows smaller than the first, and one in ten larger than the second."""
+    """Of the batches with the smallest rows and with the largest; of more than ten, without a tenth at either end."""
     bytes_per_shard: int
     """Beside them, in every shard: the indexes of its chunks and its line of statistics."""
     pads_chunks: bool
@@ -94,7 +94,7 @@ class Measured:
     forward_s_per_token: float
     """The model and the copy into a shard's buffers: the median batch."""
     forward_s_range: tuple[float, float]
-    """A batch in ten was faster than the first, and one in ten slower than the second."""
+    """Of the fastest batch and of the slowest; of more than ten, without a tenth at either end."""
     contention: float
     """Seconds by which one second of encoding (on one thread) delays the model beside it, kappa. It is 1 / cores where
     the model fills all cores, and nearly 0 where the model runs on a device of its own."""

@@ -47,7 +47,7 @@ class Plan:
     forward_s: float
     """Seconds of the forward passes alone, all workers side by side."""
     forward_s_range: tuple[float, float]
-    """The same at the pace of the fastest tenth of the sample's batches, and of the slowest."""
+    """The same at the pace of the fastest of the sample's batches, and of the slowest."""
     memory: Memory
     """Of one worker."""
     presets: Mapping[str, PresetPlan]

@@ -81,7 +81,7 @@ class PresetPlan:
     bytes: int
     """Activations, statistics and the row table: what `info` is going to say."""
     bytes_range: tuple[int, int]
-    """The same if all batches were as small as the smallest tenth of the sample's, and as large as the largest."""
+    """The same if all batches were as small as the smallest of the sample, and as large as the largest."""
     other_bytes: int
     """Beside them: tokens, commit records, ledger, metadata."""
     bytes_per_activation: float
@@ -95,7 +95,7 @@ class PresetPlan:
     seconds: float
     """Of the extraction, without loading model and text; all workers side by side."""
     seconds_range: tuple[float, float]
-    """The same at the pace of the fastest tenth of the batches and the fastest encoding, and of the slowest."""
+    """The same at the pace of the fastest batches and the fastest encoding, and of the slowest."""
     tokens_per_s: float
     """Of all workers together."""
     read_s: float
