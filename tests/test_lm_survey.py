@@ -71,7 +71,10 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "some of the tokens": (lambda x: x.flatten(0, 1)[::3], "some of the tokens only"),
     "as many tokens, by chance, as there are sequences": (lambda x: x[:, 0], "no axis of positions"),
     "widths that happen to be Q and T": (lambda x: x.new_ones(2, 11, 8) * x.sum(), "no axis of positions"),
-    "heads and sequences in one axis": (lambda x: x.unflatten(2, (2, 4)).transpose(1, 2).flatten(0, 1), "no axis of seq"),
+    "heads and sequences in one axis": (
+        lambda x: x.unflatten(2, (2, 4)).transpose(1, 2).flatten(0, 1),
+        "no axis of seq",
+    ),
     "attention weights": (lambda x: x @ x.transpose(1, 2), "2 axes that are as long as the sequence"),
     "half of the positions": (lambda x: x[:, ::2], "some of the tokens only"),
     "normalised over the batch": (lambda x: x - x.mean(0, keepdim=True), "other sequences of its batch"),
