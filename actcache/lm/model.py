@@ -260,8 +260,9 @@ class LanguageModel:
         """
         with self._unspliced():
             found = [sized(self._names.place(name), length) for name in self._names.matching(patterns)]
-            if length is not None and any(site.instrumented for site in found):
-                self._names.check_instrumented(length)
+            instrumented = [site.site.name for site in found if site.instrumented]
+            if length is not None and instrumented:
+                self._names.check_instrumented(instrumented, length)
         return found
 
     def list_sites(self, patterns: Sequence[str] | None = None, *, length: int | None = None) -> list[Listed]:

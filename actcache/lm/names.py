@@ -62,7 +62,7 @@ class SiteNames:
         self._tokenizer = tokenizer
         self._run = run
         self._batches = batches
-        self._compared_up_to = 0
+        self._compared_at: dict[int, Comparison] = {}
 
     @property
     def places(self) -> Places:
@@ -134,22 +134,30 @@ class SiteNames:
             raise ConfigError(f"{site.site.name} is no name of the instrumented model, in which a splice is in force")
         return replace(self._instrumented_places[site.site.name], site=site.site)
 
-    def check_instrumented(self, length: int) -> None:
+    def check_instrumented(self, names: Sequence[str], length: int) -> None:
         """Hold the instrumented model against the plain one at a length: attention windows show only behind their end.
 
         Raises:
-            SiteError: it computes something else there.
+            SiteError: it computes something else there, up to where one of these names is.
         """
-        if self._kind == "transformer_lens" or length <= self._compared_up_to:
+        if self._kind == "transformer_lens":
             return
-        ids, both = self._batches(length)[0][:1], outputs_of(self._candidates.seen, self._instrumented.seen)
-        plain, instrumented = (
-            {name: seen[name].place for name in both} for seen in (self._candidates.seen, self._instrumented.seen)
+        order = list(self._instrumented.seen)
+        if length not in self._compared_at:
+            self._compared_at[length] = self._compare_at(length)
+        found = self._compared_at[length]
+        n_trusted = max((order.index(name) + 1 for name in found.trusted), default=0)
+        behind = [name for name in names if found.first and order.index(name) >= n_trusted]
+        if behind:
+            raise SiteError(f"{behind[0]} cannot be cached for sequences of {length} tokens: {self._said(found)}")
+
+    def _compare_at(self, length: int) -> Comparison:
+        ids, plain, instrumented = self._batches(length)[0][:1], self._candidates.seen, self._instrumented.seen
+        both = outputs_of(plain, instrumented)
+        return compare(
+            values_at(self._run(), {name: plain[name].place for name in both}, ids),
+            values_at(self.instrumented_forward, {name: instrumented[name].place for name in both}, ids),
         )
-        found = compare(values_at(self._run(), plain, ids), values_at(self.instrumented_forward, instrumented, ids))
-        if found.first:
-            raise SiteError(f"instrumented sites of sequences of {length} tokens cannot be cached: {self._said(found)}")
-        self._compared_up_to = length
 
     def listed(self, name: str, length: int) -> Listed:
         """What a name offers, without opening the instrumented model."""
