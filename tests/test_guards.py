@@ -22,7 +22,7 @@ from actcache.errors import (
 )
 from actcache.exchange import export_saelens
 from actcache.load import Loader
-from actcache.report.record import write_atomically
+from actcache.report.record import write_metrics
 from actcache.sparse import SparseMLP
 from actcache.spec import Site
 from actcache.store import (
@@ -431,7 +431,7 @@ def test_nothing_is_made_inside_a_store(sealed, plan, tmp_path):
         lambda place: StoreWriter(place, asked, blocks, shared=True),
         lambda place: export(store, place),
         lambda place: export_saelens(store, place),
-        lambda place: write_atomically(place / "metrics.json", "{}"),
+        lambda place: write_metrics(place, {}),
         mlp.save,
         lambda place: refuse_inside_store(place),
         lambda place: write_shards(f"file://{place}", asked, blocks, bits),

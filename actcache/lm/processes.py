@@ -15,6 +15,7 @@ from functools import wraps
 from typing import Any
 
 _WAYS: list[tuple[Any, str]] = [(subprocess.Popen, "__init__")]
+_WAYS += [(subprocess, name) for name in ("run", "call", "check_call", "check_output")]
 _WAYS += [(os, name) for name in ("system", "fork", "forkpty", "posix_spawn", "posix_spawnp", "execv", "execve")]
 
 _lock = threading.Lock()
