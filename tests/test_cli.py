@@ -152,7 +152,8 @@ def test_verify_says_sound_or_names_the_fault_with_code_2(
     path = tmp_path / "acts.zarr"
     shutil.copytree(small_store.path, path)
     assert main(["verify", str(path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"path": str(path), "sound": True, "sample": 1.0, "faults": []}
+    said = {"path": str(path), "sound": True, "sample": 1.0, "faults": [], "not_bound": {}}
+    assert json.loads(capsys.readouterr().out) == said
     shard = path / "sites" / "blocks.0.hook_mlp_out" / "acts" / "c.2.0"
     damaged = bytearray(shard.read_bytes())
     damaged[40] ^= 1

@@ -70,9 +70,9 @@ def test_what_it_kills_may_also_fail(tmp_path):
     """The harness sees wrong ends: a store that is not the one it compares with, and a process that ends by itself."""
     outcome = kill.Outcome()
     with kill.Killer("write", tmp_path) as killer:
-        next(killer.after.glob("sites/*/total/c.0")).write_bytes(b"")
+        next(killer.after.glob("sites/*/stats/c.0.0")).write_bytes(b"")
         killer.run(0, outcome)
-        assert any("total/c.0" in wrong for wrong in outcome.wrong)
+        assert any("stats/c.0.0" in wrong for wrong in outcome.wrong)
         killer.kind = "export"
         (killer.source / "zarr.json").unlink()
         with pytest.raises(RuntimeError, match="export ended with 1"):

@@ -1,4 +1,4 @@
-"""The instrumented model is used where it computes what the plain one does, and nowhere else; looking changes nothing."""
+"""The instrumented model is used where it computes what the plain one does, nowhere else; looking changes nothing."""
 
 from __future__ import annotations
 
@@ -263,9 +263,7 @@ def test_the_guard_is_for_its_own_thread_and_goes_away() -> None:
             subprocess.run([sys.executable, "-V"], check=False)
         with pytest.raises(PermissionError):
             os.system("true")
-        thread = threading.Thread(
-            target=lambda: elsewhere.append(subprocess.run(["true"], check=False).returncode)  # noqa: S607
-        )
+        thread = threading.Thread(target=lambda: elsewhere.append(subprocess.run(["true"], check=False).returncode))
         thread.start()
         thread.join()
     assert elsewhere == [0]

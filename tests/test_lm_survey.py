@@ -1,4 +1,4 @@
-"""A name is one value of one token: axes and runs are seen in several forward passes, and what stays unclear is refused."""
+"""A name is one value of one token: axes and runs are seen in several forward passes; what stays unclear is refused."""
 
 from __future__ import annotations
 

@@ -39,10 +39,14 @@ class Remembered:
 
     def _changed(self) -> Iterator[tuple[nn.Module, str, Any]]:
         """What is not as it was, and how it was."""
-        for m, name, now in _state_of(self._module):
-            before = self._before.get((m, name))
-            if before is not None and not _same(before, now):
-                yield m, name, before.to(now.device) if isinstance(before, Tensor) else before
+        for (m, name), before in self._before.items():
+            now = getattr(m, name, None)
+            if not _same(before, now):
+                yield (
+                    m,
+                    name,
+                    before.to(now.device) if isinstance(now, Tensor) and isinstance(before, Tensor) else before,
+                )
 
 
 def _state_of(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
@@ -50,7 +54,7 @@ def _state_of(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
     for m in module.modules():
         for name, value in (*m._buffers.items(), *vars(m).items()):
             if isinstance(value, Tensor):
-                if value.is_floating_point() and value.numel() <= _MOST_VALUES and not value.is_meta:
+                if value.numel() <= _MOST_VALUES and not value.is_meta:
                     yield m, name, value
             elif type(value) in (int, float):
                 yield m, name, value
@@ -62,5 +66,7 @@ def _copy(value: Any) -> Any:
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if a.dtype != b.dtype:  # the model was converted
+            return True
         return a.shape == b.shape and torch.equal(a.to(b.device).nan_to_num(), b.nan_to_num())
     return type(a) is type(b) and bool(a == b)
