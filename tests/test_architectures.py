@@ -35,6 +35,11 @@ def layers_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"{path}.{name}", layer) for name, layer in found.named_children()]
 
 
+def names_of(lm: Any, name: str) -> list[str]:
+    """The name of a module's output; where it runs several times in one pass, one name a run."""
+    return [known for known in lm.site_names if known.startswith(f"{name}@")] or [name]
+
+
 def test_there_are_forty_architectures_and_more() -> None:
     assert len({model_type for model_type, _ in (*CAUSAL.values(), *MASKED.values())}) >= 40
 
@@ -51,7 +56,8 @@ def test_what_is_stored_is_what_independent_hooks_see(
         warnings.simplefilter("ignore")  # of architectures that transformer-lens does not know
         lm = ac.load_lm(module)
         every = lm.resolve(["*"], length=max(LENGTHS))
-        plain = [site.site.name for site in every if not site.instrumented]
+        layers = lm.resolve([name for path, _ in layers_of(module) for name in names_of(lm, f"{path}:out")])
+        plain = list(dict.fromkeys(s.site.name for s in (*every, *layers) if not s.instrumented))
         instrumented = [site.site.name for site in every if site.instrumented and "hook_pattern" in site.site.name]
         options: dict[str, Any] = {"dtype": "float32", "skip_first": 0, "batch_sequences": 4, "sequences_per_shard": 8}
         store = ac.extract(lm, blocks, plain, tmp_path / "plain.zarr", **options, audit=False)
@@ -68,26 +74,26 @@ def assert_layers_are_as_hooks_see_them(store: ac.Store, lm: Any) -> None:
     """Each layer's output, under whatever names the store has it, of each document alone."""
     layers = layers_of(lm.module)
     outputs = {
-        path: [s.site.name for s in lm.resolve(store.sites) if s.module is m and s.side == "out"] for path, m in layers
+        path: [s.site for s in lm.resolve(store.sites) if s.module is m and s.side == "out"] for path, m in layers
     }
     assert any(outputs.values()), "no layer is stored"
     table, lengths = store.row_table(), store.token_blocks().lengths(range(len(LENGTHS)))
     for sequence, (ids, length) in enumerate(zip(store.tokens(), lengths, strict=True)):
         seen = outputs_alone(lm.module, layers, ids[:length])
         rows = np.flatnonzero(table["sequence"] == sequence)
-        for path, names in outputs.items():
-            wanted = seen[path][0][table["position"][rows].astype(np.int64)]
-            for name in names:
-                stored = store.read(name, rows)
-                assert (stored - wanted).norm() <= 1e-5 * wanted.norm(), (name, sequence)
+        for path, found in outputs.items():
+            for site in found:
+                wanted = seen[path][max(site.meaning.call, 1) - 1][0][table["position"][rows].astype(np.int64)]
+                stored = store.read(site.name, rows)
+                assert (stored - wanted).norm() <= 1e-5 * wanted.norm(), (site.name, sequence)
 
 
-def outputs_alone(module: nn.Module, layers: list[tuple[str, nn.Module]], ids: Any) -> dict[str, Tensor]:
-    """What each layer puts out when one sequence runs through the model."""
-    seen: dict[str, Tensor] = {}
+def outputs_alone(module: nn.Module, layers: list[tuple[str, nn.Module]], ids: Any) -> dict[str, list[Tensor]]:
+    """What each layer puts out, run by run, when one sequence goes through the model."""
+    seen: dict[str, list[Tensor]] = {}
 
     def keep(path: str, out: Any) -> None:
-        seen[path] = out[0] if isinstance(out, tuple) else out
+        seen.setdefault(path, []).append(out[0] if isinstance(out, (tuple, list)) else out)
 
     handles = [m.register_forward_hook(lambda _m, _a, out, path=path: keep(path, out)) for path, m in layers]
     with torch.no_grad():
