@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from actcache import report
 from actcache.errors import ActcacheError, RunNotFoundError, StateError
+from actcache.files import path_of
 from actcache.spec import Progress
 
 if TYPE_CHECKING:
@@ -244,6 +245,7 @@ def train_run(
         StateError: the run is that of another store, or the MLP's folder has a checkpoint of other settings.
         SiteError, ConfigError: as `train_pair`.
     """
+    run = path_of(run, "run")
     facts = store_facts(store)
     metrics = _metrics_of_store(run, facts)
     folder = run / "sparse" / pair.name
@@ -285,6 +287,7 @@ def evaluate_run(
     from actcache.extraction import extract
     from actcache.sparse import SparseMLP
 
+    run = path_of(run, "run")
     metrics = report.read_metrics(run)
     rows, spec = metrics.get("layers", []), metrics.get("store", {}).get("spec", {})
     if not rows:
