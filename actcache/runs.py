@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from actcache import report
 from actcache.errors import ActcacheError, RunNotFoundError, StateError
+from actcache.files import path_of
 from actcache.spec import Progress, Site
 
 if TYPE_CHECKING:
@@ -246,6 +247,7 @@ def train_run(
     """
     from actcache.store import refuse_inside_store
 
+    run = path_of(run, "run")
     refuse_inside_store(run)  # and not when it is trained
     facts = store_facts(store)
     metrics = _metrics_of_store(run, facts)
@@ -288,6 +290,7 @@ def evaluate_run(
     from actcache.extraction import extract
     from actcache.sparse import SparseMLP
 
+    run = path_of(run, "run")
     metrics = report.read_metrics(run)
     rows, spec = metrics.get("layers", []), metrics.get("store", {}).get("spec", {})
     if not rows:

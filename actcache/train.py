@@ -344,8 +344,9 @@ class Trainer:
 def _folder(given: str | Path) -> Path:
     """The folder of checkpoints, refused before the first step if there can be none."""
     folder = path_of(given, "checkpoint")
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"checkpoint must be a folder, and {folder} is a file; name another place")
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"checkpoint must be a folder, and {there} is a file; name another place")
     return folder
 
 

@@ -272,8 +272,9 @@ def test_what_is_no_checkpoint_is_named_with_what_it_is(tmp_path):
     (tmp_path / "other" / CHECKPOINT).mkdir(parents=True)
     with pytest.raises(StateError, match=r"cannot be read \(Is a directory\)"):
         train(loader_of(planted()[0]), checkpoint=tmp_path / "other")
-    with pytest.raises(ConfigError, match="checkpoint must be a folder"):
-        train(loader_of(planted()[0]), checkpoint=tmp_path / CHECKPOINT)
+    for below in ("", "run/mlp"):
+        with pytest.raises(ConfigError, match=f"checkpoint must be a folder, and .*{CHECKPOINT} is a file"):
+            train(loader_of(planted()[0]), checkpoint=tmp_path / CHECKPOINT / below)
 
 
 def test_units_of_the_activations_do_not_matter():

@@ -32,9 +32,12 @@ def check_loader(
         )
     check_positive("loader", world_size=world_size)
     check_number("loader", 1, MOST_LANES, world_size=world_size)
-    for name, value, most in (("read_ahead", read_ahead, _MOST_READ_AHEAD), ("rank", rank, world_size - 1)):
-        if type(value) is not int or not 0 <= value <= most:
-            raise ConfigError(f"loader: {name} must be an integer between 0 and {most}, got {shown(value)}")
+    if type(read_ahead) is not int or not 0 <= read_ahead <= _MOST_READ_AHEAD:
+        most = _MOST_READ_AHEAD
+        raise ConfigError(f"loader: read_ahead must be an integer from 0 to {most}, got {shown(read_ahead)}")
+    if type(rank) is not int or not 0 <= rank < world_size:
+        most = world_size - 1
+        raise ConfigError(f"loader: rank must be between 0 and world_size - 1 = {most}, got {shown(rank)}")
     for name, number in optional.items():
         if number is not None:
             check_positive("loader", **{name: number})
@@ -72,5 +75,6 @@ def device_of(who: str, given: Any) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, TypeError, AssertionError, ValueError, NotImplementedError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{who}: there is no device {shown(given)} here ({reason}); choose another") from error
+        named = shown(str(given) if isinstance(given, torch.device) else given)
+        raise ConfigError(f"{who}: device {named} cannot be used here ({reason}); try 'cpu'") from error
     return device
