@@ -8,7 +8,7 @@ Shapes: Q sequences, T positions, B rows of a batch, D width of a site, F latent
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -172,16 +172,16 @@ def spliced_loss(
     totals, done = dict.fromkeys(["clean", *treatments], 0.0), 0
     kept = lm.resolve([site_out]) if skip_first else []
     n_tokens = 0
-    for ids in blocks.batches(batch_sequences):
-        ids_QT = torch.from_numpy(ids.astype(np.int64)).to(lm.device)
-        lengths_Q = blocks.lengths(range(done, done + len(ids)))
-        n_tokens += int(np.maximum(lengths_Q - 1, 0).sum())
-        totals["clean"] += next_token_loss(lm.logits(ids_QT), ids_QT, lengths_Q)
-        own_QKD = lm.capture(ids_QT, kept)[site_out][:, :skip_first] if kept else None
-        for name, treatment in treatments.items():
-            with lm.splice(site_in, site_out, _keeping(own_QKD, treatment)):
-                totals[name] += next_token_loss(lm.logits(ids_QT), ids_QT, lengths_Q)
-        done += len(ids)
+    for batch in blocks.batches(batch_sequences):
+        for ids, lengths_Q in _together(lm, batch, blocks.lengths(range(done, done + len(batch)))):
+            ids_QT = torch.from_numpy(ids.astype(np.int64)).to(lm.device)
+            n_tokens += int(np.maximum(lengths_Q - 1, 0).sum())
+            totals["clean"] += next_token_loss(lm.logits(ids_QT), ids_QT, lengths_Q)
+            own_QKD = lm.capture(ids_QT, kept)[site_out][:, :skip_first] if kept else None
+            for name, treatment in treatments.items():
+                with lm.splice(site_in, site_out, _keeping(own_QKD, treatment)):
+                    totals[name] += next_token_loss(lm.logits(ids_QT), ids_QT, lengths_Q)
+        done += len(batch)
         if progress is not None:
             progress(done, blocks.n_sequences)
     losses = {name: total / max(1, n_tokens) for name, total in totals.items()}
@@ -192,6 +192,18 @@ def spliced_loss(
         spliced=losses["spliced"],
         n_tokens=n_tokens,
     )
+
+
+def _together(
+    lm: LanguageModel, ids: NDArray[np.uint32], lengths: NDArray[np.int64]
+) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.int64]]]:
+    """A batch as it is where padding is harmless, otherwise its sequences of equal length, without padding."""
+    if (lengths == ids.shape[1]).all() or lm.takes_padding_to(ids.shape[1]):
+        yield ids, lengths
+        return
+    for length in np.unique(lengths[lengths > 1]):
+        equal = lengths == length
+        yield ids[equal, :length], lengths[equal]
 
 
 def next_token_loss(logits_QTV: Tensor, ids_QT: Tensor, lengths_Q: NDArray[np.int64] | None = None) -> float:

@@ -131,3 +131,23 @@ def test_ordinary_models_go_on_batching_unequal_lengths(lengths: list[int]) -> N
     assert lm.takes_padding_to(12, sites)
     values = lm.capture(random_ids(3, 12, 40), sites, lengths)
     assert set(values) == set(names(sites))
+
+
+def test_evaluation_runs_what_may_not_be_padded_alone() -> None:
+    docs = [random_ids(1, n, 40, seed=n)[0].tolist() for n in (40, 12, 9)]
+    blocks = ac.token_blocks(docs, None, length=40, packing="documents")
+    lm = load_lm(long_rope())
+    mlp = ac.SparseMLP(d_in=24, d_out=24, n_latents=8)
+    both = {"site_in": "model.layers.1.mlp:in", "site_out": "model.layers.1.mlp:out"}
+    together = ac.spliced_loss(lm, mlp, blocks, **both, batch_sequences=3, skip_first=1)
+    apart = ac.spliced_loss(lm, mlp, blocks, **both, batch_sequences=1, skip_first=1)
+    assert together.n_tokens == apart.n_tokens == 39 + 11 + 8
+    for name in ("clean", "zero_ablated", "spliced"):
+        assert getattr(together, name) == pytest.approx(getattr(apart, name), rel=1e-6)
+    logits = [
+        torch.nn.functional.cross_entropy(
+            lm.module(torch.tensor([d])).logits[0, :-1], torch.tensor(d[1:]), reduction="sum"
+        )
+        for d in docs
+    ]
+    assert together.clean == pytest.approx(float(sum(logits)) / 58, rel=1e-5)

@@ -91,7 +91,7 @@ def extract(
     Warns:
         UserWarning: once for a site that has NaN or infinite values, or whose rows are all the same; when a store is
         continued in other circumstances (versions, device, threads, batch), which may show in the last bits; and when a
-        site makes everything run through the instrumented model, which is slow.
+        site makes the instrumented model run as well, which is slow.
     """
     if part is not None:
         _check_part(part)

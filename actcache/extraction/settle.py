@@ -247,7 +247,7 @@ def warn_of_other_circumstances(path: Objects, mine: Mapping[str, Any], found: M
 
 
 def warn_of_the_slow_path(lm: LanguageModel, sites: Sequence[ResolvedSite]) -> None:
-    """Say which sites only the instrumented model has; one of them is enough for everything to run through it."""
+    """Say which sites only the instrumented model has; with one of them it runs beside the plain one."""
     slow = [site.site.name for site in sites if site.instrumented]
     if slow and lm.kind != "transformer_lens":
         named = ", ".join(slow[:3]) + ", ..." * (len(slow) > 3)

@@ -1,13 +1,16 @@
 """Base language models: from a name to activations at sites. The only room that knows transformer-lens.
 
 In: a model (the embedded one, a Hugging Face folder or name, a GGUF file, a transformer-lens model, any `nn.Module`)
-and token ids. Out: activations by transformer-lens hook name. A name that is just the input or output of a module of
+and token ids. Out: activations by transformer-lens hook name or module path. A name that is just the input or output of a module of
 the model is read there by a plain torch hook, so that users pay for the model and not for its instrumentation.
 
     hooks.py        one place in a model: hooking it, and the layout of what passes there
+    remembered.py   what a forward pass leaves behind in a model, and how it is taken back
     forward.py      calling a model: its arguments, padding masks, what its output means
     compiled.py     torch.compile around hooks
-    sites.py        finding sites by running a few tokens
+    sites.py        finding sites by running a few tokens; two models compared
+    padding.py      whether padding is harmless, tried at a length
+    processes.py    a guard under which a thread starts no process
     bridge.py       transformer-lens: instrumented models, and what their hook names stand for
     names.py        the names that a model answers to, and where each of them is
     identity.py     digests of weights and tokenizers, settings that change values; whether two models are the same

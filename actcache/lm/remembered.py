@@ -61,7 +61,8 @@ def _state_of(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
 
 
 def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+    with torch.inference_mode(False):  # whatever the caller runs in: the model may be used outside of it
+        return value.clone() if isinstance(value, Tensor) else value
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -135,7 +135,10 @@ def survey(run: Run, spots: Mapping[str, Spot], batches: Sequence[Tensor], toler
     for spot in names:
         n_calls = [counted[spot] for counted in calls]
         if n_calls[0] == 0 or n_calls.count(n_calls[0]) < len(n_calls) or n_calls[0] > 1:
-            active = n_calls[0] and _shape(first[spot, 1][1]) is not None
+            # Of what runs equally often each run is offered, so that only the bare name is not known.
+            active = (
+                n_calls.count(n_calls[0]) < len(n_calls) and _shape(first.get((spot, 1), (None, None))[1]) is not None
+            )
             where = found.refused if active else found.idle
             where |= {name: _why_not_by_this_name(name, n_calls) for name in names[spot]}
     for (spot, call), (value, copy) in first.items():
