@@ -232,6 +232,7 @@ def _bytes_range(sample: Sample, encoder: ShardEncoder, site: Site, bytes_per_ro
 
 def _stored(sample: Sample, spec: StoreSpec, path: Path) -> Store:
     """The sample as a store."""
+    spec = replace(spec, text={"tokens": sample.blocks.digest()})
     with StoreWriter(path, spec, sample.blocks, threads=_cores()) as writer:
         buffers = writer.acquire(0)
         for site in spec.sites:
