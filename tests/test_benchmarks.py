@@ -20,7 +20,7 @@ SIZES = {"n_sequences": 24, "pairs": 1}
 OTHERS = {"loader": {"install": False}, "training": {"n_steps": 3}}
 
 
-@pytest.mark.parametrize("name", ["extraction", "latency", "loader", "loader_cold", "training"])
+@pytest.mark.parametrize("name", ["durability", "extraction", "latency", "loader", "loader_cold", "training"])
 def test_benchmark_gives_a_row(name):
     module = __import__(name)
     rows = [figure.row() for figure in module.figures(**SIZES, **OTHERS.get(name, {}))]
