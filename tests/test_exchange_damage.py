@@ -231,6 +231,6 @@ def test_an_export_into_what_is_there_or_has_no_room_names_it(small_store, tmp_p
         assert (tmp_path / "other" / "dataset_info.json").read_bytes() == content
     with (
         small_disk_in(tmp_path / "disk", "16k") as disk,
-        pytest.raises(StorageFullError, match=rf"no room to write {disk}"),
+        pytest.raises(StorageFullError, match=rf"no room for {disk}"),
     ):
         export_saelens(small_store, disk / "out")
