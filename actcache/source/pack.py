@@ -403,7 +403,8 @@ def _temporary_file() -> Iterator[IO[bytes]]:
 
 def _no_room(error: OSError) -> NoReturn:
     """Say of an error of the temporary files where they are, and how they get more room."""
-    if isinstance(error, FileNotFoundError) and error.filename is None:  # Python looks for a folder that it can write something to
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        # Python has looked for a folder that it can write something to, and found none.
         raise StorageFullError(
             errno.ENOSPC,
             f"no folder for temporary files has room ({error.strerror}); set the environment variable TMPDIR to one "
