@@ -1,8 +1,9 @@
 """Base language models: from a name to activations at sites. The only room that knows transformer-lens.
 
 In: a model (the embedded one, a Hugging Face folder or name, a GGUF file, a transformer-lens model, any `nn.Module`)
-and token ids. Out: activations by transformer-lens hook name or module path. A name that is just the input or output of a module of
-the model is read there by a plain torch hook, so that users pay for the model and not for its instrumentation.
+and token ids. Out: activations by transformer-lens hook name or module path. A name that is just the input or output of
+a module of the model is read there by a plain torch hook, so that users pay for the model and not for its
+instrumentation.
 
     hooks.py        one place in a model: hooking it, and the layout of what passes there
     remembered.py   what a forward pass leaves behind in a model, and how it is taken back
