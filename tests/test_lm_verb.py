@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from lm_models import LLAMA_LIKE, random_model
 
 from actcache.cli import main
 
@@ -39,6 +40,19 @@ def test_without_patterns_every_name_is_listed(capsys: pytest.CaptureFixture[str
     found = json.loads(capsys.readouterr().out)["sites"]
     assert [site["name"] for site in found] == load_lm("stories-4l").site_names
     assert next(s for s in found if s["name"] == "blocks.0.attn.hook_pattern")["shape"] == [8, 256]
+
+
+def test_what_is_not_offered_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(tmp_path / "small")
+    sizes = {"num_hidden_layers": 1, "ffn_dim": 20, "word_embed_proj_dim": 24}
+    random_model("opt", **{**LLAMA_LIKE, **sizes}).save_pretrained(folder)
+    assert main(["sites", folder]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "not offered: pos_embed.hook_in: has no axis of features (shape 2x11 for 2x11 tokens" in text
+    assert main(["sites", folder, "model.decoder.layers.0:out", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [site["name"] for site in found["sites"]] == ["model.decoder.layers.0:out"]
+    assert (found["not_offered"], found["disagreement"]) == ([], "")
 
 
 @pytest.mark.parametrize(

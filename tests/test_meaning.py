@@ -12,9 +12,10 @@ from lm_models import LLAMA_LIKE, random_ids, random_model, small_module
 from torch import nn
 
 import actcache as ac
-from actcache.errors import StoreMismatchError
+from actcache.errors import StateError, StoreMismatchError
 from actcache.extraction import begin, fill
 from actcache.lm import LanguageModel, load_lm, names, open_bridge
+from actcache.runs import Pair, evaluate_run, train_run
 from actcache.spec import Meaning, Site, TokenBlocks
 from actcache.store import layout
 from actcache.store.objects import Objects
@@ -163,6 +164,16 @@ def test_an_abandoned_site_of_another_meaning_is_made_again(
     whole = ac.extract(lm, blocks, ["hook_embed", OUT], tmp_path / "b.zarr", **SETTINGS)
     assert store.fingerprint == whole.fingerprint
     assert ac.verify(path) == []
+
+
+def test_a_run_is_not_evaluated_under_another_meaning(
+    lm: LanguageModel, blocks: TokenBlocks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ac.extract(lm, blocks, [OUT], tmp_path / "a.zarr", **SETTINGS)
+    run, config = tmp_path / "run", ac.TrainConfig(l1=1.0, n_steps=2, warmup_steps=1, record_every=1)
+    train_run(run, store, Pair(site_in=OUT, site_out=OUT), config, n_latents=8, batch_rows=16)
+    with pytest.raises(StateError, match=r"when that was module blocks.1.mlp, output.*it is module blocks.1.attn"):
+        evaluate_run(run, moved(lm, monkeypatch), blocks, on_stage=lambda *_: lambda *_: None)
 
 
 def test_a_site_survives_its_json() -> None:

@@ -126,8 +126,8 @@ def survey(run: Run, spots: Mapping[str, Spot], batches: Sequence[Tensor], toler
         layout = layouts.get(passed, (None, ""))[0]
         if layout is None or _shape(value) != _shape(first[passed][1]):
             return False
-        before, after = (to_rows(v, layout, ids_shapes[0])[1:].nan_to_num() for v in (first[passed][1], value))
-        return not equal(after, before, tolerance)
+        before, after = (to_rows(v, layout, ids_shapes[0])[1:] for v in (first[passed][1], value))
+        return not torch.equal(after, before) and not equal(after.nan_to_num(), before.nan_to_num(), tolerance)
 
     third = _passing(run, names, batches[2], depends_on_the_batch)
     calls = [Counter(spot for spot, _ in passing) for passing in (first, second, third)]
@@ -221,7 +221,7 @@ def _why_not_by_this_name(name: str, n_calls: Sequence[int]) -> str:
 
 def _seen(name: str, spot: Spot, value: Tensor, copy: Tensor, layout: Layout, ids_shape: tuple[int, int]) -> Seen:
     site = Site(name=name, shape=feature_axes(copy, layout))
-    overwritten = not torch.equal(value.nan_to_num(), copy.nan_to_num())
+    overwritten = not torch.equal(value, copy) and not torch.equal(value.nan_to_num(), copy.nan_to_num())
     place = ResolvedSite(site, spot.module, spot.side, spot.instrumented, layout, overwritten, spot.call)
     return Seen(place, to_rows(copy, layout, ids_shape))
 
