@@ -17,8 +17,6 @@ from actcache.extraction import begin, fill
 from actcache.lm import LanguageModel, load_lm, names, open_bridge
 from actcache.runs import Pair, evaluate_run, train_run
 from actcache.spec import Meaning, Site, TokenBlocks
-from actcache.store import layout
-from actcache.store.objects import Objects
 
 OUT, PATTERN = "blocks.1.hook_mlp_out", "blocks.0.attn.hook_pattern"
 SETTINGS: dict[str, Any] = {"sequences_per_shard": 4, "skip_first": 0}
@@ -107,21 +105,24 @@ def test_a_store_is_not_continued_under_another_meaning(
     assert {p: p.read_bytes() for p in path.rglob("*") if p.is_file()} == before
 
 
-def forget(path: Path) -> None:
+def interrupted_early(lm: LanguageModel, blocks: TokenBlocks, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store as an early version would have begun it."""
-    objects = Objects(path, read_only=False)
-    root = layout.read_root(objects)
-    spec = replace(root.spec, sites=tuple(replace(site, meaning=None) for site in root.spec.sites))
-    layout.write_root(objects, replace(root, spec=spec))
+    resolve = lm.resolve
+
+    def saying_nothing(*args: Any, **options: Any) -> Any:
+        return [replace(found, site=replace(found.site, meaning=None)) for found in resolve(*args, **options)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lm, "resolve", saying_nothing)
+        interrupted(lm, blocks, path)
 
 
 @pytest.mark.parametrize("way", [*GO_ON][:2])
 def test_a_store_that_does_not_say_is_continued_with_a_warning(
-    way: str, lm: LanguageModel, blocks: TokenBlocks, tmp_path: Path
+    way: str, lm: LanguageModel, blocks: TokenBlocks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.zarr"
-    interrupted(lm, blocks, path)
-    forget(path)
+    interrupted_early(lm, blocks, path, monkeypatch)
     with pytest.warns(UserWarning, match=r"does not say what blocks.1.hook_mlp_out meant"):
         store = GO_ON[way](lm, blocks, path)
     assert store.sealed
@@ -130,11 +131,10 @@ def test_a_store_that_does_not_say_is_continued_with_a_warning(
 
 
 def test_sites_added_to_a_store_that_does_not_say_do_say(
-    lm: LanguageModel, blocks: TokenBlocks, tmp_path: Path
+    lm: LanguageModel, blocks: TokenBlocks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.zarr"
-    interrupted(lm, blocks, path)
-    forget(path)
+    interrupted_early(lm, blocks, path, monkeypatch)
     with pytest.warns(UserWarning, match="does not say"):
         ac.extract(lm, blocks, [OUT], path, **SETTINGS)
     with pytest.warns(UserWarning, match="does not say"):
