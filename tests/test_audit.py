@@ -17,7 +17,7 @@ import actcache as ac
 from actcache.auditing import small_audit_size
 from actcache.auditing.draw import draw_cheaply, draw_sequences, stored_sequences
 from actcache.cli import main
-from actcache.errors import AuditError, ConfigError, SiteError, StoreIncompleteError, StoreMismatchError
+from actcache.errors import ActcacheError, AuditError, ConfigError, SiteError, StoreIncompleteError, StoreMismatchError
 from actcache.lm import LanguageModel
 from actcache.lm.inputs import Inputs
 from actcache.spec import TokenBlocks
@@ -322,6 +322,30 @@ def test_what_cannot_be_audited_is_said(tmp_path: Path) -> None:
     assert ac.audit(left_open, lm).sound, "committed shards can be looked at"
     with pytest.raises(StoreIncompleteError, match="no rows"):
         ac.audit(ac.export(store, tmp_path / "none.zarr", rows=np.zeros(store.spec.n_rows, bool)), lm)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"n_sequences": value} for value in (None, "8", 1.5, True, -1, [])),
+        *({"seed": value} for value in (None, "0", -1, 0.5)),
+        *({"lm": value} for value in (None, "stories-4l", 5)),
+        *({"sites": value} for value in (None, 5, [5])),
+        *({"progress": value} for value in (5, "bar")),
+        *({"store": value} for value in (5, "", "nowhere.zarr")),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_end_in_one_sentence(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    lm = open_small()
+    arguments = {"store": extracted(lm, tmp_path, audit=False), "lm": lm, **wrong}
+    with pytest.raises(ActcacheError):
+        ac.audit(**arguments)
+
+
+def test_more_sequences_than_there_are_are_all_of_them(tmp_path: Path) -> None:
+    lm = open_small()
+    assert len(ac.audit(extracted(lm, tmp_path, audit=False), lm, 10**30).sequences) == 24
 
 
 # Growing, sharing

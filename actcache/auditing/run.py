@@ -24,8 +24,9 @@ from actcache.auditing.draw import Drawn, StoredSequence, draw_cheaply, draw_seq
 from actcache.auditing.reference import Reference
 from actcache.auditing.result import Audit, SiteAudit, describe_site
 from actcache.errors import AuditError, ConfigError, SiteError, StoreIncompleteError, StoreMismatchError
+from actcache.files import shown
 from actcache.lm import LanguageModel
-from actcache.spec import Meaning, Progress, Site, check_positive, expand_names
+from actcache.spec import Meaning, Progress, Site, check_callable, check_positive, expand_names, integer
 from actcache.store import Store, open_store
 
 _FEWEST, _MOST, _ONE_OF, _ONE_SHARD_OF = 4, 32, 300, 4
@@ -79,10 +80,17 @@ def audit(
         >>> found.sound, found.sites[0].n_rows
         (True, 248)
     """
+    n_sequences, seed = integer("audit", "n_sequences", n_sequences), integer("audit", "seed", seed)
     check_positive("audit", n_sequences=n_sequences)
+    check_callable("audit", progress=progress)
+    if seed < 0:
+        raise ConfigError(f"audit: seed must not be negative, got {seed}")
+    if not isinstance(lm, LanguageModel):
+        raise ConfigError(f"audit: lm must be a model that load_lm has opened, got {shown(lm)}")
     store = store if isinstance(store, Store) else open_store(store)
-    names = expand_names([sites] if isinstance(sites, str) else list(sites), store.sites)
-    found = _audit(store, lm, names, draw_sequences(store, n_sequences, seed), seed, progress or _untold)
+    names = expand_names(sites, store.sites)
+    drawn = draw_sequences(store, min(n_sequences, store.spec.n_sequences), seed)
+    found = _audit(store, lm, names, drawn, seed, progress or _untold)
     if not found.sequences:
         raise StoreIncompleteError(f"{store.path} has no rows yet that could be looked at; finish 'actcache extract'")
     return found
