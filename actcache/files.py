@@ -186,7 +186,7 @@ def path_of(given: Any, what: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"{what}: {text} names the home folder of nobody here") from error
+        raise ConfigError(f"{what}: {text} names the home folder of nobody here; give the whole path") from error
 
 
 def shown(value: Any) -> str:

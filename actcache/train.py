@@ -146,10 +146,6 @@ class Trainer:
             raise ConfigError(f"trainer: config must be a TrainConfig, got {shown(config)}")
         check_callable("trainer", progress=progress)
         self.site_in, self.site_out = choose_sites(loader, mlp, site_in, site_out)
-        if checkpoint is not None:
-            from actcache.store import refuse_inside_store
-
-            refuse_inside_store(checkpoint)
         self.checkpoint = None if checkpoint is None else _folder(checkpoint) / CHECKPOINT
         self.step, self.seconds = 0, 0.0
         self.history: dict[str, list[float]] = {name: [] for name in HISTORY}
@@ -343,7 +339,10 @@ class Trainer:
 
 def _folder(given: str | Path) -> Path:
     """The folder of checkpoints, refused before the first step if there can be none."""
+    from actcache.store import refuse_inside_store
+
     folder = path_of(given, "checkpoint")
+    refuse_inside_store(folder)
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
         raise ConfigError(f"checkpoint must be a folder, and {there} is a file; name another place")

@@ -230,7 +230,7 @@ def test_spliced_loss_takes_what_it_says():
     sites = {"site_in": "a", "site_out": "b"}
     for wrong, message in [
         ({"mlp": None}, "mlp must be of SparseMLP"),
-        ({"blocks": "text"}, "blocks must be of TokenBlocks"),
+        ({"blocks": "text"}, "expected token blocks"),
         ({"batch_sequences": 0}, "batch_sequences must be a positive integer"),
         ({"skip_first": "1"}, "skip_first must be an integer"),
         ({"skip_first": 6}, "skip_first must be between 0 and 5"),

@@ -18,7 +18,7 @@ from zarr.storage import LocalStore
 
 from actcache.addresses import cause_of, shown
 from actcache.errors import ActcacheError, ConfigError
-from actcache.files import free_bytes, full_disk_explained
+from actcache.files import free_bytes, full_disk_explained, path_of
 from actcache.store import lock as locks
 from actcache.store.backends import backend_of
 from actcache.store.folders import PARTIAL, FileBackend, at_once
@@ -53,8 +53,9 @@ class Objects:
     """
 
     def __init__(self, location: str | Path | Store, *, read_only: bool, durable: bool = True) -> None:
-        if not isinstance(location, Store) and "://" not in str(location):
-            location = _at_home(location)
+        is_place = not isinstance(location, Store) and "://" not in str(location)
+        if is_place and not _LOST_A_SLASH.match(str(location)):
+            location = path_of(location, "the place of a store")
         self.location, self._read_only, self._durable = location, read_only, durable
         if isinstance(location, Store):
             self.store = location
@@ -63,7 +64,7 @@ class Objects:
         elif "://" in str(location):
             self.store = open_url(str(location), read_only=read_only)
         else:
-            self.store = LocalStore(Path(location).expanduser(), read_only=read_only)
+            self.store = LocalStore(Path(location), read_only=read_only)
         self.root = self.store.root if isinstance(self.store, LocalStore) else None
         self.backend = backend_of(self.store, durable=durable)
 
@@ -287,14 +288,6 @@ class Objects:
     def lock(self, *, shared: bool = False) -> WriterLock:
         """The lock that a writer holds, alone or with others that share it; use as a context manager."""
         return WriterLock(self, shared=shared)
-
-
-def _at_home(path: str | Path) -> str | Path:
-    """A path whose `~` is the home folder that it stands for; the kind of path stays."""
-    try:
-        return type(path)(Path(path).expanduser()) if str(path).startswith("~") else path
-    except RuntimeError as error:
-        raise ConfigError(f"{path}: {first_line(error, path)}; give the whole path") from error
 
 
 def _opened(location: str | Path | Store, read_only: bool, durable: bool) -> Objects:
