@@ -401,7 +401,8 @@ def test_a_store_says_how_it_came_to_be_whoever_goes_on_with_it(tmp_path):
     assert open_store(tmp_path).root.state == "open"
     assert open_store(tmp_path).root.provenance == made
     fingerprints = {
-        write_shards(tmp_path / name, spec, blocks, random_bits(spec)).fingerprint for name in ("with", "without")
+        write_shards(tmp_path.parent / f"{tmp_path.name}-{name}", spec, blocks, random_bits(spec)).fingerprint
+        for name in ("with", "without")
     }
     assert len(fingerprints) == 1
 

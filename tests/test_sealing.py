@@ -65,7 +65,10 @@ def test_the_complete_store_is_looked_at_before_it_is_sealed(plan, tmp_path, sha
     assert audits(tmp_path) == [SOUND]
     assert filled(tmp_path, spec, blocks, bits, fail, shared=shared).sealed  # what is sealed is not looked at again
     assert len(seen) == 1
-    assert store.fingerprint == write_shards(tmp_path / "unchecked.zarr", spec, blocks, bits).fingerprint
+    assert (
+        store.fingerprint
+        == write_shards(tmp_path.parent / f"{tmp_path.name}-unchecked.zarr", spec, blocks, bits).fingerprint
+    )
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -121,7 +124,10 @@ def test_sequences_that_fail_leave_the_sealed_store_in_force_where_no_shard_was_
     assert open_store(tmp_path).fingerprint == before.fingerprint
     assert audits(tmp_path) == [FAILED]
     grown = filled(tmp_path, spec, blocks, bits, lambda store: SOUND, grow=True)
-    assert grown.fingerprint == write_shards(tmp_path / "at_once.zarr", spec, blocks, bits).fingerprint
+    assert (
+        grown.fingerprint
+        == write_shards(tmp_path.parent / f"{tmp_path.name}-at-once.zarr", spec, blocks, bits).fingerprint
+    )
     assert audits(tmp_path) == [SOUND]
 
 
