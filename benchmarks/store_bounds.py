@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter, thread_time
@@ -207,6 +207,7 @@ def memory(n_shards: int, sequences_per_shard: int) -> float:
     def write(path: Path, spec: StoreSpec) -> None:
         ids = np.zeros((spec.n_sequences, spec.sequence_length), np.uint32)
         blocks = TokenBlocks(ids=ids, document=ids, description={})
+        spec = replace(spec, text={"tokens": blocks.digest()})
         with StoreWriter(path, spec, blocks, threads=THREADS) as writer:
             for shard in writer.pending():
                 buffers, sequences = writer.acquire(shard), spec.shard_sequences(shard)
