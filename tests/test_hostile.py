@@ -124,6 +124,8 @@ def watch(path: Path) -> list[str]:
         ):
             place = os.path.realpath(os.fsdecode(arguments[0]))
             around, inside = str(path.parent), str(path)
+            if event == "open" and place == around:  # to flush the name of the store in it
+                return
             if (place + "/").startswith(around + "/") and not (place + "/").startswith(inside + "/"):
                 touched.append(f"{event} of {place}")
 
