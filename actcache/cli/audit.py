@@ -90,10 +90,10 @@ def _show(out: Console, found: Audit) -> None:
 
 def _sites(found: Audit) -> RenderableType:
     table: Table = empty_table(
-        ("site", "error", "allowed", "rows", "worst row", "compared with"), left=("compared with",)
+        ("site", "error", "allowed", "rows", "worst row", "compared with"), left=("site", "worst row", "compared with")
     )
     for site in found.sites:
-        worst = "{sequence}:{position} ({token})".format(**site.worst) if site.worst else ""
+        worst = "sequence {sequence}, position {position}, token {token}".format(**site.worst) if site.worst else ""
         table.add_row(
             escape(site.site),
             f"{site.max_relative_error:.2g}" if site.sound else f"[bold red]{site.max_relative_error:.2g}[/]",
