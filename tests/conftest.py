@@ -21,6 +21,8 @@ from actcache.spec import Site, StoreSpec, TokenBlocks
 from actcache.store import Store, StoreWriter, open_store
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Models in tests are small: a team of threads costs more than it gains, and far more on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
