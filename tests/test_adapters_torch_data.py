@@ -112,6 +112,7 @@ def test_a_dataset_is_not_sent_to_workers_that_are_spawned(small_store):
         pickle.dumps(data.dataset)
 
 
+@pytest.mark.exhaustive
 def test_a_network_learns_through_a_data_loader(small_store):
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Linear(12, 48), torch.nn.ReLU(), torch.nn.Linear(48, 10))

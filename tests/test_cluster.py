@@ -35,6 +35,8 @@ from actcache.spec import Status, TokenBlocks
 from actcache.store import Store, StoreWriter, open_store
 from actcache.stories import StoriesConfig, StoriesLM
 
+pytestmark = pytest.mark.exhaustive
+
 SMALL = StoriesConfig(d_model=16, d_mlp=24, n_layers=3, n_heads=2, n_ctx=12, d_vocab=40)
 SITES = ["blocks.*.hook_mlp_out", "blocks.1.mlp.hook_in"]
 SETTINGS: dict[str, Any] = {"sequences_per_shard": 4, "batch_sequences": 2}

@@ -16,6 +16,8 @@ from actcache.errors import ActcacheError, ConfigError, SiteError
 from actcache.runs import Pair, density_histogram
 from actcache.source import read_texts
 
+pytestmark = pytest.mark.exhaustive
+
 
 class Listener:
     """Hears what a terminal would show."""

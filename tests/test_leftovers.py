@@ -13,6 +13,8 @@ from zarr.storage import MemoryStore
 from actcache.store import delete_sites, layout, verify
 from actcache.store.objects import Objects
 
+pytestmark = pytest.mark.exhaustive
+
 
 @pytest.fixture(scope="module")
 def plan():

@@ -256,6 +256,7 @@ def test_recipe_opens_the_same_model_from_anywhere(
     assert load_lm("stories-4l", tokenizer=lm.tokenizer).recipe is None
 
 
+@pytest.mark.exhaustive
 def test_revision_is_the_commit_of_the_hub(tmp_path: Path, llama_folder: Path) -> None:
     """A cache as huggingface_hub lays it out, with a branch that points to a commit."""
     commit = "0123456789abcdef0123456789abcdef01234567"

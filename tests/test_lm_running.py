@@ -121,6 +121,7 @@ def test_compiled_model_splices_and_takes_other_sites(ids: Tensor) -> None:
         load_lm(open_bridge(plain), compile=True)
 
 
+@pytest.mark.exhaustive
 def test_a_forward_of_the_models_own_comes_back_after_a_compiled_run(ids: Tensor) -> None:
     module = small_module()
     calls: list[int] = []

@@ -21,6 +21,8 @@ from actcache.source import read_texts, token_blocks
 from actcache.spec import TokenBlocks
 from actcache.store import ShardBuffers, StoreWriter, layout
 
+pytestmark = pytest.mark.exhaustive
+
 SITES = ["blocks.*.hook_mlp_out", "blocks.2.mlp.hook_post"]
 PRESETS = ("raw", "fast", "lossless", "sparse", "int8", "auto")
 

@@ -25,6 +25,8 @@ from actcache.store.leases import LEASE
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import kill
 
+pytestmark = pytest.mark.exhaustive
+
 TEXT = kill.blocks()
 FEW, MORE = TEXT.take(range(10)), TEXT.take(range(14))
 """Shards of 4 sequences: 4, 4 and 2, of which the last one is made again for the larger store."""

@@ -30,7 +30,10 @@ from actcache.errors import ConfigError, ServingError, StateError
 from actcache.share import ServedBatches, listen, server
 from actcache.store import Store
 
-pytestmark = pytest.mark.filterwarnings("ignore:batches of .* rows are going to have")
+pytestmark = [
+    pytest.mark.exhaustive,
+    pytest.mark.filterwarnings("ignore:batches of .* rows are going to have"),
+]
 
 
 @pytest.fixture

@@ -30,7 +30,10 @@ from actcache.load import Batch, Loader
 from actcache.share import ServedBatches, exact_dtype, serve_batches
 from actcache.store import Store, layout
 
-pytestmark = pytest.mark.filterwarnings("ignore:batches of .* rows are going to have")
+pytestmark = [
+    pytest.mark.exhaustive,
+    pytest.mark.filterwarnings("ignore:batches of .* rows are going to have"),
+]
 
 N_BATCHES = 36
 Start = Callable[..., Process]

@@ -12,6 +12,8 @@ import pytest
 from actcache.cli import main
 from actcache.store import open_store
 
+pytestmark = pytest.mark.exhaustive
+
 SITE = "blocks.0.hook_mlp_out"
 TEXT = ["--length", "32", "--count", "24"]
 

@@ -32,6 +32,8 @@ from actcache.cli.progress import MOST_SITES, Events, Lines, Stage, sites_worth_
 from actcache.cli.screen import Screen, sites_table, store_lines
 from actcache.spec import SiteStatus, Status
 
+pytestmark = pytest.mark.exhaustive
+
 ROOT = Path(ac.__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "xterm-256color"}
 WAITED_FOR = ["--sites", "blocks.*.mlp.hook_in", "blocks.*.hook_mlp_out", "--length", "256"]
