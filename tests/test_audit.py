@@ -306,6 +306,8 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         ac.audit(store, ac.load_lm(other))
     with pytest.raises(StoreMismatchError, match="dtype: the store has 'float32'"):
         ac.audit(store, ac.load_lm(small_module(), dtype="bfloat16"))
+    with pytest.raises(StoreMismatchError, match="autocast: the store has None"):
+        ac.audit(store, ac.load_lm(small_module(), autocast="bfloat16"))
 
 
 def test_what_cannot_be_audited_is_said(tmp_path: Path) -> None:
