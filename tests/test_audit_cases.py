@@ -177,3 +177,21 @@ def test_a_module_that_runs_twice_is_not_its_first_run(tmp_path: Path, monkeypat
     lm.resolve = first  # type: ignore[method-assign]
     with pytest.raises(AuditError, match="runs 2 times in one forward pass"):
         ac.extract(lm, blocks_of(*[12] * 4), [layer], tmp_path / "x.zarr", **OPTIONS)
+
+
+def test_a_model_that_remembers_long_sequences_is_audited_as_if_it_did_not(tmp_path: Path) -> None:
+    """Dynamic rope: frequencies that were stretched for a long sequence stay so for the next ones."""
+    rope = {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 8.0, "original_max_position_embeddings": 16}
+    config = hf.LlamaConfig(
+        **SIZES,
+        **SPECIAL,
+        intermediate_size=40,
+        num_key_value_heads=2,
+        max_position_embeddings=16,
+        rope_parameters=rope,
+    )
+    lm = ac.load_lm(noisy(hf.LlamaForCausalLM(config)))
+    with pytest.warns(UserWarning, match="claims 16 positions"):
+        store = ac.extract(lm, blocks_of(40, 10, 12, 30), ["model.layers.1:out"], tmp_path / "x.zarr", **OPTIONS)
+    found = ac.audit(store, lm)
+    assert found.sound, str(found)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,6 +114,9 @@ class Reference:
         module, watched = self.lm.module, _Watched()
         modules = dict(module.named_modules(remove_duplicate=False))
         with torch.no_grad(), self._cast(), ExitStack() as attached:
+            with suppress(Exception):  # a model may not take a single token; then nothing is to be taken back
+                # Rotary frequencies that a long sequence has stretched stay so until a short one comes.
+                module(tokens[:1, :1])
             for path, side in dict.fromkeys((place.module, place.side) for place in places):
                 if path in modules:
                     attached.callback(_watch(modules[path], path, side, watched).remove)
