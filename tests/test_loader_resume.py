@@ -22,6 +22,8 @@ from actcache.store import RowFilter, Store, export, open_store
 from actcache.store.layout import LEDGER_KEY, chunks_per_shard
 from actcache.store.objects import Objects
 
+pytestmark = pytest.mark.exhaustive
+
 QUICK = ("plain", "lanes")
 """Modes that every change is tried with; the others are exhaustive."""
 MODES = {

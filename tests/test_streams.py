@@ -18,6 +18,8 @@ from actcache.cli import main
 from actcache.cli.streams import Outlet
 from actcache.spec import Site
 
+pytestmark = pytest.mark.exhaustive
+
 ODD = "blöcke→😀"
 
 
