@@ -149,7 +149,7 @@ def test_indices_are_looked_at_before_a_device_sees_them(lookup: Any) -> None:
 def test_verbs_refuse_a_length_before_the_text_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     random_model("roberta", "AutoModelForMaskedLM", **{**LLAMA_LIKE, "max_position_embeddings": 34, "pad_token_id": 1}
     ).save_pretrained(tmp_path / "model")  # fmt: skip
-    model, site = str(tmp_path / "model"), "blocks.1.hook_resid_post"
+    model, site = str(tmp_path / "model"), "roberta.encoder.layer.1:out"
     nowhere = str(tmp_path / "no-text.npy")
     for verb in (
         ["extract", "--model", model, "--sites", site, "--text", nowhere, "--out", str(tmp_path / "a.zarr")],
