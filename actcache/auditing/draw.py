@@ -47,13 +47,7 @@ def draw_sequences(store: Store, n_sequences: int, seed: int, within: range | No
     The same store, number and seed give the same sequences.
     """
     rng, within = np.random.default_rng(seed), within or range(store.spec.n_sequences)
-    chosen = _spread(_shards_within(store, within), n_sequences, rng)
-    share = np.diff(np.linspace(0, n_sequences, len(chosen) + 1).astype(int)).tolist()
-    drawn = [
-        Drawn(shard=shard, sequences=_of_shard(store, shard, n, rng, within))
-        for shard, n in zip(chosen, share, strict=True)
-    ]
-    return [entry for entry in drawn if entry.sequences]
+    return _of_shards(store, _spread(_shards_within(store, within), n_sequences, rng), n_sequences, rng, within)
 
 
 def draw_cheaply(
@@ -68,16 +62,12 @@ def draw_cheaply(
     rng, within = np.random.default_rng(0), within or range(store.spec.n_sequences)
     shards = _shards_within(store, within)
     whole = _spread(shards, -(-len(shards) // one_shard_of), rng)
-    share = np.diff(np.linspace(0, n_sequences, len(whole) + 1).astype(int)).tolist()
-    drawn = [
-        Drawn(shard=shard, sequences=_of_shard(store, shard, n, rng, within))
-        for shard, n in zip(whole, share, strict=True)
-    ]
+    drawn = _of_shards(store, whole, n_sequences, rng, within)
     for shard in _spread([shard for shard in shards if shard not in whole], most_shards, rng):
         for sequence in _of_shard(store, shard, 1, rng, within):
             row = int(np.argmax(store.shard_row_table(shard, ["sequence"])["sequence"] == sequence))
             drawn.append(Drawn(shard=shard, sequences=[sequence], chunk=row // store.spec.rows_per_chunk))
-    return [entry for entry in drawn if entry.sequences]
+    return drawn
 
 
 def _shards_within(store: Store, within: range) -> list[int]:
@@ -90,6 +80,18 @@ def _spread(shards: list[int], n: int, rng: np.random.Generator) -> list[int]:
     """At most `n` of some shards: one drawn from each of equal stretches."""
     edges = np.linspace(0, len(shards), min(len(shards), n) + 1).astype(int)
     return [shards[int(rng.integers(start, stop))] for start, stop in pairwise(edges.tolist())]
+
+
+def _of_shards(
+    store: Store, shards: list[int], n_sequences: int, rng: np.random.Generator, within: range
+) -> list[Drawn]:
+    """All rows of `n_sequences` sequences, shared out over some shards; shards without such rows are left out."""
+    share = np.diff(np.linspace(0, n_sequences, len(shards) + 1).astype(int)).tolist()
+    drawn = [
+        Drawn(shard=shard, sequences=_of_shard(store, shard, n, rng, within))
+        for shard, n in zip(shards, share, strict=True)
+    ]
+    return [entry for entry in drawn if entry.sequences]
 
 
 def _of_shard(store: Store, shard: int, n: int, rng: np.random.Generator, within: range) -> list[int]:

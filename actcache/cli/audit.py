@@ -14,14 +14,12 @@ from rich.text import Text
 
 from actcache.cli.options import Flag, Flat, RunOptions, Strings
 from actcache.cli.screen import Screen, empty_table
+from actcache.cli.stores import UNSOUND
 from actcache.errors import ConfigError
 
 if TYPE_CHECKING:
     from actcache.auditing import Audit
     from actcache.store import Store
-
-UNSOUND = 2
-_EMBEDDED = "stories-4l"
 
 
 def audit(
@@ -70,9 +68,11 @@ def audit(
 
 def _model_of(store: Store) -> str:
     """The model of a store that says enough to find it again; nothing is opened on a store's word alone."""
+    from actcache.lm.load import EMBEDDED_MODEL
+
     name = store.spec.model.get("name")
-    if name == _EMBEDDED:
-        return _EMBEDDED
+    if name == EMBEDDED_MODEL:
+        return EMBEDDED_MODEL
     raise ConfigError(
         f"{store.path} was made from {name or 'a model that it does not name'}: say where that is, --model"
     )

@@ -18,7 +18,6 @@ from actcache.extraction.settle import (
     check_meanings,
     fastest_batch,
     meanings_of,
-    model_for,
     provenance,
     store_spec,
     warn_of_other_circumstances,
@@ -76,8 +75,8 @@ def extract(
         part: `(i, n)`, to make only part i of n (from 1 on) of the shards, while other processes, here or on other
             machines, make the others with the same call. Whoever comes last seals the store; before that, the store
             that is returned is not sealed.
-        audit: end with a small audit of what was made (see `actcache.audit`): a hundredth of the run, four sequences at
-            least. If it fails, nothing is deleted and the store is not sealed; without it the store is sealed.
+        audit: end with a small audit of what was made (see `actcache.audit`): one sequence of 300, at least four
+            and at most 32. If it fails, nothing is deleted and the store is not sealed; without it the store is sealed.
         durable: flush what is written (`fsync`), so that a power cut takes no shard that counts; False is for scratch.
         progress: called with (sequences done, sequences in all) after each forward pass.
         watch: called with a `Status` after each forward pass: speeds, queue, statistics.
@@ -286,11 +285,11 @@ def _begin(
     batch = batch_size(batch_sequences, place, lambda: fastest_batch(lm, resolved, blocks))
 
     def made() -> StoreWriter:
-        sites = with_codecs(lm, blocks, resolved, place, codec, plain)
+        spec = replace(plain, sites=with_codecs(lm, blocks, resolved, place, codec, plain))
         with suppress(StoreError):
             found = open_store(place)
-            sites = meanings_of(place, found.spec.sites, sites, warn=found.root.state != "sealed")
-        spec = replace(plain, sites=sites, model=model_for(lm, place))
+            sites = meanings_of(place, found.spec.sites, spec.sites, warn=not found.sealed)
+            spec = replace(spec, sites=sites, model=lm.identity_for(found.spec.model))
         return _writer(lm, place, spec, blocks, batch, threads, shared=shared, elsewhere=elsewhere)
 
     try:

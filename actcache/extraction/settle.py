@@ -73,13 +73,6 @@ def store_spec(
     )
 
 
-def model_for(lm: LanguageModel, path: Objects) -> Mapping[str, Any]:
-    """The model's identity; where a store of the same model is begun, as it stands there: folders may differ."""
-    with suppress(StoreError):
-        return lm.identity_for(open_store(path).spec.model)
-    return lm.identity
-
-
 def with_codecs(
     lm: LanguageModel,
     blocks: TokenBlocks,
