@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 
-from measure import HEADER, Figure, embedded, machine
+from measure import HEADER, Figure, embedded, figure_of, machine
 from store import write_store
 from store_data import recorded
 
@@ -63,23 +62,10 @@ def compared(
         for pair in range(pairs + 1):
             order = (True, False) if pair % 2 else (False, True)
             runs.append({durable: _rates(work, folder / "acts.zarr", durable, amount) for durable in order})
-    figures = []
-    for place, clock in enumerate(("clock", "processors")):
-        rates = [(run[True][place], run[False][place]) for run in runs[1:]]
-        ratios = [a / b for a, b in rates]
-        figures.append(
-            Figure(
-                name=f"{name}, by the {clock}",
-                ours=statistics.median(a for a, _ in rates),
-                baseline=statistics.median(b for _, b in rates),
-                unit=unit,
-                ratio=statistics.median(ratios),
-                low=min(ratios),
-                high=max(ratios),
-                goal=goal,
-            )
-        )
-    return figures
+    return [
+        figure_of(f"{name}, by the {clock}", [(run[True][i], run[False][i]) for run in runs[1:]], unit=unit, goal=goal)
+        for i, clock in enumerate(("clock", "processors"))
+    ]
 
 
 def figures(n_sequences: int = 1536, pairs: int = 5, where: Path | None = None) -> list[Figure]:

@@ -60,7 +60,11 @@ def compare(
     pairs: int = 3,
 ) -> Figure:
     """Run both in turn; each returns the rate that it reached. One pair before the counted ones warms caches."""
-    rates = [(ours(), baseline()) for _ in range(pairs + 1)][1:]
+    return figure_of(name, [(ours(), baseline()) for _ in range(pairs + 1)][1:], unit=unit, goal=goal)
+
+
+def figure_of(name: str, rates: list[tuple[float, float]], *, unit: str, goal: float | None) -> Figure:
+    """The medians of pairs of rates, ours and the baseline's, and of their ratios."""
     ratios = [a / b for a, b in rates]
     return Figure(
         name=name,

@@ -29,6 +29,16 @@ GPT2 = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+LONG_ROPE = {
+    "rope_theta": 1e4,
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+    "original_max_position_embeddings": 16,
+    "factor": 4.0,
+}
+DYNAMIC_ROPE = {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 8.0, "original_max_position_embeddings": 16}
+"""Rotary frequencies that a sequence of more than 16 tokens changes for a batch, or stretches for good."""
 
 
 def small_module() -> StoriesLM:

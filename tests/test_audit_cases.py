@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from lm_models import DYNAMIC_ROPE, LONG_ROPE
 from torch import Tensor, nn
 
 import actcache as ac
@@ -86,14 +87,6 @@ def test_a_name_that_means_another_module_in_half_of_the_store(tmp_path: Path) -
 
 def test_short_sequences_in_a_batch_with_a_long_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long rope takes other frequencies for all sequences of a batch once one of them is long."""
-    rope = {
-        "rope_theta": 1e4,
-        "rope_type": "longrope",
-        "short_factor": [1.0] * 4,
-        "long_factor": [4.0] * 4,
-        "original_max_position_embeddings": 16,
-        "factor": 4.0,
-    }
     config = hf.Phi3Config(
         **SIZES,
         **SPECIAL,
@@ -101,7 +94,7 @@ def test_short_sequences_in_a_batch_with_a_long_one(tmp_path: Path, monkeypatch:
         num_key_value_heads=2,
         max_position_embeddings=64,
         original_max_position_embeddings=16,
-        rope_parameters=rope,
+        rope_parameters=LONG_ROPE,
     )
     lm = ac.load_lm(noisy(hf.Phi3ForCausalLM(config)))
     monkeypatch.setattr(LanguageModel, "takes_padding_to", lambda *_: True)
@@ -181,14 +174,13 @@ def test_a_module_that_runs_twice_is_not_its_first_run(tmp_path: Path, monkeypat
 
 def test_a_model_that_remembers_long_sequences_is_audited_as_if_it_did_not(tmp_path: Path) -> None:
     """Dynamic rope: frequencies that were stretched for a long sequence stay so for the next ones."""
-    rope = {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 8.0, "original_max_position_embeddings": 16}
     config = hf.LlamaConfig(
         **SIZES,
         **SPECIAL,
         intermediate_size=40,
         num_key_value_heads=2,
         max_position_embeddings=16,
-        rope_parameters=rope,
+        rope_parameters=DYNAMIC_ROPE,
     )
     lm = ac.load_lm(noisy(hf.LlamaForCausalLM(config)))
     with pytest.warns(UserWarning, match="claims 16 positions"):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lm_models import LLAMA_LIKE, names, random_ids, random_model, small_module
+from lm_models import DYNAMIC_ROPE, LLAMA_LIKE, LONG_ROPE, names, random_ids, random_model, small_module
 from torch import Tensor
 
 import actcache as ac
@@ -16,24 +16,15 @@ from actcache.errors import ConfigError
 from actcache.lm import LanguageModel, load_lm
 
 SIZES = {**LLAMA_LIKE, "max_position_embeddings": 64, "num_key_value_heads": 3, "original_max_position_embeddings": 16}
-LONG = {
-    "rope_theta": 1e4,
-    "rope_type": "longrope",
-    "short_factor": [1.0] * 4,
-    "long_factor": [4.0] * 4,
-    "original_max_position_embeddings": 16,
-    "factor": 4.0,
-}
-DYNAMIC = {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 8.0, "original_max_position_embeddings": 16}
 LAST = "model.layers.1:out"
 
 
 def long_rope() -> Any:
-    return random_model("phi3", **SIZES, rope_parameters=LONG)
+    return random_model("phi3", **SIZES, rope_parameters=LONG_ROPE)
 
 
 def dynamic_rope() -> Any:
-    return random_model("llama", **{**SIZES, "max_position_embeddings": 16}, rope_parameters=DYNAMIC)
+    return random_model("llama", **{**SIZES, "max_position_embeddings": 16}, rope_parameters=DYNAMIC_ROPE)
 
 
 def opened(module: Any) -> LanguageModel:

@@ -22,7 +22,7 @@ Check: TypeAlias = Callable[[Store], Mapping[str, Any]]
 raises `AuditError`."""
 
 
-def check_before_sealing(objects: Objects, root: layout.Root, spec: StoreSpec, check: Check) -> Mapping[str, Any]:
+def provenance_after(objects: Objects, root: layout.Root, spec: StoreSpec, check: Check) -> Mapping[str, Any]:
     """Have a complete store looked at, and return the provenance to seal it with.
 
     Args:

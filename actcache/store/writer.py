@@ -31,7 +31,7 @@ from actcache.store.encode import ShardEncoder
 from actcache.store.hold import TornShardsError, torn_among
 from actcache.store.objects import Objects, to_write
 from actcache.store.reader import Store
-from actcache.store.seal import Check, check_before_sealing, complete, seal
+from actcache.store.seal import Check, complete, provenance_after, seal
 
 _Part: TypeAlias = tuple[layout.Record, NDArray[np.float64]]
 _CREATION_PATIENCE_S = 600.0
@@ -330,7 +330,7 @@ class StoreWriter:
         except TornShardsError as error:
             self._take_back({shard for shard, column in error.torn if column in self._own(shard)})
             raise
-        provenance = None if check is None else check_before_sealing(self.objects, root, self.spec, check)
+        provenance = None if check is None else provenance_after(self.objects, root, self.spec, check)
         self._adopt()
         seal(self.objects, held, provenance)
 
