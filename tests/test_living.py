@@ -11,7 +11,7 @@ import torch
 from conftest import random_bits, random_blocks, spec_of, write_shards
 from test_damage import Died, FailingStore, contents
 
-from actcache.errors import ConfigError, SiteError, StoreIncompleteError, StoreMismatchError
+from actcache.errors import ConfigError, SiteError, StoreIncompleteError, StoreMismatchError, StoreNotFoundError
 from actcache.load import Loader
 from actcache.spec import Site
 from actcache.store import StoreWriter, delete_sites, export, open_store, verify
@@ -272,3 +272,15 @@ def test_exports_are_asked_for_what_there_is(plan, tmp_path):
     with pytest.raises(ConfigError, match="sequences range"):
         export(store, tmp_path / "x.zarr", sequences=range(5, 99))
     assert not (tmp_path / "x.zarr").exists()
+
+
+def test_sites_of_a_store_that_is_not_there_leave_no_folder(tmp_path):
+    with pytest.raises(StoreNotFoundError):
+        delete_sites(tmp_path / "nowhere.zarr", ["a"])
+    assert not (tmp_path / "nowhere.zarr").exists()
+
+
+@pytest.mark.parametrize("rows", [slice(1.5, 3), slice("a", None), slice(None, None, 0)], ids=str)
+def test_a_slice_of_no_whole_numbers_is_a_sentence(small_store, rows):
+    with pytest.raises(IndexError, match="a slice of whole numbers"):
+        small_store.read(small_store.sites[0], rows)

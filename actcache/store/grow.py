@@ -106,6 +106,7 @@ def delete_sites(path: str | Path | Objects, names: list[str]) -> None:
         CorruptShardError: what stays is damaged; nothing has been changed.
     """
     objects = to_write(path)
+    layout.read_root(objects)  # where there is no store, no folder is made for its lock
     with objects.lock():
         root = layout.read_root(objects)
         store = Store(objects, root)

@@ -144,6 +144,16 @@ def row_ids(store: Store, start: int, stop: int) -> NDArray[np.int64]:
     return np.concatenate([np.empty(0, np.int64), *(np.arange(first, last) for first, last in ranges)])
 
 
+def _bounds(store: Store, rows: slice) -> tuple[int, int, int]:
+    """Start, stop and step of a slice of row ids; IndexError when they are no whole numbers, or rows are missing."""
+    try:
+        start, stop, step = rows.indices(store.spec.n_rows)
+    except (TypeError, ValueError) as error:
+        raise IndexError(f"rows of {store.path} are asked for by a slice of whole numbers, not {rows}") from error
+    _check_written(store, start, stop)
+    return start, stop, step
+
+
 def checked_rows(store: Store, rows: Rows) -> NDArray[np.int64]:
     """The row ids that are meant; IndexError when there is one that is no row."""
     if isinstance(rows, RowFilter):
@@ -151,8 +161,7 @@ def checked_rows(store: Store, rows: Rows) -> NDArray[np.int64]:
         parts = (shard * size + np.flatnonzero(rows.of_shard(store, shard)) for shard in store.committed)
         return np.concatenate([np.empty(0, np.int64), *parts])
     if isinstance(rows, slice):
-        start, stop, step = rows.indices(store.spec.n_rows)
-        _check_written(store, start, stop)
+        start, stop, step = _bounds(store, rows)
         if step == 1:
             return row_ids(store, start, stop)
         wanted = np.arange(start, stop, step)
@@ -186,8 +195,7 @@ def shard_masks(store: Store, rows: Rows) -> Callable[[int], NDArray[np.bool_]]:
     if isinstance(rows, RowFilter):
         return lambda shard: rows.of_shard(store, shard)
     if isinstance(rows, slice):
-        start, stop, step = rows.indices(store.spec.n_rows)
-        _check_written(store, start, stop)
+        start, stop, step = _bounds(store, rows)
         return lambda shard: _chosen(np.arange(n_rows[shard]) + shard * size, range(start, stop, step), 0)
     mask = np.asarray(rows)
     if mask.dtype == bool and mask.shape == (store.spec.n_rows,):
