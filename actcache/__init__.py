@@ -10,12 +10,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from actcache._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from actcache.auditing import Audit as Audit
     from actcache.auditing import audit as audit
     from actcache.errors import ActcacheError as ActcacheError
-    from actcache.evaluate import reconstruction as reconstruction
-    from actcache.evaluate import spliced_loss as spliced_loss
     from actcache.exchange import export_saelens as export_saelens
     from actcache.exchange import import_npy as import_npy
     from actcache.exchange import import_saelens as import_saelens
@@ -38,7 +38,11 @@ if TYPE_CHECKING:
     from actcache.source import read_texts as read_texts
     from actcache.source import read_tokens as read_tokens
     from actcache.source import token_blocks as token_blocks
-    from actcache.sparse import SparseMLP as SparseMLP
+    from actcache.sparse.evaluation import reconstruction as reconstruction
+    from actcache.sparse.evaluation import spliced_loss as spliced_loss
+    from actcache.sparse.model import SparseMLP as SparseMLP
+    from actcache.sparse.training import TrainConfig as TrainConfig
+    from actcache.sparse.training import Trainer as Trainer
     from actcache.store import Context as Context
     from actcache.store import RowFilter as RowFilter
     from actcache.store import Store as Store
@@ -47,10 +51,6 @@ if TYPE_CHECKING:
     from actcache.store import open_store as open_store
     from actcache.store import repair as repair
     from actcache.store import verify as verify
-    from actcache.train import TrainConfig as TrainConfig
-    from actcache.train import Trainer as Trainer
-
-__version__ = "0.1.0"
 
 _ROOMS = {
     "ActcacheError": "errors",
@@ -64,8 +64,8 @@ _ROOMS = {
     "ShuffleReport": "load",
     "SparseMLP": "sparse",
     "Store": "store",
-    "TrainConfig": "train",
-    "Trainer": "train",
+    "TrainConfig": "sparse",
+    "Trainer": "sparse",
     "add_sites": "extraction",
     "audit": "auditing",
     "delete_sites": "store",
@@ -82,57 +82,18 @@ _ROOMS = {
     "read_documents": "source",
     "read_texts": "source",
     "read_tokens": "source",
-    "reconstruction": "evaluate",
+    "reconstruction": "sparse",
     "repair": "store",
     "serve_batches": "share",
     "share_batches": "share",
-    "spliced_loss": "evaluate",
+    "spliced_loss": "sparse",
     "split_sequences": "load",
     "token_blocks": "source",
     "verify": "store",
     "write_report": "report",
 }
 
-__all__ = [
-    "ActcacheError",
-    "Audit",
-    "Context",
-    "Loader",
-    "LoaderStats",
-    "MixedLoader",
-    "RowFilter",
-    "ServedBatches",
-    "ShuffleReport",
-    "SparseMLP",
-    "Store",
-    "TrainConfig",
-    "Trainer",
-    "add_sites",
-    "audit",
-    "delete_sites",
-    "export",
-    "export_saelens",
-    "extend",
-    "extract",
-    "import_npy",
-    "import_saelens",
-    "import_safetensors",
-    "load_lm",
-    "open_store",
-    "read_chats",
-    "read_documents",
-    "read_texts",
-    "read_tokens",
-    "reconstruction",
-    "repair",
-    "serve_batches",
-    "share_batches",
-    "spliced_loss",
-    "split_sequences",
-    "token_blocks",
-    "verify",
-    "write_report",
-]
+__all__ = sorted(_ROOMS)
 
 
 def __getattr__(name: str) -> Any:

@@ -14,16 +14,17 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from actcache import report
 from actcache.errors import ActcacheError, ConfigError, SiteError, StateError
-from actcache.runs import OnStage, Pair, Trained, evaluate_pair, provenance, store_facts, train_pair
+from actcache.report import write_report
+from actcache.sparse.metrics import read_metrics, write_metrics
+from actcache.sparse.runs import OnStage, Pair, Trained, evaluate_pair, provenance, store_facts, train_pair
 from actcache.spec import Progress, check_positive
 
 if TYPE_CHECKING:
     from actcache.lm import LanguageModel
+    from actcache.sparse.training import TrainConfig
     from actcache.spec import TokenBlocks
     from actcache.store import Store
-    from actcache.train import TrainConfig
 
 PATTERNS = ("blocks.*.mlp.hook_in", "blocks.*.hook_mlp_out")
 
@@ -75,7 +76,7 @@ class DemoConfig:
 
     def train_config(self, layer: int) -> TrainConfig:
         """The recipe of one layer, counted from 0."""
-        from actcache.train import TrainConfig
+        from actcache.sparse.training import TrainConfig
 
         return TrainConfig(
             l1=self.l1[min(layer, len(self.l1) - 1)],
@@ -137,7 +138,7 @@ class _Demo:
         trained = self._train(store)
         rows = self._evaluate(lm, store, trained, held_out, held_out_store)
         metrics = self._write(command, lm, blocks, held_out, store, rows, perf_counter() - began)
-        report.write_report(self.config.out)
+        write_report(self.config.out)
         return metrics
 
     @contextmanager
@@ -191,7 +192,7 @@ class _Demo:
     def _earlier(self, stage: str) -> dict[str, Any]:
         """What an earlier run measured when it made what is now reused."""
         try:
-            found = report.read_metrics(self.config.out)["stages"][stage]
+            found = read_metrics(self.config.out)["stages"][stage]
         except (ActcacheError, KeyError):
             return {}
         kept = {name: value for name, value in found.items() if name.endswith("_per_s")}
@@ -275,7 +276,7 @@ class _Demo:
             "layers": rows,
             "stages": self.stages,
         }
-        return report.write_metrics(config.out, metrics)
+        return write_metrics(config.out, metrics)
 
 
 def _rows_in(path: Path) -> int:
@@ -289,7 +290,7 @@ def _rows_in(path: Path) -> int:
 
 
 def _remove_checkpoint(folder: Path) -> None:
-    from actcache.train import CHECKPOINT
+    from actcache.sparse.training import CHECKPOINT
 
     (folder / CHECKPOINT).unlink(missing_ok=True)
 

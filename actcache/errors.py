@@ -81,7 +81,22 @@ class StoreBusyError(StoreError):
 
 
 class CorruptShardError(ActcacheError, OSError):
-    """What is on disk is not what was written; never answered with zeros or guesses."""
+    """What is on disk is not what was written; never answered with zeros or guesses.
+
+    Args:
+        reason: what is wrong, and where.
+        store: the store that `actcache verify` should look at; None where the reason itself says what to do.
+    """
+
+    def __init__(self, reason: str, *, store: object = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        """What is wrong, and where."""
+        self.way_out = "" if store is None else f"run 'actcache verify {store}'"
+        """What to do about it; empty where the reason says it."""
+
+    def __str__(self) -> str:
+        return f"{self.reason}; {self.way_out}" if self.way_out else self.reason
 
 
 class AuditError(ActcacheError, ValueError):

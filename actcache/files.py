@@ -9,10 +9,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -233,3 +234,14 @@ def why_not_tensors(path: Path, error: Exception) -> str:
     if start == _LFS:
         return "is a git-lfs pointer and not the tensors: run 'git lfs pull'"
     return f"is damaged, cut short or no safetensors file ({error})"
+
+
+def finite(value: Any) -> Any:
+    """The value with numbers that JSON cannot hold (NaN, infinity) replaced by None."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [finite(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value

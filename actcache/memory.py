@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -48,3 +51,38 @@ def is_out_of_memory(error: BaseException) -> bool:
     said = str(error).lower()
     texts = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in said for text in texts)
+
+
+Key = TypeVar("Key")
+
+
+Value = TypeVar("Value")
+
+
+class Kept(Generic[Key, Value]):
+    """Values that have been read, the latest ones that fit; what is found costs no lock."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes, self._n_bytes = most_bytes, 0
+        self._values: dict[Key, tuple[Value, int]] = {}
+        self._guards: dict[Key, threading.Lock] = {}
+        self._changing = threading.Lock()
+
+    def get(self, key: Key, read: Callable[[], tuple[Value, int]]) -> Value:
+        """The value of a key, and if need be from `read`, which says how many bytes of memory it takes."""
+        if (found := self._values.get(key)) is None:
+            # Of many threads that need it at once, one asks for it: that is what takes long where a store is far away.
+            with self._guards.setdefault(key, threading.Lock()):
+                if (found := self._values.get(key)) is None:
+                    found = read()
+                    self._keep(key, found)
+        return found[0]
+
+    def _keep(self, key: Key, found: tuple[Value, int]) -> None:
+        with self._changing:
+            self._values[key] = found
+            self._n_bytes += found[1]
+            while self._n_bytes > self._most_bytes and len(self._values) > 1:
+                oldest = next(iter(self._values))
+                self._n_bytes -= self._values.pop(oldest)[1]
+                self._guards.pop(oldest, None)

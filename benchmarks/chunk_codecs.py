@@ -24,8 +24,9 @@ from measure import machine
 from numpy.typing import NDArray
 
 from actcache.store import codecs
-from actcache.store.codecs import Chain, chain_of, parse_codec
-from actcache.store.quantise import dequantise_rows, feature_exponents, quantise_rows
+from actcache.store.codecs.chain import Chain
+from actcache.store.codecs.presets import chain_of, parse_codec
+from actcache.store.codecs.quantise import dequantise_rows, feature_exponents, quantise_rows
 
 METHOD = """\
 Each table is one site, in bfloat16, in chunks of 512 KiB with their rows in random order, as a store has them. "Of raw"

@@ -31,7 +31,8 @@ from store import forget
 from store_data import Data
 
 import actcache as ac
-from actcache.store import Store, layout
+from actcache.store import Store
+from actcache.store.format.keys import sharded_key
 
 CODECS = ("lossless", "raw")
 _MEMORY = "200MB"
@@ -81,7 +82,7 @@ def read_in_order(files: list[Path], threads: int) -> int:
 def against_the_disk(store: Store, pairs: int) -> tuple[Figure, ac.LoaderStats]:
     """An epoch of all values against their files, and what the loader's time went into over all its runs."""
     shards = range(store.spec.n_shards)
-    files = [Path(store.path, layout.sharded_key(SITE, "acts", shard)) for shard in shards]
+    files = [Path(store.path, sharded_key(SITE, "acts", shard)) for shard in shards]
     n_bytes = sum(file.stat().st_size for file in files)
 
     def in_order(threads: int) -> float:

@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 import actcache as ac
+from actcache.lm.stories import StoriesConfig, StoriesLM
 from actcache.spec import Status, TokenBlocks
-from actcache.stories import StoriesConfig, StoriesLM
 
 LENGTH = 128
 SITES = ["blocks.0.mlp.hook_in", "blocks.0.hook_mlp_out"]

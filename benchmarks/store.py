@@ -41,8 +41,10 @@ from store_data import Data, compressor_of, expander_of, of_shard, recorded
 
 from actcache.memory import keep_freed_memory
 from actcache.spec import StoreSpec
-from actcache.store import Store, StoreWriter, codecs, layout, open_store, to_write
-from actcache.store.verify import verify
+from actcache.store import Store, StoreWriter, codecs, open_store, to_write
+from actcache.store.format.keys import sharded_key
+from actcache.store.format.site_arrays import array_chain, chunks_per_shard
+from actcache.store.maintenance.verify import verify
 
 _CHECKSUM_BYTES = 4
 _INDEX_ENTRY_BYTES = 16
@@ -85,7 +87,7 @@ def write_zarr(data: Data, spec: StoreSpec, path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
     group = zarr.open_group(path, mode="w")
     for site in spec.sites:
-        chain, dtype = layout.array_chain(site, "acts"), np.dtype("<u2")
+        chain, dtype = array_chain(site, "acts"), np.dtype("<u2")
         array = group.create_array(
             site.name,
             shape=(spec.n_rows, site.width),
@@ -127,7 +129,7 @@ def in_threads(places: list[Place], work: Callable[[Iterable[Place]], None]) -> 
 
 def read_figures(store: Store, theirs: Path, codec: str, pairs: int) -> list[Figure]:
     """Random chunks into a buffer that is reused, against numcodecs and against zarr-python."""
-    spec, n_chunks = store.spec, layout.chunks_per_shard(store.spec)
+    spec, n_chunks = store.spec, chunks_per_shard(store.spec)
     shape = (spec.rows_per_chunk, spec.sites[0].width)
     # Whole chunks only: the last shard may end earlier.
     whole = [len(spec.shard_rows(shard)) // spec.rows_per_chunk for shard in range(spec.n_shards)]
@@ -177,11 +179,11 @@ def read_figures(store: Store, theirs: Path, codec: str, pairs: int) -> list[Fig
 def _opened_shards(store: Store) -> Iterator[dict[tuple[str, int], tuple[int, NDArray[np.uint64]]]]:
     """Descriptor and chunk index of every shard object, by site and shard."""
     found: dict[tuple[str, int], tuple[int, NDArray[np.uint64]]] = {}
-    n_bytes = layout.chunks_per_shard(store.spec) * _INDEX_ENTRY_BYTES
+    n_bytes = chunks_per_shard(store.spec) * _INDEX_ENTRY_BYTES
     try:
         for name in store.sites:
             for shard in range(store.spec.n_shards):
-                descriptor = os.open(Path(store.path, layout.sharded_key(name, "acts", shard)), os.O_RDONLY)
+                descriptor = os.open(Path(store.path, sharded_key(name, "acts", shard)), os.O_RDONLY)
                 stored = os.pread(descriptor, n_bytes, os.fstat(descriptor).st_size - n_bytes - _CHECKSUM_BYTES)
                 found[name, shard] = descriptor, np.frombuffer(stored, "<u8").reshape(-1, 2)
         yield found

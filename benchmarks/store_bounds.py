@@ -24,10 +24,15 @@ from store_data import Data, compressor_of, of_shard
 from actcache.memory import keep_freed_memory
 from actcache.order import permutation
 from actcache.spec import Site, StoreSpec, TokenBlocks
-from actcache.store import StoreWriter, codecs, layout, metadata, open_store
-from actcache.store.objects import Objects
-from actcache.store.seal import sealed_root
-from actcache.store.stats import LineBuilder, line_length
+from actcache.store import StoreWriter, codecs, open_store
+from actcache.store.backends.objects import Objects
+from actcache.store.format import metadata
+from actcache.store.format.keys import columns_of, commit_key, stats_key, total_key
+from actcache.store.format.records import HEAD_BYTES, Record, record_length, stats_place
+from actcache.store.format.root import Root, write_root
+from actcache.store.format.stats import LineBuilder, line_length
+from actcache.store.format.table_objects import encode_table, put_table
+from actcache.store.writing.seal import sealed_root
 
 THREADS = 2
 
@@ -131,31 +136,29 @@ def wide_spec(n_shards: int, n_sites: int, sequences_per_shard: int = 1, width: 
 def make_many_shards(path: Path, spec: StoreSpec, *, sealed: bool) -> None:
     """A store with all metadata and records of its shards, but without their activations, which opening never reads."""
     objects = Objects(path, read_only=False)
-    layout.write_root(objects, layout.Root(state="creating", spec=spec))
+    write_root(objects, Root(state="creating", spec=spec))
     metadata.write_metadata(objects, spec)
     line = np.zeros(line_length(spec.sites[0].width))
-    line_crc, line_data = layout.encode_table(line[None])
-    checksums = [0] * (layout.stats_place(spec) + 1)
-    checksums[layout.stats_place(spec)] = line_crc
-    record = layout.Record(n_rows=spec.rows_per_shard, n_bytes=100, checksums=tuple(checksums))
-    records = [
-        np.frombuffer(record.to_bytes(layout.record_length(spec, column)), np.uint8) for column in layout.columns(spec)
-    ]
+    line_crc, line_data = encode_table(line[None])
+    checksums = [0] * (stats_place(spec) + 1)
+    checksums[stats_place(spec)] = line_crc
+    record = Record(n_rows=spec.rows_per_shard, n_bytes=100, checksums=tuple(checksums))
+    records = [np.frombuffer(record.to_bytes(record_length(spec, column)), np.uint8) for column in columns_of(spec)]
     if not sealed:
-        layout.write_root(objects, layout.Root(state="open", spec=spec))
-        for column, values in zip(layout.columns(spec), records, strict=True):
-            data = layout.encode_table(values[None])[1]
-            _write_many(path, (layout.commit_key(column, shard) for shard in range(spec.n_shards)), data)
+        write_root(objects, Root(state="open", spec=spec))
+        for column, values in zip(columns_of(spec), records, strict=True):
+            data = encode_table(values[None])[1]
+            _write_many(path, (commit_key(column, shard) for shard in range(spec.n_shards)), data)
         for site in spec.sites:
-            _write_many(path, (layout.stats_key(site.name, shard) for shard in range(spec.n_shards)), line_data)
+            _write_many(path, (stats_key(site.name, shard) for shard in range(spec.n_shards)), line_data)
         return
-    heads = np.stack([values[: layout.HEAD_BYTES] for values in records])
+    heads = np.stack([values[:HEAD_BYTES] for values in records])
     ledger = np.ascontiguousarray(np.broadcast_to(heads, (spec.n_shards, *heads.shape)))
     ledger[:, :, :32] = np.random.default_rng(0).integers(0, 256, (*ledger.shape[:2], 32))  # digests do not compress
     for site in spec.sites:
-        layout.put_table(objects, layout.total_key(site.name), line)
+        put_table(objects, total_key(site.name), line)
     metadata.put_ledger(objects, spec, ledger)
-    layout.write_root(objects, sealed_root(spec, ledger, [line] * len(spec.sites)))
+    write_root(objects, sealed_root(spec, ledger, [line] * len(spec.sites)))
 
 
 def _write_many(path: Path, keys: Iterable[str], data: bytes) -> None:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from actcache.spec import Site, StoreSpec, TokenBlocks
 from actcache.store import codecs
-from actcache.store.sizes import default_sizes
-from actcache.store.steps import Compressor
+from actcache.store.codecs.compressors import Compressor
+from actcache.store.format.sizes import default_sizes
 
 SITES = ["blocks.*.hook_resid_mid", "blocks.*.hook_resid_post"]
 _BATCH_SEQUENCES = 32

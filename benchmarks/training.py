@@ -20,9 +20,9 @@ from measure import HEADER, Figure, compare, embedded, rate
 
 import actcache as ac
 from actcache.memory import keep_freed_memory
-from actcache.sparse import sparse_loss
+from actcache.sparse.objective import sparse_loss
+from actcache.sparse.training import resolve_precision
 from actcache.store import Store
-from actcache.train import resolve_precision
 
 BATCH_ROWS = 2048
 SITES = ["blocks.2.mlp.hook_in", "blocks.2.hook_mlp_out"]

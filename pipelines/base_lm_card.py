@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from actcache.lm import load_lm
-from actcache.stories import StoriesConfig, StoriesLM
+from actcache.lm.stories import StoriesConfig, StoriesLM
 
 BOS = "<|bos|>"
 """The token that begins every document."""

@@ -24,7 +24,7 @@ import torch
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from actcache.lm import LanguageModel, load_lm
-from actcache.stories import StoriesLM
+from actcache.lm.stories import StoriesLM
 
 SHORTEST_STORY = 100
 """Characters; sampled texts that are not longer are mostly broken off by chance."""

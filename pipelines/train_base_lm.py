@@ -41,8 +41,8 @@ from torch import Tensor
 from torch.nn import Linear
 from torch.nn import functional as F
 
+from actcache.lm.stories import MLP, StoriesConfig, StoriesLM
 from actcache.source import read_texts
-from actcache.stories import MLP, StoriesConfig, StoriesLM
 
 HELD_OUT_STORIES = 200
 TEXTS_FOR_TOKENIZER = 20_000

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import cyclopts
 
-from actcache.report import read_metrics
+from actcache.sparse.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from actcache.lm import LanguageModel, ResolvedSite, load_lm
-from actcache.stories import StoriesConfig, StoriesLM
+from actcache.lm.stories import StoriesConfig, StoriesLM
 
 SMALL = StoriesConfig(d_model=16, d_mlp=24, n_layers=3, n_heads=2, n_ctx=12, d_vocab=40)
 MLP_IN, MLP_OUT = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from actcache.store import StoreWriter
-from actcache.store import writer as writer_module
+from actcache.store.writing import writer as writer_module
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import kill

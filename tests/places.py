@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 import zarr.storage
 
-from actcache.store import urls
-from actcache.store.objects import Objects
+from actcache.store.backends import urls
+from actcache.store.backends.objects import Objects
 
 HERE = Path(__file__).parent
 PATIENCE_S = 600

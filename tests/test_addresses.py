@@ -17,7 +17,8 @@ from actcache.cli import main
 from actcache.errors import ActcacheError, ConfigError
 from actcache.load import Loader
 from actcache.share import ServedBatches, serve_batches
-from actcache.store import export, open_store, urls, verify
+from actcache.store import export, open_store, verify
+from actcache.store.backends import urls
 
 SECRETS = ("sesame", "Signature", "s3cr3t")
 

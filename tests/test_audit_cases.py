@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 import actcache as ac
 from actcache.errors import AuditError
-from actcache.lm import LanguageModel, names, sites
+from actcache.lm import LanguageModel, names
+from actcache.lm import survey as sites
 from actcache.lm.inputs import Inputs
+from actcache.lm.survey import Comparison, layout_of
 from actcache.spec import Meaning
 
 D_VOCAB = 97
@@ -49,8 +51,8 @@ def olmo2() -> Any:
 def test_an_instrumented_model_that_disagrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Falcon with ALiBi and sequential attention: the block's output of transformer-lens is another one."""
 
-    def agreed(plain: Any, instrumented: Any) -> sites.Comparison:
-        return sites.Comparison(trusted=frozenset(instrumented), before=frozenset(instrumented))
+    def agreed(plain: Any, instrumented: Any) -> Comparison:
+        return Comparison(trusted=frozenset(instrumented), before=frozenset(instrumented))
 
     monkeypatch.setattr(names, "compare", agreed)
     monkeypatch.setattr(names, "agreeing", lambda plain, instrumented: {n: s.place for n, s in instrumented.items()})
@@ -120,7 +122,7 @@ class Stacked(nn.Module):
 
 
 def test_streams_that_are_taken_for_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = sites.layout_of
+    right = layout_of
 
     def guessed(pattern: bool, shapes: Any, ids_shapes: Any) -> Any:
         return ("Q F T F", "") if len(shapes[0]) == 4 else right(pattern, shapes, ids_shapes)

@@ -31,9 +31,9 @@ from actcache.cluster.connect import connected
 from actcache.cluster.driver import _next_group
 from actcache.errors import ClusterError, ConfigError, ModelNotFoundError, StoreBusyError, StoreMismatchError
 from actcache.lm import LanguageModel, load_lm
+from actcache.lm.stories import StoriesConfig, StoriesLM
 from actcache.spec import Status, TokenBlocks
 from actcache.store import Store, StoreWriter, open_store
-from actcache.stories import StoriesConfig, StoriesLM
 
 pytestmark = pytest.mark.exhaustive
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from actcache.store.codecs import PRESETS
+from actcache.store.codecs.presets import PRESETS
 
 pytestmark = pytest.mark.exhaustive
 

@@ -17,7 +17,7 @@ from zarr.storage import MemoryStore
 
 from actcache.errors import ConfigError
 from actcache.store import codecs
-from actcache.store.planes import compress_planes
+from actcache.store.codecs.planes import compress_planes
 
 LOSSLESS = [name for name, chain in codecs.PRESETS.items() if not chain.quantised]
 STORED = ["<u2", "<f2", "<f4", "<u4", "|i1", "|u1"]
@@ -115,7 +115,7 @@ def test_frames_of_lossless_are_read_by_every_blosc(itemsize, n_bytes, kind, mon
     assert len(frame) <= n_bytes + 16 + 8 * -(-n_bytes >> 19)
     if kind == "values" and n_bytes >= 1 << 19 and itemsize == 2:
         assert len(frame) <= len(numcodecs.blosc.compress(data, b"zstd", 1, 1, 1 << 19, 2)) < n_bytes
-    monkeypatch.setattr("actcache.store.planes.split_planes", lambda: None)  # as where numba is missing
+    monkeypatch.setattr("actcache.store.codecs.planes.split_planes", lambda: None)  # as where numba is missing
     assert compress_planes(data, itemsize, 1 << 19) == frame
 
 

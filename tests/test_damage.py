@@ -19,8 +19,8 @@ from zarr.storage import MemoryStore
 from actcache.errors import ActcacheError, CorruptShardError, StorageFullError, StoreIncompleteError, StoreNotFoundError
 from actcache.spec import Site, StoreSpec, TokenBlocks
 from actcache.store import Store, StoreWriter, open_store, repair, verify
-from actcache.store.layout import site_prefix
-from actcache.store.objects import Objects
+from actcache.store.backends.objects import Objects
+from actcache.store.format.keys import site_prefix
 
 
 class Died(BaseException):

@@ -13,8 +13,8 @@ import torch
 
 from actcache.demo import DemoConfig, pairs_of, run_demo
 from actcache.errors import ActcacheError, ConfigError, SiteError
-from actcache.runs import Pair, density_histogram
 from actcache.source import read_texts
+from actcache.sparse.runs import Pair, density_histogram
 
 pytestmark = pytest.mark.exhaustive
 
@@ -67,7 +67,7 @@ def test_everything_is_written_and_the_metrics_are_complete(first: tuple[Path, d
 
 
 def test_the_numbers_are_those_of_the_files(first: tuple[Path, dict[str, Any], Listener]) -> None:
-    from actcache.sparse import SparseMLP
+    from actcache.sparse.model import SparseMLP
     from actcache.store import open_store
 
     out, metrics, _ = first
@@ -160,7 +160,7 @@ def test_config_is_checked() -> None:
 
 
 def test_the_learning_rate_is_that_of_the_trainers_recipe() -> None:
-    from actcache.train import TrainConfig
+    from actcache.sparse.training import TrainConfig
 
     assert DemoConfig().lr == TrainConfig().lr
 

@@ -6,11 +6,11 @@ import torch
 from test_train import MemoryLoader, MemoryStore
 
 from actcache.errors import ConfigError
-from actcache.evaluate import SplicedLoss, next_token_loss, reconstruction, spliced_loss
 from actcache.lm import load_lm
-from actcache.sparse import SparseMLP
+from actcache.lm.stories import StoriesConfig, StoriesLM
+from actcache.sparse.evaluation import SplicedLoss, next_token_loss, reconstruction, spliced_loss
+from actcache.sparse.model import SparseMLP
 from actcache.spec import NO_DOCUMENT, TokenBlocks
-from actcache.stories import StoriesConfig, StoriesLM
 
 IN, OUT = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
 

@@ -11,8 +11,8 @@ from conftest import grow_disk, random_blocks, small_disk_in
 
 import actcache as ac
 from actcache.errors import ConfigError, SiteError, StorageFullError, StoreMismatchError
+from actcache.lm.stories import StoriesConfig, StoriesLM
 from actcache.spec import TokenBlocks
-from actcache.stories import StoriesConfig, StoriesLM
 
 CONFIG = StoriesConfig(d_model=16, d_mlp=32, n_layers=2, n_heads=2, n_ctx=32, d_vocab=2048)
 SITES = ["blocks.*.mlp.hook_in", "blocks.*.hook_mlp_out"]

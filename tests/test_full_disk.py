@@ -14,13 +14,13 @@ import pytest
 from conftest import grow_disk, random_bits, random_blocks, small_disk_in, spec_of, write_shards
 
 import actcache as ac
-from actcache import report
 from actcache.errors import StorageFullError
 from actcache.exchange import export_saelens
 from actcache.files import write_whole
 from actcache.load import Loader
-from actcache.sparse import SparseMLP
-from actcache.train import TrainConfig, Trainer
+from actcache.sparse.metrics import write_metrics
+from actcache.sparse.model import SparseMLP
+from actcache.sparse.training import TrainConfig, Trainer
 
 FILL = "fill"
 
@@ -55,7 +55,7 @@ WRITERS: dict[str, Callable[[Path, ac.Store], Any]] = {
     "saelens": lambda disk, store: export_saelens(store, disk / "out"),
     "weights": lambda disk, store: SparseMLP(d_in=64, d_out=64, n_latents=256).save(disk / "run"),
     "checkpoint": train,
-    "metrics.json": lambda disk, store: report.write_metrics(disk / "run", {"layers": []}),
+    "metrics.json": lambda disk, store: write_metrics(disk / "run", {"layers": []}),
     "report.html": lambda disk, store: write_whole(disk / "run" / "report.html", "x" * 99999),
 }
 

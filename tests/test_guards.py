@@ -22,20 +22,22 @@ from actcache.errors import (
 )
 from actcache.exchange import export_saelens
 from actcache.load import Loader
-from actcache.report.record import write_metrics
-from actcache.sparse import SparseMLP
+from actcache.sparse.metrics import write_metrics
+from actcache.sparse.model import SparseMLP
 from actcache.spec import Site
-from actcache.store import (
-    Store,
-    StoreWriter,
-    delete_sites,
-    export,
-    layout,
-    open_store,
-    refuse_inside_store,
-    repair,
-    verify,
+from actcache.store import Store, StoreWriter, delete_sites, export, open_store, refuse_inside_store, repair, verify
+from actcache.store.format.keys import (
+    LEDGER_KEY,
+    ROW_ARRAYS,
+    ROWS,
+    commit_key,
+    row_key,
+    sharded_key,
+    site_prefix,
+    stats_key,
 )
+from actcache.store.format.records import read_record, record_object
+from actcache.store.format.root import read_root
 
 ONE, TWO = "blocks.0.hook_mlp_out", "blocks.1.hook_resid_post"
 NEW = Site(name="blocks.1.hook_mlp_out", shape=(7,))
@@ -82,7 +84,7 @@ def files_of(path: Path) -> dict[str, bytes]:
 
 def rename(path: Path) -> None:
     edit(path, lambda about: about["spec"]["sites"][0].update(name="blocks.7.hook_mlp_out"))
-    (path / layout.site_prefix(ONE)).rename(path / layout.site_prefix("blocks.7.hook_mlp_out"))
+    (path / site_prefix(ONE)).rename(path / site_prefix("blocks.7.hook_mlp_out"))
 
 
 def site(number: int, **values: Any) -> Callable[[Path], None]:
@@ -134,11 +136,11 @@ def test_what_a_sealed_store_s_root_says_is_not_believed_when_it_was_edited(seal
     for what, read in READS.items():
         with pytest.raises(CorruptShardError, match=r"(fingerprint|sealed with|damaged|another length)"):
             assert read(open_store(sealed)) is what  # which none returns
-    again = replace(layout.read_root(writable(sealed)).spec, sites=(*asked.sites, NEW)) if name != "state" else asked
+    again = replace(read_root(writable(sealed)).spec, sites=(*asked.sites, NEW)) if name != "state" else asked
     seals: list[Callable[[], Any]] = [
         lambda: write_shards(sealed, asked, blocks, bits),
         lambda: write_shards(sealed, again, blocks, bits, grow=True),
-        lambda: delete_sites(sealed, [layout.read_root(writable(sealed)).spec.sites[0].name]),
+        lambda: delete_sites(sealed, [read_root(writable(sealed)).spec.sites[0].name]),
         lambda: repair(sealed, []),
     ]
     for seal in seals:
@@ -160,9 +162,9 @@ def test_an_open_store_s_root_is_held_against_its_arrays(sealed, plan, name):
     blocks, asked, bits = plan
     unseal(sealed)
     layout_of = files_of(sealed)
-    (sealed / layout.commit_key(ONE, 2)).unlink()
+    (sealed / commit_key(ONE, 2)).unlink()
     EDITS[name](sealed)
-    edited = layout.read_root(writable(sealed)).spec
+    edited = read_root(writable(sealed)).spec
     with pytest.raises(CorruptShardError, match="not the one that the store was begun with"):
         open_store(sealed).read(edited.sites[0].name, [0])
     for wanted in (asked, edited):
@@ -177,7 +179,7 @@ def test_settings_that_only_the_records_know_are_noticed_before_an_open_store_is
     """Whoever edits them, and asks for the same, gets the store made again and no mixture."""
     blocks, asked, _bits = plan
     unseal(sealed)
-    (sealed / layout.commit_key(ONE, 2)).unlink()
+    (sealed / commit_key(ONE, 2)).unlink()
     spec(**change)(sealed)
     assert {fault.shard for fault in verify(sealed)} == {0, 1, 3}
     with StoreWriter(sealed, replace(asked, **change), blocks) as writer:
@@ -186,14 +188,14 @@ def test_settings_that_only_the_records_know_are_noticed_before_an_open_store_is
 
 def test_a_ledger_that_is_made_again_has_to_be_the_one_that_was_sealed(sealed):
     EDITS["seed"](sealed)
-    (sealed / layout.LEDGER_KEY).unlink()
+    (sealed / LEDGER_KEY).unlink()
     before = files_of(sealed)
     faults = verify(sealed)
     assert "ledger" in {fault.column for fault in faults}
     with pytest.raises(CorruptShardError):
         repair(sealed, [fault for fault in faults if fault.shard < 0])
     assert files_of(sealed).keys() >= before.keys() - {"zarr.json"}
-    assert not (sealed / layout.LEDGER_KEY).exists()
+    assert not (sealed / LEDGER_KEY).exists()
 
 
 # --- torn copies and shards of other stores ---------------------------------------------------------------------------
@@ -222,8 +224,8 @@ def test_a_record_without_its_data_is_noticed_in_every_kind_of_place(place, plan
     blocks, asked, bits = plan
     objects = writable(place)
     write_shards(objects, asked, blocks, bits, shards=[0, 1, 3])
-    objects.delete(layout.sharded_key(TWO, "scale", 1))
-    objects.delete(layout.stats_key(ONE, 3))
+    objects.delete(sharded_key(TWO, "scale", 1))
+    objects.delete(stats_key(ONE, 3))
     with StoreWriter(objects, asked, blocks) as writer:
         assert writer.pending() == [1, 2, 3]
     store = write_shards(objects, asked, blocks, bits)
@@ -234,7 +236,7 @@ def test_a_record_without_its_data_is_noticed_in_every_kind_of_place(place, plan
 def test_those_who_share_a_store_do_not_seal_what_is_torn_and_the_same_call_makes_it_again(sealed, plan, whole):
     blocks, asked, bits = plan
     unseal(sealed)
-    (sealed / layout.sharded_key(ONE, "acts", 2)).unlink()
+    (sealed / sharded_key(ONE, "acts", 2)).unlink()
     with (
         StoreWriter(sealed, asked, blocks, shared=True) as writer,
         pytest.raises(CorruptShardError, match=rf"shard 2 of {ONE}: .*acts/c.2.0 is missing\ngive the same command"),
@@ -250,11 +252,11 @@ def test_a_shard_under_way_is_not_taken_for_torn(tmp_path, plan):
     write_shards(tmp_path, asked, blocks, bits, shards=[0])
     with StoreWriter(tmp_path, asked, blocks, shared=True) as first, StoreWriter(tmp_path, asked, blocks, shared=True):
         assert first.claim(1)
-        writable(tmp_path).put(layout.commit_key(ONE, 1), b"half a shard")
+        writable(tmp_path).put(commit_key(ONE, 1), b"half a shard")
         with StoreWriter(tmp_path, asked, blocks, shared=True) as third:
             assert not third.claim(1)
             assert not third.finish().sealed
-        assert (tmp_path / layout.commit_key(ONE, 1)).exists()
+        assert (tmp_path / commit_key(ONE, 1)).exists()
 
 
 @pytest.mark.parametrize("where", ["kept", "added"])
@@ -263,7 +265,7 @@ def test_a_sealed_store_that_lacks_an_object_gets_no_site_more(sealed, plan, whe
     more = replace(asked, sites=(*asked.sites, NEW))
     fingerprint = open_store(sealed).fingerprint
     if where == "kept":
-        (sealed / layout.sharded_key(ONE, "acts", 1)).unlink()
+        (sealed / sharded_key(ONE, "acts", 1)).unlink()
         with pytest.raises(CorruptShardError, match=rf"shard 1 of {ONE}: .* is missing"):
             write_shards(sealed, more, blocks, bits, grow=True)
         assert open_store(sealed).fingerprint == fingerprint
@@ -272,7 +274,7 @@ def test_a_sealed_store_that_lacks_an_object_gets_no_site_more(sealed, plan, whe
         assert open_store(sealed).fingerprint == fingerprint
     else:
         write_shards(sealed, more, blocks, bits, grow=True, shards=[0, 1, 2])
-        (sealed / layout.stats_key(NEW.name, 1)).unlink()
+        (sealed / stats_key(NEW.name, 1)).unlink()
         grown = write_shards(sealed, more, blocks, bits, grow=True)
         assert grown.sealed
         assert verify(sealed) == []
@@ -280,8 +282,8 @@ def test_a_sealed_store_that_lacks_an_object_gets_no_site_more(sealed, plan, whe
 
 def take_over(path: Path, other: Path, site: str, shard: int) -> None:
     """A site's shard of another store, data and record together."""
-    keys = [layout.stats_key(site, shard), layout.commit_key(site, shard), layout.sharded_key(site, "acts", shard)]
-    keys += [layout.sharded_key(site, "scale", shard)] if site == TWO else []
+    keys = [stats_key(site, shard), commit_key(site, shard), sharded_key(site, "acts", shard)]
+    keys += [sharded_key(site, "scale", shard)] if site == TWO else []
     for key in keys:
         shutil.copy(other / key, path / key)
 
@@ -338,8 +340,8 @@ def test_records_of_earlier_versions_are_not_bound_and_no_fault(tmp_path, plan):
 def loosen(path: Path, site: str, shard: int) -> None:
     """Write a record as earlier versions did."""
     spec = open_store(path).spec
-    record = replace(layout.read_record(writable(path), spec, site, shard), binding=b"")
-    writable(path).put(*layout.record_object(spec, site, shard, record))
+    record = replace(read_record(writable(path), spec, site, shard), binding=b"")
+    writable(path).put(*record_object(spec, site, shard, record))
 
 
 def test_where_no_record_is_bound_the_row_table_still_has_to_be_of_the_tokens(sealed, plan, tmp_path):
@@ -347,7 +349,7 @@ def test_where_no_record_is_bound_the_row_table_still_has_to_be_of_the_tokens(se
     other_blocks, other_spec = OTHERS["tokens"](blocks, asked)
     write_shards(tmp_path / "other.zarr", other_spec, other_blocks, bits)
     unseal(sealed)
-    for key in (layout.commit_key(layout.ROWS, 1), *(layout.row_key(name, 1) for name in layout.ROW_ARRAYS)):
+    for key in (commit_key(ROWS, 1), *(row_key(name, 1) for name in ROW_ARRAYS)):
         shutil.copy(tmp_path / "other.zarr" / key, sealed / key)
     for site in (ONE, TWO):
         loosen(sealed, site, 1)
@@ -396,7 +398,7 @@ def test_a_reader_of_a_store_whose_site_was_deleted_goes_on_with_the_others(plan
 def test_damage_is_still_damage(sealed):
     used = open_store(sealed)
     used.check()
-    (sealed / layout.sharded_key(ONE, "acts", 0)).unlink()
+    (sealed / sharded_key(ONE, "acts", 0)).unlink()
     with pytest.raises(CorruptShardError, match="missing"):
         used.read(ONE, [0])
     EDITS["seed"](sealed)  # an edit is no change that a reader has to follow
@@ -408,7 +410,7 @@ def test_a_shard_that_is_made_again_with_the_same_bytes_goes_unnoticed(sealed, p
     blocks, asked, bits = plan
     used = open_store(sealed)
     sound = used.read(ONE, [0])
-    (sealed / layout.sharded_key(ONE, "acts", 1)).unlink()
+    (sealed / sharded_key(ONE, "acts", 1)).unlink()
     repair(sealed, verify(sealed))
     with pytest.raises(StoreError, match="has changed since it was opened"):
         used.read(ONE, [asked.rows_per_shard])

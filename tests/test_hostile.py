@@ -32,8 +32,22 @@ from numcodecs import blosc, zstd
 from actcache.errors import ActcacheError
 from actcache.load import Loader
 from actcache.spec import Site
-from actcache.store import RowFilter, StoreWriter, delete_sites, export, layout, open_store, repair, verify
-from actcache.store.objects import Objects
+from actcache.store import RowFilter, StoreWriter, delete_sites, export, open_store, repair, verify
+from actcache.store.backends.objects import Objects
+from actcache.store.format.keys import (
+    LEDGER_KEY,
+    ROW_ARRAYS,
+    ROWS,
+    commit_key,
+    row_key,
+    sharded_key,
+    stats_key,
+    token_key,
+    total_key,
+)
+from actcache.store.format.records import checksum_place, read_record, record_length
+from actcache.store.format.site_arrays import chunks_per_shard, index_of
+from actcache.store.format.table_objects import put_table, sha256_of
 
 pytestmark = pytest.mark.exhaustive
 
@@ -266,18 +280,18 @@ def write_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 def put(path: Path, key: str, values: Any) -> int:
     """Put a whole chunk of a table array; its checksum."""
-    return layout.put_table(Objects(path, read_only=False), key, np.asarray(values))[0]
+    return put_table(Objects(path, read_only=False), key, np.asarray(values))[0]
 
 
 def recommit(path: Path, column: str, shard: int, **changes: Any) -> None:
     """Change a commit record, whose digest is then right again; `checksums` maps places to values."""
     objects, spec = Objects(path, read_only=False), open_store(path).spec
-    record = layout.read_record(objects, spec, column, shard)
+    record = read_record(objects, spec, column, shard)
     checksums = list(record.checksums)
     for place, value in changes.pop("checksums", {}).items():
         checksums[place] = value
-    record, length = replace(record, checksums=tuple(checksums), **changes), layout.record_length(spec, column)
-    put(path, layout.commit_key(column, shard), np.frombuffer(record.to_bytes(length), np.uint8)[None])
+    record, length = replace(record, checksums=tuple(checksums), **changes), record_length(spec, column)
+    put(path, commit_key(column, shard), np.frombuffer(record.to_bytes(length), np.uint8)[None])
 
 
 def reseal(path: Path, *, ledger: Any = None, total: Any = None) -> None:
@@ -285,12 +299,12 @@ def reseal(path: Path, *, ledger: Any = None, total: Any = None) -> None:
     store = open_store(path)
     values = [store.ledger, *map(store.total, store.sites)]
     if ledger is not None:
-        put(path, layout.LEDGER_KEY, ledger)
+        put(path, LEDGER_KEY, ledger)
         values[0] = ledger
     if total is not None:
-        put(path, layout.total_key(LOSSLESS), total)
+        put(path, total_key(LOSSLESS), total)
         values[1] = total
-    write_json(path, lambda about: about.update(digests=[layout.sha256_of(value) for value in values]))
+    write_json(path, lambda about: about.update(digests=[sha256_of(value) for value in values]))
 
 
 def put_sharded(path: Path, site: str, chunks: list[bytes], index: Any = None) -> None:
@@ -298,13 +312,13 @@ def put_sharded(path: Path, site: str, chunks: list[bytes], index: Any = None) -
     spec = open_store(path).spec
     with_crc = [chunk + google_crc32c.value(chunk).to_bytes(4, "little") for chunk in chunks]
     if index is None:
-        index = layout.index_of([len(chunk) for chunk in with_crc], layout.chunks_per_shard(spec))
+        index = index_of([len(chunk) for chunk in with_crc], chunks_per_shard(spec))
     raw = np.asarray(index, "<u8").tobytes()
     crc = google_crc32c.value(raw)
     data = b"".join(with_crc) + raw + crc.to_bytes(4, "little")
-    (path / layout.sharded_key(site, "acts", 0)).write_bytes(data)
+    (path / sharded_key(site, "acts", 0)).write_bytes(data)
     checksums = {i: google_crc32c.value(chunk) for i, chunk in enumerate(chunks)}
-    recommit(path, site, 0, checksums={**checksums, layout.checksum_place(spec, "acts", len(index)): crc})
+    recommit(path, site, 0, checksums={**checksums, checksum_place(spec, "acts", len(index)): crc})
 
 
 # --- the root ---------------------------------------------------------------------------------------------------------
@@ -425,7 +439,7 @@ def test_a_ledger_that_expands_to_millions_of_shards(sealed, harmless):
     ledger = np.zeros((n_shards, 4, 48), np.uint8)
     reseal(sealed, ledger=ledger)
     write_json(sealed, lambda about: about["spec"].update(n_sequences=4 * n_shards))
-    assert (sealed / layout.LEDGER_KEY).stat().st_size < 1 << 21
+    assert (sealed / LEDGER_KEY).stat().st_size < 1 << 21
     harmless(sealed, reading=True)
 
 
@@ -435,7 +449,7 @@ def test_statistics_that_are_no_statistics(sealed, harmless, value):
     harmless(sealed)
 
 
-@pytest.mark.parametrize("column", [layout.ROWS, LOSSLESS, INT8])
+@pytest.mark.parametrize("column", [ROWS, LOSSLESS, INT8])
 @pytest.mark.parametrize("n_rows", [0, 1, 31, 33, 2**31, 2**63, 2**64 - 1])
 def test_commit_records_with_other_numbers_of_rows(unsealed, harmless, column, n_rows):
     recommit(unsealed, column, 0, n_rows=n_rows)
@@ -443,11 +457,11 @@ def test_commit_records_with_other_numbers_of_rows(unsealed, harmless, column, n
 
 
 @pytest.mark.parametrize(
-    ("array", "value"), [(name, value) for name in layout.ROW_ARRAYS for value in (0, 4, 9, 2**31, 2**32 - 1)]
+    ("array", "value"), [(name, value) for name in ROW_ARRAYS for value in (0, 4, 9, 2**31, 2**32 - 1)]
 )
 def test_row_tables_of_rows_that_there_cannot_be(unsealed, harmless, array, value):
-    crc = put(unsealed, layout.row_key(array, 0), np.full(32, value, np.uint32))
-    recommit(unsealed, layout.ROWS, 0, checksums={layout.ROW_ARRAYS.index(array): crc})
+    crc = put(unsealed, row_key(array, 0), np.full(32, value, np.uint32))
+    recommit(unsealed, ROWS, 0, checksums={ROW_ARRAYS.index(array): crc})
     harmless(unsealed)
 
 
@@ -463,7 +477,7 @@ INDEXES += [{(0, 0): FAR - 1}, {(0, 0): 2**63}, {(0, 1): 2**60}, {(0, 1): 2**31}
 def test_indexes_that_point_elsewhere(unsealed, harmless, change):
     rng = np.random.default_rng(0)
     chunks = [bytes(blosc.compress(rng.bytes(8 * 12 * 2), b"zstd", 1)) for _ in range(4)]
-    index = layout.index_of([len(chunk) + 4 for chunk in chunks], 4)
+    index = index_of([len(chunk) + 4 for chunk in chunks], 4)
     for place, value in change.items():
         index[place] = value
     put_sharded(unsealed, LOSSLESS, chunks, index)
@@ -505,9 +519,9 @@ def test_chunks_that_expand(unsealed, harmless, bomb, name, site):
 @pytest.mark.parametrize("name", ["blosc", "claims", "blocks", "short", "zstd", "nothing"])
 @pytest.mark.parametrize("kind", ["ledger", "total", "tokens", "rows", "stats", "commit"])
 def test_tables_that_expand(sealed, harmless, bomb, name, kind):
-    keys = {"ledger": layout.LEDGER_KEY, "total": layout.total_key(LOSSLESS), "tokens": layout.token_key("ids", 0)}
-    keys |= {"rows": layout.row_key("token", 0), "stats": layout.stats_key(LOSSLESS, 0)}
-    key = keys.get(kind, layout.commit_key(LOSSLESS, 0))
+    keys = {"ledger": LEDGER_KEY, "total": total_key(LOSSLESS), "tokens": token_key("ids", 0)}
+    keys |= {"rows": row_key("token", 0), "stats": stats_key(LOSSLESS, 0)}
+    key = keys.get(kind, commit_key(LOSSLESS, 0))
     (sealed / key).write_bytes(bomb[name] + google_crc32c.value(bomb[name]).to_bytes(4, "little"))
     harmless(sealed)
 

@@ -10,8 +10,9 @@ from test_damage import Died, FailingStore, contents
 from test_living import NEW, grow
 from zarr.storage import MemoryStore
 
-from actcache.store import delete_sites, layout, verify
-from actcache.store.objects import Objects
+from actcache.store import delete_sites, verify
+from actcache.store.backends.objects import Objects
+from actcache.store.format.keys import site_prefix
 
 pytestmark = pytest.mark.exhaustive
 
@@ -47,7 +48,7 @@ def test_a_store_begun_anew_is_described_as_it_is(plan, changes):
         store = write_shards(location, spec, blocks, bits)
         assert contents(location) == contents(at_once), k
         for site in store.spec.sites:
-            array = with_zarr_alone(location)[f"{layout.site_prefix(site.name)}/acts"]
+            array = with_zarr_alone(location)[f"{site_prefix(site.name)}/acts"]
             assert np.array_equal(array[:], store.read_stored(site.name, slice(None)))
         k += 1
     assert k > 20
@@ -77,11 +78,11 @@ def test_a_deletion_cut_short_anywhere_is_finished_by_the_next(plan):
     site = spec.sites[0].name
     whole = FailingStore(10**9, Died())
     write_shards(whole, spec, blocks, bits)
-    keys = [key for key in contents(whole) if key.startswith(layout.site_prefix(site) + "/")]
+    keys = [key for key in contents(whole) if key.startswith(site_prefix(site) + "/")]
     for stays in keys:
         location = FailingStore(10**9, Died())
         write_shards(location, spec, blocks, bits)
         delete_sites(Objects(location, read_only=False), [site])
         location._store_dict[stays] = whole._store_dict[stays]
         delete_sites(Objects(location, read_only=False), [site])
-        assert not [key for key in contents(location) if key.startswith(layout.site_prefix(site) + "/")]
+        assert not [key for key in contents(location) if key.startswith(site_prefix(site) + "/")]

@@ -15,7 +15,7 @@ from actcache.errors import ConfigError, SiteError, StoreIncompleteError, StoreM
 from actcache.load import Loader
 from actcache.spec import Site
 from actcache.store import StoreWriter, delete_sites, export, open_store, verify
-from actcache.store.objects import Objects
+from actcache.store.backends.objects import Objects
 
 SITE, OTHER = "blocks.0.hook_mlp_out", "blocks.1.attn.hook_z"
 NEW = Site(name="blocks.1.hook_resid_post", shape=(7,), codec="int8")

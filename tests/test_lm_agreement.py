@@ -16,6 +16,7 @@ from torch import Tensor
 
 from actcache.errors import ConfigError, SiteError
 from actcache.lm import bridge, load_lm, open_bridge
+from actcache.lm.bridge import _hf_bridge, _native_bridge
 from actcache.lm.processes import no_processes
 from actcache.spec import Meaning
 
@@ -63,7 +64,7 @@ def test_an_instrumented_model_that_is_another_function_is_not_believed(ids: Ten
 
 def changed_bridge(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     """Something about every bridge is not as in the model that it was made from."""
-    inner = bridge._hf_bridge
+    inner = _hf_bridge
 
     def opened(*args: Any) -> Any:
         found = inner(*args)
@@ -124,7 +125,7 @@ def test_windows_show_at_the_length_that_is_used(monkeypatch: pytest.MonkeyPatch
 
 def test_the_embedded_models_bridge_is_compared_when_it_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = load_lm(small_module())
-    inner = bridge._native_bridge
+    inner = _native_bridge
 
     def opened(*args: Any) -> Any:
         found = inner(*args)

@@ -17,7 +17,7 @@ import actcache as ac
 from actcache.cli import main
 from actcache.errors import ConfigError
 from actcache.lm import load_lm
-from actcache.lm.context import Context, _BoundsChecked
+from actcache.lm.context_length import Context, _BoundsChecked
 from actcache.spec import NO_DOCUMENT, TokenBlocks
 
 

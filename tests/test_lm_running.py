@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from actcache.errors import ConfigError
 from actcache.lm import LanguageModel, load_lm, open_bridge
 from actcache.lm.compiled import largest_parts_without
-from actcache.stories import StoriesLM
+from actcache.lm.stories import StoriesLM
 
 PATTERNS = ["blocks.*.hook_resid_post", "blocks.1.attn.hook_z"]
 

@@ -13,10 +13,11 @@ import torch
 from conftest import random_bits, random_blocks, spec_of, write_shards
 
 from actcache.errors import ConfigError, CorruptShardError, SiteError, StoreIncompleteError
-from actcache.load import Loader, Plan, gather
-from actcache.load.gather import BatchMemory
+from actcache.load import Loader, Plan
+from actcache.load.batches import gather
+from actcache.load.batches.batch_memory import BatchMemory
 from actcache.load.mix import turn
-from actcache.load.plan import chunk_table
+from actcache.load.plan.epochs import chunk_table
 from actcache.order import permutation
 from actcache.spec import Site
 from actcache.store import open_store

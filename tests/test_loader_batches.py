@@ -22,8 +22,10 @@ from conftest import random_bits, random_blocks, spec_of, write_shards
 from actcache import kernels
 from actcache.errors import ConfigError
 from actcache.kernels import loops
-from actcache.load import Loader, gather, origin
-from actcache.load.sizes import memory_bytes
+from actcache.load import Loader
+from actcache.load.batches import gather, origin
+from actcache.load.batches.gather import Gather
+from actcache.load.plan.window_sizes import memory_bytes
 from actcache.spec import Site
 from actcache.store import RowFilter, Store, export
 
@@ -129,10 +131,8 @@ def test_normalised_rows_have_what_they_are_named_for_and_can_be_folded_back(
 
 def test_the_first_batch_does_not_wait_for_compiled_loops_to_be_loaded(stores, monkeypatch):
     did: list[str] = []
-    load_loops = gather.Gather.load_loops
-    monkeypatch.setattr(
-        gather.Gather, "load_loops", lambda self, window: did.append("load") or load_loops(self, window)
-    )
+    load_loops = Gather.load_loops
+    monkeypatch.setattr(Gather, "load_loops", lambda self, window: did.append("load") or load_loops(self, window))
     with loader_of(stores["bfloat16"], read_ahead=0) as loader:
         for _ in range(2):
             for _ in loader:

@@ -21,11 +21,13 @@ from conftest import random_bits, random_blocks, spec_of, write_shards
 from resume import run_test_resume_at_every_batch
 
 from actcache.errors import ConfigError, CorruptShardError
-from actcache.load import Loader, make
-from actcache.load.device import CudaStream, DeviceLink, PlainStream, Stream, pinned_bytes
+from actcache.load import Loader
+from actcache.load.batches import maker as make
+from actcache.load.device.link import DeviceLink
+from actcache.load.device.streams import CudaStream, PlainStream, Stream, pinned_bytes
 from actcache.spec import Site
 from actcache.store import RowFilter, Store, export, open_store
-from actcache.store.layout import sharded_key
+from actcache.store.format.keys import sharded_key
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -20,7 +20,8 @@ from test_loader_rows import plan_of
 
 from actcache.errors import ConfigError, StateError
 from actcache.load import Loader, Plan
-from actcache.load.plan import Share, chunk_table
+from actcache.load.plan.epochs import chunk_table
+from actcache.load.plan.ranks import Share
 from actcache.store import Store, open_store
 
 pytestmark = pytest.mark.filterwarnings("ignore:batches of .* rows are going to have")

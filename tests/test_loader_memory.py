@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from conftest import random_blocks, spec_of, write_shards
 
+from actcache.memory import Kept
 from actcache.spec import Site
 from actcache.store import Store
-from actcache.store.indexes import Kept
 
 pytestmark = pytest.mark.exhaustive
 

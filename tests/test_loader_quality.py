@@ -11,9 +11,9 @@ import pytest
 from conftest import random_bits, random_blocks, spec_of, write_shards
 
 from actcache.load import Loader, Plan
-from actcache.load.origin import rows_per_sequence
-from actcache.load.quality import ShuffleReport, batches_to_look_at, expected_sequences, shuffle_report
-from actcache.load.sizes import expected_ratio, sized
+from actcache.load.plan.quality import ShuffleReport, batches_to_look_at, expected_sequences, shuffle_report
+from actcache.load.plan.reading_order import rows_per_sequence
+from actcache.load.plan.window_sizes import expected_ratio, sized
 from actcache.order import permutation
 from actcache.spec import Site, StoreSpec
 

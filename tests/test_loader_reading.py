@@ -12,9 +12,9 @@ import torch
 from conftest import random_bits, random_blocks, spec_of, write_shards
 
 from actcache.load import Loader
-from actcache.load.chunks import ChunkQueue, Wanted
-from actcache.load.fetch import Window
-from actcache.load.plan import Part
+from actcache.load.plan.epochs import Part
+from actcache.load.windows.chunk_queue import ChunkQueue, Wanted
+from actcache.load.windows.window import Window
 from actcache.spec import Site
 from actcache.store import Store, open_store
 

@@ -15,12 +15,14 @@ from resume import MOST_STATE_BYTES, run_test_resume_at_every_batch
 from actcache.adapters.llamascopium import ActivationStream
 from actcache.adapters.torch_data import TorchDataset
 from actcache.errors import StateError
-from actcache.load import Loader, MixedLoader, plan
+from actcache.load import Loader, MixedLoader
+from actcache.load.plan import epochs as plan
 from actcache.order import permutation
 from actcache.spec import Site
 from actcache.store import RowFilter, Store, export, open_store
-from actcache.store.layout import LEDGER_KEY, chunks_per_shard
-from actcache.store.objects import Objects
+from actcache.store.backends.objects import Objects
+from actcache.store.format.keys import LEDGER_KEY
+from actcache.store.format.site_arrays import chunks_per_shard
 
 pytestmark = pytest.mark.exhaustive
 

@@ -17,7 +17,9 @@ from places import elsewhere, writable
 from actcache.errors import ConfigError, CorruptShardError, StateError
 from actcache.load import Loader, Plan
 from actcache.spec import Site
-from actcache.store import RowFilter, Store, export, layout, open_store
+from actcache.store import RowFilter, Store, export, open_store
+from actcache.store.format.keys import row_key
+from actcache.store.format.site_arrays import arrays_of, chunks_per_shard
 
 pytestmark = pytest.mark.filterwarnings("ignore:batches of .* rows are going to have")
 SITES = (
@@ -155,11 +157,11 @@ def test_chunks_without_a_wanted_row_are_not_read(stores, monkeypatch):
         read_chunk(site, shard, chunk, *rest, array=array)
 
     monkeypatch.setattr(store, "read_chunk", counted)
-    per_chunk, per_shard = store.spec.rows_per_chunk, layout.chunks_per_shard(store.spec)
+    per_chunk, per_shard = store.spec.rows_per_chunk, chunks_per_shard(store.spec)
     ids = [5, per_chunk * (2 * per_shard + 1), per_chunk * (2 * per_shard + 2) - 1]
     with small(store, rows=ids, epochs=1, read_ahead=1) as loader:
         assert sorted(torch.cat([batch.rows for batch in loader]).tolist()) == ids
-    arrays = [(site.name, array) for site in SITES for array in layout.arrays_of(site)]
+    arrays = [(site.name, array) for site in SITES for array in arrays_of(site)]
     assert sorted(read) == sorted((*names, *place) for names in arrays for place in [(0, 0), (2, 1)])
 
 
@@ -169,7 +171,7 @@ def test_of_the_row_table_only_what_tells_the_chosen_rows_is_read(stores):
     store.objects.get = lambda key: (read.append(key), get(key))[1]  # type: ignore[method-assign]
     small(store, rows=RowFilter(sequences=[9, 14, 33]))
     tables = {key for key in read if key.startswith("rows/") and not key.startswith("rows/commit")}
-    assert tables == {layout.row_key("sequence", shard) for shard in (1, 4)}
+    assert tables == {row_key("sequence", shard) for shard in (1, 4)}
 
 
 @elsewhere
@@ -211,7 +213,7 @@ def test_a_damaged_row_table_is_no_basis_for_a_choice(tmp_path):
     blocks = random_blocks(29, 13)
     spec = spec_of(blocks)
     write_shards(tmp_path / "s.zarr", spec, blocks, random_bits(spec))
-    file = tmp_path / "s.zarr" / layout.row_key("token", 2)
+    file = tmp_path / "s.zarr" / row_key("token", 2)
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)

@@ -19,13 +19,15 @@ import pytest
 from places import between_processes, by_name, everywhere, writable
 
 from actcache.errors import ConfigError, NotAStoreError, StoreBusyError
-from actcache.store.leases import CLAIM, LEASE, SHARED
-from actcache.store.lock import WriterLock, unlock
+from actcache.store.format.root import exists_any
+from actcache.store.locks.keys import CLAIM, LEASE, SHARED
+from actcache.store.locks.lock import WriterLock, unlock
 
 HOLDER = """
 import os, sys
-from actcache.store.objects import Objects
-with Objects(sys.argv[1], read_only=False).lock():
+from actcache.store.backends.objects import Objects
+from actcache.store.locks.lock import WriterLock
+with WriterLock(Objects(sys.argv[1], read_only=False)):
     if "fork" not in sys.argv or not os.fork():
         print("held", flush=True)
     sys.stdin.read()
@@ -59,12 +61,12 @@ def lease_of(**changes: Any) -> bytes:
 CONTENDER = """
 import os, sys, random, time
 from actcache.errors import StoreBusyError
-from actcache.store.objects import Objects
+from actcache.store.backends.objects import Objects
 place, folder, n_turns = sys.argv[1], sys.argv[2], int(sys.argv[3])
 mine, inside = os.path.join(folder, str(os.getpid())), os.path.join(folder, "alone")
 for turn in range(n_turns):
     shared = random.random() < 0.5
-    lock = Objects(place, read_only=False).lock(shared=shared)
+    lock = WriterLock(Objects(place, read_only=False), shared=shared)
     lock.acquire(patience_s=600)
     if shared:
         assert not os.path.exists(inside)
@@ -96,7 +98,7 @@ def race(place: Any, n: int = 6) -> list[WriterLock]:
     begin, winners = threading.Barrier(n), []
 
     def attempt(_: int) -> None:
-        lock = writable(place).lock()
+        lock = WriterLock(writable(place))
         begin.wait()
         with suppress(StoreBusyError):
             lock.acquire()
@@ -111,14 +113,14 @@ class TestLock:
     @everywhere
     def test_one_writer_at_a_time_within_a_process(self, place):
         first, second = writable(place), writable(place)
-        with first.lock():
-            assert not first.exists_any()
+        with WriterLock(first):
+            assert not exists_any(first)
             for other in (first, second):
                 with pytest.raises(StoreBusyError, match="being written"):
-                    other.lock().acquire()
-        with second.lock():
+                    WriterLock(other).acquire()
+        with WriterLock(second):
             pass
-        assert not first.exists_any()
+        assert not exists_any(first)
         assert list(first.list("")) == []
 
     @everywhere
@@ -131,20 +133,20 @@ class TestLock:
     def test_a_place_can_be_locked_beside_another(self, tmp_path, bucket):
         with ExitStack() as held:
             for place in (tmp_path / "a", tmp_path / "b", "memory://a", "memory://b", bucket, f"{bucket}2"):
-                held.enter_context(writable(place).lock())
+                held.enter_context(WriterLock(writable(place)))
 
     @between_processes
     def test_another_process_is_refused_until_the_writer_ends(self, place, hold):
         holder = hold(place)
         with pytest.raises(StoreBusyError) as caught:
-            writable(place).lock().acquire()
+            WriterLock(writable(place)).acquire()
         if str(place).startswith("s3://"):
             assert f"process {holder.pid} on" in str(caught.value)
             assert "--unlock" in str(caught.value)
             with pytest.raises(StoreBusyError, match=f"process {holder.pid}"):
                 unlock(writable(place))
         holder.communicate("", timeout=600)
-        with writable(place).lock():
+        with WriterLock(writable(place)):
             pass
 
     @between_processes
@@ -152,20 +154,20 @@ class TestLock:
         holder = hold(place)
         holder.kill()
         holder.wait()
-        with writable(place).lock(), pytest.raises(StoreBusyError):
-            writable(place).lock().acquire()
+        with WriterLock(writable(place)), pytest.raises(StoreBusyError):
+            WriterLock(writable(place)).acquire()
         assert list(writable(place).list("")) == []
 
     def test_a_child_that_outlives_its_killed_parent_does_not_hold_the_lock(self, tmp_path, hold):
         parent = hold(tmp_path, "fork")
         parent.kill()
         parent.wait()
-        with writable(tmp_path).lock():
+        with WriterLock(writable(tmp_path)):
             pass
 
     @by_name
     def test_a_forked_child_cannot_give_its_parent_s_lock_away(self, place):
-        lock = writable(place).lock()
+        lock = WriterLock(writable(place))
         with lock:
             child = os.fork()
             if not child:
@@ -173,7 +175,7 @@ class TestLock:
                 os._exit(0)
             os.waitpid(child, 0)
             with pytest.raises(StoreBusyError):
-                writable(place).lock().acquire()
+                WriterLock(writable(place)).acquire()
 
     def test_of_many_who_see_a_dead_writer_s_lease_one_takes_over(self, bucket, hold):
         for _ in range(3):
@@ -205,7 +207,7 @@ class TestLock:
         lease = bytes(objects.get(LEASE))
         objects.put(f"{LEASE}.{json.loads(lease)['token']}", lease)
         with pytest.raises(StoreBusyError, match="--unlock"):
-            objects.lock().acquire()
+            WriterLock(objects).acquire()
         assert unlock(objects) is not None
         assert list(objects.list("")) == []
 
@@ -213,14 +215,14 @@ class TestLock:
         objects = writable(bucket)
 
         def write() -> None:
-            with objects.lock():
+            with WriterLock(objects):
                 s3.moods(refuse_after=0)
                 objects.put("rows/c.0", b"1")
 
         with pytest.warns(UserWarning, match="the lock stays"), pytest.raises(PermissionError, match=r"rows/c\.0"):
             write()
         s3.calm()
-        with objects.lock():  # this process has it no more, so it may be taken over
+        with WriterLock(objects):  # this process has it no more, so it may be taken over
             pass
 
     def test_a_writer_elsewhere_is_named_and_unlock_removes_its_lease(self, bucket):
@@ -228,10 +230,10 @@ class TestLock:
         assert unlock(objects) is None
         objects.put(LEASE, lease_of())
         with pytest.raises(StoreBusyError, match=r"process 7 on elsewhere since 2026-01-02.*repair s3://.* --unlock"):
-            objects.lock().acquire()
+            WriterLock(objects).acquire()
         assert objects.get(LEASE) == lease_of()
         assert unlock(objects) == "process 7 on elsewhere since 2026-01-02T03:04:05+00:00"
-        with objects.lock():
+        with WriterLock(objects):
             pass
 
     @pytest.mark.parametrize("stored", DAMAGED)
@@ -240,15 +242,15 @@ class TestLock:
         objects.backend.shared = True  # as if other processes could see it, which is when there are leases
         objects.put(LEASE, stored)
         with pytest.raises(StoreBusyError, match="left no name"):
-            objects.lock().acquire()
+            WriterLock(objects).acquire()
         assert unlock(objects) == "a writer that left no name"
-        with objects.lock():
+        with WriterLock(objects):
             assert objects.get(LEASE) is not None
         assert objects.get(LEASE) is None
 
     def test_a_lease_that_somebody_removed_and_took_is_not_given_back(self, bucket):
         objects = writable(bucket)
-        with objects.lock():
+        with WriterLock(objects):
             objects.put(LEASE, lease_of())
         assert objects.get(LEASE) == lease_of()
 
@@ -258,17 +260,17 @@ class TestLock:
 
         monkeypatch.setattr(fcntl, "flock", refuse)  # what NFS says of a folder
         objects = writable(tmp_path / "acts.zarr")
-        with objects.lock():
+        with WriterLock(objects):
             assert json.loads(bytes(objects.get(LEASE)))["pid"] == os.getpid()
-            assert not objects.exists_any()
+            assert not exists_any(objects)
             with pytest.raises(StoreBusyError, match=f"process {os.getpid()} on"):
-                writable(tmp_path / "acts.zarr").lock().acquire()
+                WriterLock(writable(tmp_path / "acts.zarr")).acquire()
         assert objects.get(LEASE) is None
 
     def test_a_file_cannot_be_locked(self, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(NotAStoreError, match="no folder"):
-            writable(tmp_path / "file").lock().acquire()
+            WriterLock(writable(tmp_path / "file")).acquire()
 
     @pytest.mark.parametrize(("place", "n_turns"), [("folder", 150), ("s3", 5)], indirect=["place"])
     def test_processes_that_contend_never_hold_what_another_one_holds(self, place, n_turns, tmp_path):
@@ -291,10 +293,10 @@ class TestLock:
             makedirs(path, **options)
 
         monkeypatch.setattr(os, "makedirs", makedirs_late)
-        with writable(tmp_path / "acts.zarr").lock():
+        with WriterLock(writable(tmp_path / "acts.zarr")):
             assert len(missed) == 3
             with pytest.raises(StoreBusyError):
-                writable(tmp_path / "acts.zarr").lock().acquire()
+                WriterLock(writable(tmp_path / "acts.zarr")).acquire()
 
     def test_a_killed_writer_s_file_is_removed_with_its_lock(self, tmp_path, hold):
         holder = hold(tmp_path)
@@ -312,13 +314,13 @@ class TestLock:
         objects.put(LEASE, lease_of())
         for shared in (False, True):
             with pytest.raises(StoreBusyError, match="process 7 on elsewhere"):
-                objects.lock(shared=shared).acquire()
+                WriterLock(objects, shared=shared).acquire()
         objects.delete(LEASE)
         objects.put(f"{SHARED}{'0' * 32}", lease_of())
         with pytest.raises(StoreBusyError, match="process 7 on elsewhere"):
-            objects.lock().acquire()
+            WriterLock(objects).acquire()
         objects.put(f"{CLAIM}4", lease_of())
-        with objects.lock(shared=True) as lock:
+        with WriterLock(objects, shared=True) as lock:
             assert not lock.claim(4)
             assert lock.claim(5)
         assert unlock(objects) == "process 7 on elsewhere since 2026-01-02T03:04:05+00:00"
@@ -328,7 +330,7 @@ class TestLock:
         objects = writable("memory://not-shared")
         objects.backend.shared = True  # as any other store behind fsspec is
         with pytest.raises(ConfigError, match="cannot be written by several at once"):
-            objects.lock(shared=True).acquire()
+            WriterLock(objects, shared=True).acquire()
         assert list(objects.list("")) == []
 
     def test_a_process_that_is_dead_but_not_waited_for_is_gone(self, bucket):
@@ -337,6 +339,6 @@ class TestLock:
         assert holder.stdout.readline() == "held\n"
         os.kill(holder.pid, signal.SIGKILL)
         os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
-        with writable(bucket).lock():
+        with WriterLock(writable(bucket)):
             pass
         holder.communicate()

@@ -15,7 +15,7 @@ import actcache as ac
 from actcache.errors import StateError, StoreMismatchError
 from actcache.extraction import begin, fill
 from actcache.lm import LanguageModel, load_lm, names, open_bridge
-from actcache.runs import Pair, evaluate_run, train_run
+from actcache.sparse.runs import Pair, evaluate_run, train_run
 from actcache.spec import Meaning, Site, TokenBlocks
 
 OUT, PATTERN = "blocks.1.hook_mlp_out", "blocks.0.attn.hook_pattern"

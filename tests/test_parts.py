@@ -29,10 +29,12 @@ from actcache.errors import (
     StoreNotFoundError,
 )
 from actcache.spec import Site
-from actcache.store import StoreWriter, delete_sites, layout, open_store, repair, unlock, verify
-from actcache.store import writer as writer_module
-from actcache.store.leases import CLAIM, LEASE, SHARED, lock_keys
-from actcache.store.stats import stats_of
+from actcache.store import StoreWriter, delete_sites, open_store, repair, unlock, verify
+from actcache.store.format.keys import commit_key
+from actcache.store.format.root import Root, exists_any, read_root, write_root
+from actcache.store.format.stats import stats_of
+from actcache.store.locks.keys import CLAIM, LEASE, SHARED, lock_keys
+from actcache.store.writing import writer as writer_module
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +110,7 @@ def test_processes_killed_at_random_moments_harm_neither_the_others_nor_the_stor
             victim.kill()
         assert all(part.wait() == 0 for part in parts if part not in victims)
         n_killed += sum(victim.wait() != 0 for victim in victims)
-        if writable(path).exists_any() and layout.read_root(writable(path)).state != "creating":
+        if exists_any(writable(path)) and read_root(writable(path)).state != "creating":
             assert verify(path) == []
         for _ in range(2):  # the second one finds nothing to do, and takes away what one killed at its very end left
             processes.begin(path, range(N_SHARDS)).result()
@@ -275,7 +277,7 @@ def test_a_shard_begun_by_another_is_finished_as_it_was_begun(tmp_path, whole):
     with share(path) as writer:
         make(writer, range(N_SHARDS))
     for column, shard in ((first, 2), (second, 3)):
-        writable(path).delete(layout.commit_key(column, shard))
+        writable(path).delete(commit_key(column, shard))
     with share(path) as writer:
         assert writer.pending() == [2, 3]
         make(writer, [2, 3])
@@ -361,7 +363,7 @@ def test_without_tokens_a_store_that_exists_is_filled_and_none_is_made(tmp_path,
     for shared in (True, False):
         with pytest.raises(StoreNotFoundError, match="no activation store at"):
             StoreWriter(path, spec, None, shared=shared)
-    layout.write_root(writable(path), layout.Root(state="creating", spec=spec))
+    write_root(writable(path), Root(state="creating", spec=spec))
     for shared in (True, False):
         with pytest.raises(StoreIncompleteError):
             StoreWriter(path, spec, None, shared=shared)

@@ -18,8 +18,8 @@ import make_corpus  # noqa: E402
 import sample_stories  # noqa: E402
 import train_base_lm  # noqa: E402
 
+from actcache.lm.stories import StoriesConfig  # noqa: E402
 from actcache.source import read_texts  # noqa: E402
-from actcache.stories import StoriesConfig  # noqa: E402
 
 SIZES = StoriesConfig(d_model=16, d_mlp=32, n_layers=2, n_heads=2, n_ctx=32, d_vocab=300)
 RECIPE = train_base_lm.Recipe(tokens=3 * 4 * 32, batch_sequences=4, warmup_steps=2)

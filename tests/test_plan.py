@@ -19,7 +19,8 @@ from actcache.estimate import plan
 from actcache.estimate.preset import Terms, _break_even
 from actcache.source import read_texts, token_blocks
 from actcache.spec import TokenBlocks
-from actcache.store import ShardBuffers, StoreWriter, layout
+from actcache.store import ShardBuffers, StoreWriter
+from actcache.store.format.records import HEAD_BYTES
 
 pytestmark = pytest.mark.exhaustive
 
@@ -170,7 +171,7 @@ def test_workers_share_the_time_and_nothing_else(planned):
 def test_what_one_ledger_cannot_list_is_several_stores(planned):
     huge = planned.scaled(10**13)
     per_store = math.ceil(huge.amounts.n_shards / huge.amounts.n_stores)
-    heads = layout.HEAD_BYTES * (len(huge.asked.sites) + 1)
+    heads = HEAD_BYTES * (len(huge.asked.sites) + 1)
     assert huge.amounts.n_stores > 1
     assert per_store * heads <= 1 << 28
     assert planned.amounts.n_stores == 1

@@ -18,9 +18,12 @@ from power_cut import Files, Record, lay_out
 
 from actcache.errors import SiteError, StoreNotFoundError
 from actcache.spec import TokenBlocks
-from actcache.store import Objects, delete_sites, layout, open_store, repair, verify
-from actcache.store.folders import FileBackend
-from actcache.store.leases import LEASE
+from actcache.store import Objects, delete_sites, open_store, repair, verify
+from actcache.store.backends.folders import FileBackend
+from actcache.store.format.keys import ROWS
+from actcache.store.format.records import committed_shards
+from actcache.store.format.root import exists_any
+from actcache.store.locks.keys import LEASE
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import kill
@@ -70,12 +73,12 @@ def abandon(path: Path) -> None:
 
 def killed_and_continued(place: Objects) -> None:
     """The first process dies when it has put the last records, and nobody has flushed them."""
-    if not place.exists_any():
+    if not exists_any(place):
         first = Objects(place.root, read_only=False)
         unflushed = FEW.n_sequences // 4
 
         def flush() -> None:
-            if len(layout.committed_shards(first, layout.ROWS)) <= unflushed:
+            if len(committed_shards(first, ROWS)) <= unflushed:
                 FileBackend.flush(first.backend)
 
         first.backend.flush = flush

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from actcache.store.codecs import STORED_DTYPE
-from actcache.store.quantise import NAN_SCALE, dequantise_rows, feature_exponents, quantise_rows
+from actcache.store.codecs.chain import STORED_DTYPE
+from actcache.store.codecs.quantise import NAN_SCALE, dequantise_rows, feature_exponents, quantise_rows
 
 
 def some_values(shape):

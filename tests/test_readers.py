@@ -21,8 +21,19 @@ from numpy.typing import NDArray
 from zarr_digests import array_paths, digest
 
 from actcache.spec import Site
-from actcache.store import PRESETS, Store, export, layout, open_store
+from actcache.store import PRESETS, Store, export, open_store
 from actcache.store.codecs import Scratch
+from actcache.store.format.keys import (
+    ABSENT_ROW,
+    ROW_ARRAYS,
+    TOKEN_ARRAYS,
+    column_prefix,
+    columns_of,
+    sharded_key,
+    site_prefix,
+)
+from actcache.store.format.records import read_total, record_length
+from actcache.store.format.site_arrays import array_dtype, arrays_of, chunks_per_shard
 
 ROOT = Path(__file__).resolve().parents[1]
 LATEST = ("zarr>=3.4,<4", "numpy")
@@ -53,24 +64,24 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def our_arrays(store: Store) -> dict[str, NDArray[Any]]:
     """Every array of a store as our own reader has it, bit for bit as stored."""
-    spec, names = store.spec, layout.columns(store.spec)
-    arrays = {f"tokens/{name}": store.tokens(name) for name in layout.TOKEN_ARRAYS}
+    spec, names = store.spec, columns_of(store.spec)
+    arrays = {f"tokens/{name}": store.tokens(name) for name in TOKEN_ARRAYS}
     shards = range(spec.n_shards)
-    for name in layout.ROW_ARRAYS:
-        table = np.full((spec.n_shards, spec.rows_per_shard), layout.ABSENT_ROW, np.uint32)
+    for name in ROW_ARRAYS:
+        table = np.full((spec.n_shards, spec.rows_per_shard), ABSENT_ROW, np.uint32)
         for shard in shards:
             part = store.shard_row_table(shard)[name]
             table[shard, : len(part)] = part
         arrays[f"rows/{name}"] = table.reshape(-1)[: spec.n_rows]
     for column in names:
-        length = layout.record_length(spec, column)
+        length = record_length(spec, column)
         records = b"".join(store.record(column, shard).to_bytes(length) for shard in shards)
-        arrays[f"{layout.column_prefix(column)}/commit"] = np.frombuffer(records, np.uint8).reshape(-1, length)
+        arrays[f"{column_prefix(column)}/commit"] = np.frombuffer(records, np.uint8).reshape(-1, length)
     for site in spec.sites:
-        prefix = layout.site_prefix(site.name)
+        prefix = site_prefix(site.name)
         arrays[f"{prefix}/stats"] = np.stack([store.shard_line(site.name, shard) for shard in shards])
-        arrays[f"{prefix}/total"] = layout.read_total(store.objects, site)
-        arrays |= {f"{prefix}/{array}": sharded_values(store, site, array) for array in layout.arrays_of(site)}
+        arrays[f"{prefix}/total"] = read_total(store.objects, site)
+        arrays |= {f"{prefix}/{array}": sharded_values(store, site, array) for array in arrays_of(site)}
     return {**arrays, "ledger": store.ledger}
 
 
@@ -78,11 +89,11 @@ def sharded_values(store: Store, site: Site, array: str) -> NDArray[Any]:
     """A sharded array from its chunks; those that a shard does not have are zeros to every reader."""
     spec, scratch = store.spec, Scratch()
     width = (site.width,) if array == "acts" else ()
-    values = np.zeros((spec.n_shards * spec.rows_per_shard, *width), layout.array_dtype(spec, site, array))
+    values = np.zeros((spec.n_shards * spec.rows_per_shard, *width), array_dtype(spec, site, array))
     chunks = values.reshape(-1, spec.rows_per_chunk, *width)
     for shard in range(spec.n_shards):
         for chunk in range(-(-int(store.shard_n_rows[shard]) // spec.rows_per_chunk)):
-            out = chunks[shard * layout.chunks_per_shard(spec) + chunk]
+            out = chunks[shard * chunks_per_shard(spec) + chunk]
             store.read_chunk(site.name, shard, chunk, out, scratch, array=array)
     return values[: spec.n_rows]
 
@@ -125,18 +136,18 @@ def test_other_readers_give_the_values_that_were_written(written: tuple[Store, d
     """Without our reader in between: from their row table to their activations."""
     store, bits = written
     arrays = dict(reader(store))
-    sequence, position, token = (arrays[f"rows/{name}"] for name in layout.ROW_ARRAYS)
-    there = np.flatnonzero(sequence != layout.ABSENT_ROW)
+    sequence, position, token = (arrays[f"rows/{name}"] for name in ROW_ARRAYS)
+    there = np.flatnonzero(sequence != ABSENT_ROW)
     assert len(there) == store.n_rows
     sequence, position, token = sequence[there], position[there], token[there]
     np.testing.assert_array_equal(arrays["tokens/ids"][sequence, position], token)
     for site in store.spec.sites:
         given = bits[site.name][sequence, position - store.spec.skip_first]
-        found = arrays[f"{layout.site_prefix(site.name)}/acts"][there]
+        found = arrays[f"{site_prefix(site.name)}/acts"][there]
         if site.codec != "int8":
             np.testing.assert_array_equal(found, given)
             continue
-        scale = as_floats(arrays[f"{layout.site_prefix(site.name)}/scale"][there], "bfloat16")
+        scale = as_floats(arrays[f"{site_prefix(site.name)}/scale"][there], "bfloat16")
         exponents = site.feature_exponents or np.zeros(site.width)
         restored = found * scale[:, None] * np.exp2(exponents)
         # An export works on values, so that what was rounded once is rounded again.
@@ -174,7 +185,7 @@ def test_other_readers_notice_a_flipped_byte(written: tuple[Store, dict[str, Any
         pytest.importorskip(reader.__name__.removeprefix("with_"))
     site = store.spec.sites[CODECS.index(codec)]
     with (
-        one_byte_flipped(store, layout.sharded_key(site.name, "acts", 0), 30),
+        one_byte_flipped(store, sharded_key(site.name, "acts", 0), 30),
         pytest.raises(Exception, match=r"(?i)crc|checksum|digest|corrupt|blosc error"),
     ):
         dict(reader(store))
@@ -237,7 +248,7 @@ def test_zarr_alone_opens_the_store_without_a_warning(written: tuple[Store, dict
     )
     said = subprocess.run([sys.executable, "-c", code, store.path], capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stderr
-    groups = ["tokens", "rows", "sites", *(layout.site_prefix(site.name) for site in store.spec.sites)]
+    groups = ["tokens", "rows", "sites", *(site_prefix(site.name) for site in store.spec.sites)]
     assert int(said.stdout) == len(array_paths(store.path)) + len(groups)
 
 

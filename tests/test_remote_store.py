@@ -24,12 +24,13 @@ from places import QUICK, S3, elsewhere, writable
 
 import actcache as ac
 from actcache.errors import CorruptShardError, NotAStoreError, StoreBusyError, StoreNotFoundError
+from actcache.lm.stories import StoriesConfig, StoriesLM
 from actcache.load import Loader
 from actcache.spec import Site
-from actcache.store import Store, StoreWriter, delete_sites, export, open_store, repair, urls, verify
-from actcache.store.leases import LEASE
-from actcache.store.objects import Objects
-from actcache.stories import StoriesConfig, StoriesLM
+from actcache.store import Store, StoreWriter, delete_sites, export, open_store, repair, verify
+from actcache.store.backends import urls
+from actcache.store.backends.objects import Objects
+from actcache.store.locks.keys import LEASE
 
 
 @pytest.fixture(scope="module")

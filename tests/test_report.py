@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from actcache.errors import RunNotFoundError, StateError
-from actcache.report import read_metrics, render, write_metrics, write_report
-from actcache.report.formats import NOTHING, duration, number, percent, plain, size
+from actcache.formats import NOTHING, duration, number, percent, plain, size
+from actcache.report import render, write_report
+from actcache.sparse.metrics import read_metrics, write_metrics
 
 
 def history(layer: int, n_points: int = 60) -> dict[str, list[float]]:

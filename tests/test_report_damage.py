@@ -14,7 +14,8 @@ from test_report import metrics_of
 
 from actcache.cli import main
 from actcache.errors import ActcacheError, ConfigError, RunNotFoundError, StateError
-from actcache.report import read_metrics, write_report
+from actcache.report import write_report
+from actcache.sparse.metrics import read_metrics
 
 SOUND = metrics_of(1)
 

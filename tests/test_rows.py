@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import actcache as ac
 from actcache.errors import ConfigError, CorruptShardError, StoreIncompleteError
 from actcache.spec import NO_DOCUMENT, TokenBlocks
-from actcache.store import Context, RowFilter, export, layout, open_store
+from actcache.store import Context, RowFilter, export, open_store
+from actcache.store.format.keys import ROW_ARRAYS, row_key, token_key, token_sequences_per_chunk
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def many_token_chunks(tmp_path_factory):
     """Sequences so long that a chunk of the tokens holds two shards, and the last chunk and shard are not full."""
     blocks = random_blocks(150, 8192)
     spec = spec_of(blocks, sequences_per_shard=16, rows_per_chunk=16 * 2, skip_first=8190)
-    assert layout.token_sequences_per_chunk(spec) == 32
+    assert token_sequences_per_chunk(spec) == 32
     store = write_shards(tmp_path_factory.mktemp("tokens") / "s.zarr", spec, blocks, random_bits(spec), shards=[3])
     return store, blocks
 
@@ -46,7 +47,7 @@ def test_each_chunk_of_the_tokens_is_read_once_and_no_other(many_token_chunks, m
     for shard in range(2, 7):
         store.shard_tokens(shard)[:] = 0  # the caller's own
         assert store.shard_tokens(shard).any()
-    assert read == [layout.token_key("ids", chunk) for chunk in (1, 2, 3)]
+    assert read == [token_key("ids", chunk) for chunk in (1, 2, 3)]
 
 
 def test_damaged_or_exchanged_tokens_of_a_shard_are_noticed(tmp_path):
@@ -191,7 +192,7 @@ def test_a_context_reads_one_row_table_and_one_chunk_of_the_tokens(many_token_ch
     assert store.context(3 * store.spec.rows_per_shard + 5, before=3).before
     tables = [key for key in read if "commit" not in key]
     assert tables == [
-        *(layout.row_key(name, 3) for name in layout.ROW_ARRAYS),
+        *(row_key(name, 3) for name in ROW_ARRAYS),
         "tokens/ids/c.1.0",
         "tokens/document/c.1.0",
     ]

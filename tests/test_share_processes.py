@@ -28,7 +28,8 @@ import actcache
 from actcache.errors import ConfigError, CorruptShardError, ServingError, SiteError
 from actcache.load import Batch, Loader
 from actcache.share import ServedBatches, exact_dtype, serve_batches
-from actcache.store import Store, layout
+from actcache.store import Store
+from actcache.store.format.keys import sharded_key
 
 pytestmark = [
     pytest.mark.exhaustive,
@@ -316,7 +317,7 @@ def test_resume_at_every_batch(small_store, path):
 def test_an_error_of_the_loader_reaches_every_consumer(served, small_store, tmp_path):
     copy = tmp_path / "damaged.zarr"
     shutil.copytree(small_store.path, copy)
-    shard = copy / layout.sharded_key(small_store.sites[0], "acts", 2)
+    shard = copy / sharded_key(small_store.sites[0], "acts", 2)
     shard.write_bytes(bytes(len(shard.read_bytes())))
     server = served(2, store=str(copy))
     with ServedBatches(server.path) as first, ServedBatches(server.path) as second:

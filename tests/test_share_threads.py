@@ -19,7 +19,8 @@ from resume import assert_same, content, run_test_resume_at_every_batch
 from actcache.errors import ConfigError, CorruptShardError, SiteError, StateError
 from actcache.load import Batch, Loader, MixedLoader
 from actcache.share import SharedBatches, share_batches
-from actcache.store import Store, layout, open_store
+from actcache.store import Store, open_store
+from actcache.store.format.keys import sharded_key
 
 pytestmark = pytest.mark.filterwarnings("ignore:batches of .* rows are going to have")
 
@@ -188,7 +189,7 @@ def damaged(store: Store, folder: Path) -> Store:
     """A copy of a store, of which one shard cannot be read."""
     path = folder / "damaged.zarr"
     shutil.copytree(store.path, path)
-    shard = path / layout.sharded_key(store.sites[0], "acts", 2)
+    shard = path / sharded_key(store.sites[0], "acts", 2)
     shard.write_bytes(bytes(len(shard.read_bytes())))
     return open_store(path)
 

@@ -14,7 +14,7 @@ import pytest
 
 from actcache.errors import ConfigError, TextError
 from actcache.source import read_documents, read_texts, read_tokens
-from actcache.source.folders import split_of
+from actcache.source.dataset_folders import split_of
 
 
 def write(folder, *names):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from actcache.errors import ConfigError, ModelNotFoundError, StateError
-from actcache.sparse import Scaling, SparseMLP, fold_scaling, initialise, sparse_loss
+from actcache.sparse.model import Scaling, SparseMLP, fold_scaling, initialise
+from actcache.sparse.objective import sparse_loss
 
 
 def make(seed=0, d_in=6, d_out=5, n_latents=16):

@@ -13,7 +13,7 @@ from actcache.kernels import take_and_measure
 from actcache.load import Loader
 from actcache.spec import Site
 from actcache.store import RowFilter, Store, export, open_store
-from actcache.store.stats import LineBuilder, SiteStats, merge, stats_of
+from actcache.store.format.stats import LineBuilder, SiteStats, merge, stats_of
 
 FIGURES = ("mean", "variance", "dimension_abs_max", "mean_norm", "rms_norm", "max_norm", "abs_max", "zero_fraction")
 

@@ -26,9 +26,9 @@ from actcache.errors import (
 )
 from actcache.spec import Site, StoreSpec
 from actcache.store import PRESETS, Store, open_store
-from actcache.store.codecs import STORED_DTYPE
-from actcache.store.layout import sharded_key
-from actcache.store.stats import LineBuilder, merge, stats_of
+from actcache.store.codecs.chain import STORED_DTYPE
+from actcache.store.format.keys import sharded_key
+from actcache.store.format.stats import LineBuilder, merge, stats_of
 
 LOSSLESS = sorted(name for name, chain in PRESETS.items() if not chain.quantised)
 

@@ -14,7 +14,7 @@ import store_bounds
 import store_data
 
 from actcache.store import open_store
-from actcache.store.verify import verify
+from actcache.store.maintenance.verify import verify
 
 pytestmark = pytest.mark.exhaustive
 

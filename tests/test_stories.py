@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from actcache.stories import StoriesConfig, StoriesLM
+from actcache.lm.stories import StoriesConfig, StoriesLM
 
 CONFIG = StoriesConfig(d_model=16, d_mlp=32, n_layers=2, n_heads=2, n_ctx=12, d_vocab=20)
 

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from actcache.errors import ConfigError, SiteError, StateError, TrainingError
 from actcache.load import Loader
-from actcache.sparse import SparseMLP
-from actcache.train import CHECKPOINT, TrainConfig, Trainer, resolve_precision
+from actcache.sparse.model import SparseMLP
+from actcache.sparse.training import CHECKPOINT, TrainConfig, Trainer, resolve_precision
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from conftest import random_bits, random_blocks, spec_of, write_shards
 
 from actcache.errors import ConfigError, CorruptShardError, SiteError
 from actcache.spec import Site
-from actcache.store import Store, export, layout, open_store
+from actcache.store import Store, export, open_store
+from actcache.store.format.keys import row_key, sharded_key, site_prefix
 
 SITES = (
     Site(name="blocks.0.hook_mlp_out", shape=(12,)),
@@ -136,7 +137,7 @@ def test_sites_are_asked_for_by_name_or_pattern(store):
 def test_nothing_is_read_before_it_is_computed(store):
     """With all activations and the row table gone, views are made, sliced and calculated with; only asking fails."""
     for site in store.sites:
-        shutil.rmtree(Path(store.path) / layout.site_prefix(site) / "acts")
+        shutil.rmtree(Path(store.path) / site_prefix(site) / "acts")
     shutil.rmtree(Path(store.path) / "rows")
     again = open_store(store.path)
     array, dataset = again.as_dask(FIRST), again.as_xarray()
@@ -156,8 +157,8 @@ def test_nothing_is_read_before_it_is_computed(store):
 
 def test_only_the_asked_for_shards_are_read(store):
     wanted = expected(store, FIRST, slice(0, 96))
-    damage(store, layout.sharded_key(FIRST, "acts", 1))
-    damage(store, layout.row_key("position", 1))
+    damage(store, sharded_key(FIRST, "acts", 1))
+    damage(store, row_key("position", 1))
     again = open_store(store.path)
     array, dataset = again.as_dask(FIRST), again.as_xarray()
     np.testing.assert_array_equal(array[:96].compute(), wanted)

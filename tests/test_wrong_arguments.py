@@ -15,7 +15,7 @@ from conftest import random_bits, random_blocks, spec_of, write_shards
 import actcache as ac
 from actcache.cli import main
 from actcache.errors import ActcacheError, ConfigError
-from actcache.evaluate import spliced_loss
+from actcache.sparse.evaluation import spliced_loss
 from actcache.spec import TokenBlocks
 from actcache.store import Store, open_store
 

@@ -12,7 +12,7 @@ compares. Nothing here uses the code that captured the values: no batches, no pa
     run.py        `audit`, and the small audit that ends an extraction
 """
 
+from actcache.auditing.check import audit, check_before_sealing, small_audit_size
 from actcache.auditing.result import Audit, SiteAudit
-from actcache.auditing.run import audit, check_before_sealing, small_audit_size
 
 __all__ = ["Audit", "SiteAudit", "audit", "check_before_sealing", "small_audit_size"]

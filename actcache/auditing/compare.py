@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from actcache.lm import LanguageModel
 from actcache.spec import Site, StoreSpec
-from actcache.store.codecs import chain_of
+from actcache.store.codecs.presets import chain_of
 
 FloatRows = NDArray[np.float64]
 """`(n, D)`."""

@@ -125,7 +125,8 @@ def stored_sequences(store: Store, drawn: Drawn) -> Iterator[StoredSequence]:
         if (positions >= len(tokens)).any() or (tokens[positions] != table["token"][mine]).any():
             raise CorruptShardError(
                 f"the row table of shard {shard} of {store.path} names other tokens for sequence {sequence} than the "
-                f"store has; run 'actcache verify {store.path}'"
+                f"store has",
+                store=store.path,
             )
         rows = store.spec.shard_rows(shard).start + mine
         yield StoredSequence(sequence=sequence, ids=tokens, rows=rows, positions=positions)

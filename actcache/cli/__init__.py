@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 
 from cyclopts import App, CycloptsError, Parameter
 
-from actcache import __version__
+from actcache._version import __version__
 from actcache.addresses import hidden
 from actcache.cli import audit, exchange, serve, sites, stores, verbs
 from actcache.cli.interrupts import INTERRUPTED

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from actcache.cli.options import Flag, Strings
-from actcache.cli.screen import Screen
-from actcache.cli.stores import codecs_by_pattern, show_store
+from actcache.cli.options import Flag, Strings, codecs_by_pattern
+from actcache.cli.screen import Screen, show_store
 from actcache.errors import ConfigError
 from actcache.spec import Dtype
 

@@ -5,6 +5,7 @@ In: what was typed. Out: a model, token blocks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -150,3 +151,31 @@ def _template(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(f"--chat-template takes a file with a Jinja template, and {path} is none: {error}") from error
+
+
+def codecs_by_pattern(given: Sequence[str]) -> dict[str, str]:
+    """`["lossless", "*hook_post=sparse"]` as patterns and codecs, the named ones first."""
+    named, everywhere = {}, {}
+    for text in given:
+        pattern, equals, codec = text.partition("=")
+        if equals and not text.lstrip().startswith("["):
+            named[pattern] = codec
+        else:
+            everywhere["*"] = text
+    return {**named, **everywhere}
+
+
+def stretch(option: str, text: str) -> slice:
+    """`START:STOP` as a slice of non-negative numbers."""
+    start, colon, stop = text.partition(":")
+    if not colon or not start.isdecimal() or not stop.isdecimal() or int(start) >= int(stop):
+        raise ConfigError(f"{option} takes START:STOP, such as 0:1024, not {text!r}")
+    return slice(int(start), int(stop))
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """`I/N` as two numbers."""
+    i, slash, n = text.partition("/")
+    if not slash or not i.isdecimal() or not n.isdecimal():
+        raise ConfigError(f"--part takes I/N, such as 1/4 for the first of four, not {text!r}")
+    return int(i), int(n)

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from actcache import formats
 from actcache.cli.options import Flag, Flat, RunOptions, TextOptions
 from actcache.cli.screen import Screen
 from actcache.errors import ConfigError
-from actcache.report import formats
 from actcache.spec import Dtype
 
 if TYPE_CHECKING:

@@ -41,7 +41,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from actcache.report import finite, formats
+from actcache import formats
+from actcache.files import finite
 from actcache.spec import SiteStatus, Status
 
 MOST_SITES = 8

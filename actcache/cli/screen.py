@@ -21,9 +21,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from actcache import formats
 from actcache.cli.interrupts import Interrupts
 from actcache.cli.progress import Bars, Events, Lines, Stage, Teller, event_line
-from actcache.report import finite, formats
+from actcache.files import finite
 from actcache.spec import Progress, Watch
 
 Metrics = Mapping[str, Any]
@@ -263,3 +264,21 @@ def empty_table(headings: Sequence[str], *, left: Sequence[str] = ()) -> Table:
         is_first = heading == headings[0]
         table.add_column(heading, justify="left" if heading in left else "right", no_wrap=not is_first, overflow="fold")
     return table
+
+
+def show_store(screen: Screen, found: Mapping[str, Any]) -> None:
+    """Print what a store is."""
+
+    def show(out: Console) -> None:
+        out.print(store_lines(found), highlight=False)
+        out.print(sites_table(found["sites"]))
+        for name, site in found["sites"].items():
+            if site["codec_reason"]:
+                out.print(f"[dim]{name}: {site['codec_reason']}[/]", highlight=False)
+
+    shown: Callable[[Console], None] = show
+    screen.result(found, shown)
+
+
+def _place(column: str, shard: int) -> str:
+    return f"{column}, shard {shard}" if shard >= 0 else column

@@ -14,7 +14,7 @@ from actcache.errors import ConfigError
 from actcache.spec import DTYPE_BYTES, Dtype
 
 if TYPE_CHECKING:
-    from actcache.lm.sites import Listed
+    from actcache.lm.survey import Listed
 
 
 def sites(

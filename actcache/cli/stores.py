@@ -5,19 +5,18 @@ In: options, documented where they are defined. Out: a result on stdout (`--json
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from rich.console import Console
-
 from actcache.addresses import shown
-from actcache.cli.options import Flag, Flat, ModelOptions, Strings, TextOptions
-from actcache.cli.screen import Screen, sites_table, store_lines
+from actcache.cli.options import Flag, Flat, ModelOptions, Strings, TextOptions, codecs_by_pattern, part_of, stretch
+from actcache.cli.screen import Screen, _place, show_store
 from actcache.errors import ConfigError
 from actcache.spec import Dtype
 
 UNSOUND = 2
+
+
 Batch = int | Literal["auto"] | None
 
 
@@ -363,49 +362,3 @@ def repair(store: str, /, *, unlock: Flag = False, json: Flag = False) -> int:
         payload = {"path": place, "shards": shards}
         screen.result(payload, lambda out: out.print(opened if shards else mended, markup=False, highlight=False))
     return 0
-
-
-def codecs_by_pattern(given: Sequence[str]) -> dict[str, str]:
-    """`["lossless", "*hook_post=sparse"]` as patterns and codecs, the named ones first."""
-    named, everywhere = {}, {}
-    for text in given:
-        pattern, equals, codec = text.partition("=")
-        if equals and not text.lstrip().startswith("["):
-            named[pattern] = codec
-        else:
-            everywhere["*"] = text
-    return {**named, **everywhere}
-
-
-def stretch(option: str, text: str) -> slice:
-    """`START:STOP` as a slice of non-negative numbers."""
-    start, colon, stop = text.partition(":")
-    if not colon or not start.isdecimal() or not stop.isdecimal() or int(start) >= int(stop):
-        raise ConfigError(f"{option} takes START:STOP, such as 0:1024, not {text!r}")
-    return slice(int(start), int(stop))
-
-
-def part_of(text: str) -> tuple[int, int]:
-    """`I/N` as two numbers."""
-    i, slash, n = text.partition("/")
-    if not slash or not i.isdecimal() or not n.isdecimal():
-        raise ConfigError(f"--part takes I/N, such as 1/4 for the first of four, not {text!r}")
-    return int(i), int(n)
-
-
-def show_store(screen: Screen, found: Mapping[str, Any]) -> None:
-    """Print what a store is."""
-
-    def show(out: Console) -> None:
-        out.print(store_lines(found), highlight=False)
-        out.print(sites_table(found["sites"]))
-        for name, site in found["sites"].items():
-            if site["codec_reason"]:
-                out.print(f"[dim]{name}: {site['codec_reason']}[/]", highlight=False)
-
-    shown: Callable[[Console], None] = show
-    screen.result(found, shown)
-
-
-def _place(column: str, shard: int) -> str:
-    return f"{column}, shard {shard}" if shard >= 0 else column

@@ -8,9 +8,9 @@ from typing import Annotated
 from actcache.cli.options import Flag, Flat
 from actcache.cli.screen import Screen, paths_lines, results_table
 from actcache.cli.verbs import typed
-from actcache.runs import Pair, train_run
+from actcache.sparse.runs import Pair, train_run
+from actcache.sparse.training import TrainConfig
 from actcache.store import open_store
-from actcache.train import TrainConfig
 
 
 def train(

@@ -59,8 +59,8 @@ def evaluate(
     json
         Print one JSON object on stdout; events, one JSON object a line, go to stderr.
     """
-    from actcache.report import read_metrics
-    from actcache.runs import evaluate_run
+    from actcache.sparse.metrics import read_metrics
+    from actcache.sparse.runs import evaluate_run
 
     text = text or TextOptions()
     with Screen(json=json) as screen:

@@ -14,9 +14,9 @@ measurement answers for any number of tokens and of workers.
 """
 
 from actcache.estimate.amounts import Amounts
+from actcache.estimate.costs import Plan, plan
+from actcache.estimate.footprint import Memory
 from actcache.estimate.measure import Measured, PresetCosts, SiteCosts
-from actcache.estimate.memory import Memory
-from actcache.estimate.plan import Plan, plan
 from actcache.estimate.preset import BreakEven, PresetPlan, Terms
 
 __all__ = [

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from actcache.spec import DTYPE_BYTES, MOST_OBJECT_BYTES, Dtype
-from actcache.store import layout
-from actcache.store.sizes import default_sizes
+from actcache.store.format.records import HEAD_BYTES
+from actcache.store.format.sizes import default_sizes
 
 _TOKENS_PER_CHUNK = 1 << 18
 
@@ -80,7 +80,7 @@ def amounts_of(asked: Asked, n_sequences: int, rows_per_sequence: float, tokens_
     shard, chunk = asked.sizes(n_sequences)
     n_shards = math.ceil(n_sequences / shard)
     in_last = n_sequences - (n_shards - 1) * shard
-    heads = layout.HEAD_BYTES * (len(asked.sites) + 1)
+    heads = HEAD_BYTES * (len(asked.sites) + 1)
     # As `layout.token_sequences_per_chunk`: whole shards, about a megabyte.
     per_token_chunk = shard * max(1, _TOKENS_PER_CHUNK // (shard * asked.sequence_length))
     return Amounts(

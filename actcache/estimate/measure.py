@@ -21,13 +21,16 @@ import numpy as np
 
 from actcache.estimate.joint import contention
 from actcache.estimate.sample import FEWEST_BATCHES, SAMPLE_ROWS, Sample, sequences_wanted, warm_up
-from actcache.memory import keep_freed_memory
+from actcache.memory import Scratch, keep_freed_memory
 from actcache.order import permutation
 from actcache.spec import Site, StoreSpec, TokenBlocks
-from actcache.store import PRESETS, Objects, Store, StoreWriter, layout
-from actcache.store.codecs import Scratch, chain_of
-from actcache.store.encode import ShardEncoder
-from actcache.store.fit import AUTO, fitted
+from actcache.store import PRESETS, Objects, Store, StoreWriter
+from actcache.store.codecs.fit import AUTO, fitted
+from actcache.store.codecs.presets import chain_of
+from actcache.store.format.keys import stats_key, token_sequences_per_chunk
+from actcache.store.format.site_arrays import arrays_of, index_bytes
+from actcache.store.format.table_objects import UINT32, encode_table
+from actcache.store.writing.encode import ShardEncoder
 
 if TYPE_CHECKING:
     from actcache.lm import LanguageModel, ResolvedSite
@@ -188,8 +191,8 @@ def _costs(sample: Sample, sites: tuple[Site, ...], folder: Path) -> PresetCosts
     encoder, order = ShardEncoder(Objects(folder, read_only=False), spec), sample.order
     found = {}
     for site in sites:
-        arrays = layout.arrays_of(site)
-        per_shard = len(arrays) * layout.index_bytes(spec) + store.objects.size(layout.stats_key(site.name, 0))
+        arrays = arrays_of(site)
+        per_shard = len(arrays) * index_bytes(spec) + store.objects.size(stats_key(site.name, 0))
         chain = chain_of(site.codec)
         pads = chain.is_raw or chain.quantised
         n_rows = -(-sample.n_rows // spec.rows_per_chunk) * spec.rows_per_chunk if pads else sample.n_rows
@@ -221,11 +224,11 @@ def _bytes_range(sample: Sample, encoder: ShardEncoder, site: Site, bytes_per_ro
     """
     batches = list(sample.batches_of_rows(_BATCHES_ENCODED))
     fewest = min(map(len, batches))
-    besides = len(layout.arrays_of(site)) * layout.index_bytes(sample.spec)
+    besides = len(arrays_of(site)) * index_bytes(sample.spec)
     sizes = np.empty(len(batches))
     for i, rows in enumerate(batches):
         record, _ = encoder.write(site, 0, sample.rows(site.name), rows[:fewest])
-        sizes[i] = record.n_bytes - besides - encoder.objects.size(layout.stats_key(site.name, 0))
+        sizes[i] = record.n_bytes - besides - encoder.objects.size(stats_key(site.name, 0))
     low, high = _range((sizes / sizes.mean() * bytes_per_row).tolist())
     return min(low, bytes_per_row), max(high, bytes_per_row)
 
@@ -273,16 +276,16 @@ def _row_table_bytes(spec: StoreSpec, blocks: TokenBlocks) -> float:
     sequence, position = np.divmod(order, spec.rows_per_sequence)
     position += spec.skip_first
     token = np.asarray(blocks.ids[: len(np.unique(sequences))])[sequences[sequence], position]
-    columns = [np.ascontiguousarray(values, layout.UINT32) for values in (sequence, position, token)]
-    return sum(len(layout.encode_table(values)[1]) for values in columns) / n_rows
+    columns = [np.ascontiguousarray(values, UINT32) for values in (sequence, position, token)]
+    return sum(len(encode_table(values)[1]) for values in columns) / n_rows
 
 
 def _token_bytes(spec: StoreSpec, blocks: TokenBlocks) -> float:
     """Compressed bytes of a token's id and document, in a chunk as the store has it."""
-    n_sequences = min(blocks.n_sequences, layout.token_sequences_per_chunk(spec))
-    parts = [np.asarray(values[:n_sequences], layout.UINT32) for values in (blocks.ids, blocks.document)]
+    n_sequences = min(blocks.n_sequences, token_sequences_per_chunk(spec))
+    parts = [np.asarray(values[:n_sequences], UINT32) for values in (blocks.ids, blocks.document)]
     n_tokens = int(blocks.lengths(range(n_sequences)).sum())
-    return sum(len(layout.encode_table(values)[1]) for values in parts) / max(1, n_tokens)
+    return sum(len(encode_table(values)[1]) for values in parts) / max(1, n_tokens)
 
 
 def _seconds(work: Callable[[], object], n_rows: int) -> list[float]:

@@ -14,8 +14,9 @@ from actcache.errors import ConfigError
 from actcache.estimate.amounts import Amounts, Asked
 from actcache.estimate.measure import Measured, PresetCosts, SiteCosts
 from actcache.spec import check_positive
-from actcache.store import layout
-from actcache.store.codecs import CRC_BYTES
+from actcache.store.codecs.crc import CRC_BYTES
+from actcache.store.format.keys import ROW_ARRAYS, TOKEN_ARRAYS
+from actcache.store.format.records import HEAD_BYTES
 
 _TERABYTE = 1e12
 _SECONDS_PER_HOUR = 3600.0
@@ -213,16 +214,16 @@ def _site_bytes(site: SiteCosts, amounts: Amounts, bytes_per_row: float) -> int:
 def _other_bytes(costs: PresetCosts, measured: Measured, amounts: Amounts) -> int:
     """Tokens, metadata, and for each shard and column a commit record, whose head stands in the ledger once more."""
     checksums = sum(2 + site.n_arrays * amounts.n_chunks / amounts.n_shards for site in costs.sites.values())
-    per_shard = 2 * layout.HEAD_BYTES * (len(costs.sites) + 1) + CRC_BYTES * (checksums + len(layout.ROW_ARRAYS))
+    per_shard = 2 * HEAD_BYTES * (len(costs.sites) + 1) + CRC_BYTES * (checksums + len(ROW_ARRAYS))
     fixed = costs.metadata_bytes * amounts.n_stores
     return round(amounts.n_tokens * measured.token_bytes + amounts.n_shards * per_shard + fixed)
 
 
 def _n_objects(costs: PresetCosts, amounts: Amounts) -> int:
     """Metadata, tokens, ledger and totals once; for each shard the row table, and of each column data and record."""
-    per_shard = len(layout.ROW_ARRAYS) + 1 + sum(site.n_arrays + 2 for site in costs.sites.values())
+    per_shard = len(ROW_ARRAYS) + 1 + sum(site.n_arrays + 2 for site in costs.sites.values())
     per_store = costs.n_metadata + 1 + len(costs.sites)
-    tokens = len(layout.TOKEN_ARRAYS) * amounts.token_chunks
+    tokens = len(TOKEN_ARRAYS) * amounts.token_chunks
     return per_store * amounts.n_stores + tokens + per_shard * amounts.n_shards
 
 

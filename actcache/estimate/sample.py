@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import ConfigError
-from actcache.estimate.memory import resident_bytes
+from actcache.estimate.footprint import resident_bytes
 from actcache.extraction.sink import Sink
 from actcache.order import permutation
 from actcache.spec import DTYPE_BYTES, StoreSpec, TokenBlocks
 from actcache.store import Objects, ShardBuffers
-from actcache.store.encode import ShardEncoder
+from actcache.store.writing.encode import ShardEncoder
 
 if TYPE_CHECKING:
     from actcache.lm import LanguageModel, ResolvedSite

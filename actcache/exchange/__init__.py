@@ -7,7 +7,7 @@
 Nothing is unpickled, and no more than a piece of the files is in memory at a time.
 """
 
-from actcache.exchange.arrays import import_npy, import_safetensors
-from actcache.exchange.saelens import export_saelens, import_saelens
+from actcache.exchange.array_files import import_npy, import_safetensors
+from actcache.exchange.saelens_cache import export_saelens, import_saelens
 
 __all__ = ["export_saelens", "import_npy", "import_saelens", "import_safetensors"]

@@ -10,7 +10,7 @@ import numpy as np
 
 from actcache.spec import Progress, SiteStatus, Status, Watch
 from actcache.store import StoreWriter
-from actcache.store.stats import stats_of
+from actcache.store.format.stats import stats_of
 
 
 class Follower:

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,23 +17,32 @@ from actcache.extraction.sink import Sink
 from actcache.memory import is_out_of_memory
 from actcache.spec import Dtype, Site, StoreSpec, TokenBlocks, check_positive
 from actcache.store import Objects, ShardBuffers, open_store
-from actcache.store.fit import codec_of, fitted, given, is_result_of, needs_trial
-from actcache.store.sizes import default_sizes
+from actcache.store.codecs.fit import codec_of, fitted, given, is_result_of, needs_trial
+from actcache.store.format.sizes import default_sizes
 
 if TYPE_CHECKING:
     from actcache.lm import LanguageModel, ResolvedSite
+from actcache.provenance import _versions
 
 BatchSequences = int | Literal["auto"]
 """Sequences in one forward pass, or `auto`: as many as make this model fast on this machine, found by trying."""
 
+
 _ROWS_TO_TRY = 4096
 """Rows that `auto` tries codecs on."""
+
+
 _BATCH_SEQUENCES = 32
+
+
 _MOST_BATCH_TOKENS = 1 << 17
+
+
 _WORTH_DOUBLING = 1.05
 """`auto` goes on doubling a batch while that makes the model so much faster."""
+
+
 _TRIAL_S = 20.0
-_LIBRARIES = ("actcache", "torch", "transformers", "transformer-lens", "zarr", "numcodecs", "numpy")
 
 
 def store_spec(
@@ -171,14 +179,6 @@ def provenance(lm: LanguageModel | None, batch_sequences: int) -> dict[str, Any]
     device = lm.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {**common, "device": f"{device.type}, {name}", "threads": torch.get_num_threads()}
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def batch_size(asked: BatchSequences | None, path: Objects, find: Callable[[], int]) -> int:

@@ -25,10 +25,9 @@ instrumentation.
     load.py         load_lm
 """
 
-from actcache.lm.bridge import open_bridge
 from actcache.lm.hooks import ResolvedSite
+from actcache.lm.language_model import LanguageModel, open_bridge
 from actcache.lm.load import load_lm
-from actcache.lm.model import LanguageModel
-from actcache.lm.sites import Listed
+from actcache.lm.survey import Listed
 
 __all__ = ["LanguageModel", "Listed", "ResolvedSite", "load_lm", "open_bridge"]

@@ -11,18 +11,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from actcache.errors import ConfigError
+from actcache.lm.forward import is_bare
 from actcache.lm.hooks import Spot
 from actcache.lm.processes import no_processes
-from actcache.stories import StoriesLM
-
-if TYPE_CHECKING:
-    from actcache.lm.model import LanguageModel
+from actcache.lm.stories import StoriesLM
 
 
 @dataclass(frozen=True)
@@ -34,18 +32,6 @@ class Opened:
     """Its names, at their HookPoints."""
     candidates: dict[str, Spot]
     """Names that may stand for the input or output of a module of the plain model, and of which."""
-
-
-def open_bridge(lm: LanguageModel) -> Any:
-    """The model as a `TransformerBridge` with every hook, computing what the plain model computes.
-
-    The embedded model opens through `boot_native` with a copy of its weights; a Hugging Face model is bridged around
-    its own weights, unprocessed; a transformer-lens model is returned as it is.
-
-    Raises:
-        ConfigError: transformer-lens has no architecture for the model.
-    """
-    return lm.open_instrumented()
 
 
 def native_bridge(module: StoriesLM, tokenizer: Any) -> Opened:
@@ -118,11 +104,6 @@ def _weights_by_id(module: nn.Module) -> dict[int, Any]:
     packed = [vars(m.state) for m in module.modules() if hasattr(getattr(m, "state", None), "CB")]
     tensors = [value for state in packed for value in state.values() if isinstance(value, torch.Tensor)]
     return {id(tensor): tensor for tensor in (*module.parameters(), *tensors)}
-
-
-def is_bare(module: Any) -> bool:
-    """Whether it is a Hugging Face model without a head, which ends in hidden states."""
-    return getattr(module, "base_model", None) is module
 
 
 def _with_head(shell: Any) -> Any:

@@ -97,3 +97,8 @@ def first_tensor(output: Any) -> Tensor | None:
         return output
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
     return next((value for value in values if isinstance(value, Tensor)), None)
+
+
+def is_bare(module: Any) -> bool:
+    """Whether it is a Hugging Face model without a head, which ends in hidden states."""
+    return getattr(module, "base_model", None) is module

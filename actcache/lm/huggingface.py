@@ -22,7 +22,7 @@ from torch import nn
 from actcache.errors import ActcacheError, ConfigError, ModelNotFoundError
 from actcache.lm.diagnose import CONFIG, fault_in, fault_in_model, reason_of
 from actcache.lm.inputs import takes_decoder_input
-from actcache.lm.model import LanguageModel
+from actcache.lm.language_model import LanguageModel
 from actcache.lm.tokenizers import load_tokenizer
 from actcache.lm.trust import check_needs_no_code, named_class
 

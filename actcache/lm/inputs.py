@@ -13,7 +13,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,14 +22,32 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from actcache.errors import ConfigError
-from actcache.lm.context import Context
+from actcache.lm.context_length import Context
+from actcache.lm.names import Kind
 from actcache.memory import is_out_of_memory
-
-if TYPE_CHECKING:
-    from actcache.lm.model import LanguageModel
 
 _IDS_AT_A_TIME = 1 << 22
 _SPECIAL = ("pad", "bos", "eos", "sep", "cls", "mask", "unk")
+
+
+class Model(Protocol):
+    """What of a model the checks look at."""
+
+    module: nn.Module
+    name: str
+    kind: Kind
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    @property
+    def d_vocab(self) -> int | None:
+        """Tokens that it knows."""
+
+    @property
+    def tokenizer_if_readable(self) -> Any | None:
+        """Its tokenizer."""
 
 
 class Inputs:
@@ -41,7 +59,7 @@ class Inputs:
         run: one forward pass of `(Q, T)` token ids.
     """
 
-    def __init__(self, lm: LanguageModel, claimed: int | None, run: Callable[[Tensor], Any]) -> None:
+    def __init__(self, lm: Model, claimed: int | None, run: Callable[[Tensor], Any]) -> None:
         self._lm = lm
         self.context = Context(claimed, run, self._plain_ids, lambda: sum(p.numel() for p in lm.module.parameters()))
 

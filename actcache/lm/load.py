@@ -14,11 +14,11 @@ from actcache.errors import ActcacheError, ConfigError, ModelNotFoundError
 from actcache.lm.bridge import is_transformer_lens
 from actcache.lm.diagnose import CONFIG, fault_in, read_json, reason_of
 from actcache.lm.huggingface import DeviceMap, find_source, huggingface_lm, load_huggingface, short_name
-from actcache.lm.model import LanguageModel
+from actcache.lm.language_model import LanguageModel
 from actcache.lm.names import Kind
+from actcache.lm.stories import StoriesConfig, StoriesLM
 from actcache.lm.tokenizers import open_tokenizer, open_tokenizer_file
 from actcache.spec import DTYPES
-from actcache.stories import StoriesConfig, StoriesLM
 
 EMBEDDED_MODEL = "stories-4l"
 """Name of the model that comes with the package."""

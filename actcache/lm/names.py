@@ -16,11 +16,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from actcache.errors import ConfigError, SiteError
-from actcache.lm.bridge import Opened, hf_bridge, hook_points, is_bare, native_bridge
-from actcache.lm.forward import Forward
+from actcache.lm.bridge import Opened, hf_bridge, hook_points, native_bridge
+from actcache.lm.forward import Forward, is_bare
 from actcache.lm.hooks import ResolvedSite, Spot
 from actcache.lm.identity import quantization_of
-from actcache.lm.sites import (
+from actcache.lm.stories import stories_places, stories_spots
+from actcache.lm.survey import (
     OUTPUT,
     Comparison,
     Listed,
@@ -29,8 +30,6 @@ from actcache.lm.sites import (
     compare,
     module_spots,
     outputs_of,
-    stories_places,
-    stories_spots,
     survey,
     values_at,
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from actcache.lm.hooks import ResolvedSite, Spot
-from actcache.lm.sites import equal
+from actcache.lm.survey import equal
 
 Values = Callable[[Tensor, Tensor | None, Sequence[ResolvedSite]], Mapping[str, Tensor]]
 """What `(Q, T)` ids of `(Q,)` lengths (None: all T) give at sites, or without any as output: `(Q, T, D)` each."""

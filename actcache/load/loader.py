@@ -18,26 +18,30 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from actcache.errors import ConfigError, StateError
 from actcache.load.ahead import ReadAhead, check_process
 from actcache.load.arguments import check_loader, device_of, dtype_of, switch
-from actcache.load.batch import Batch
-from actcache.load.chosen import chosen_rows
-from actcache.load.fetch import LaneStream, Pools, Window
-from actcache.load.gather import BatchMemory, Normalization, normalization_of
-from actcache.load.make import BatchMaker
-from actcache.load.origin import ShardTables, lookup, rows_per_sequence
-from actcache.load.plan import Epoch, Lane, Plan, Share, chunk_table
-from actcache.load.quality import ShuffleReport, batches_to_look_at, shuffle_report
-from actcache.load.reading import in_reading_order
-from actcache.load.sizes import GOOD_RATIO, Budget, expected_ratio, memory_bytes, sized
+from actcache.load.batches.batch import Batch
+from actcache.load.batches.batch_memory import BatchMemory
+from actcache.load.batches.maker import BatchMaker
+from actcache.load.batches.origin import ShardTables, lookup
+from actcache.load.normalize import Normalization, normalization_of
+from actcache.load.plan.chosen import chosen_rows
+from actcache.load.plan.epochs import Epoch, Lane, Plan, chunk_table
+from actcache.load.plan.quality import ShuffleReport, batches_to_look_at, shuffle_report
+from actcache.load.plan.ranks import Share
+from actcache.load.plan.reading_order import in_reading_order, rows_per_sequence
+from actcache.load.plan.window_sizes import GOOD_RATIO, Budget, expected_ratio, memory_bytes, sized
 from actcache.load.speed import Clock, LoaderStats
 from actcache.load.state import STATE_VERSION, Place, check_settings, checked_place, checked_state, named
+from actcache.load.windows.pools import Pools
+from actcache.load.windows.stream import LaneStream
+from actcache.load.windows.window import Window
 from actcache.spec import DTYPE_BYTES, check_positive, expand_names, integer
-from actcache.store.layout import array_dtype
+from actcache.store.format.site_arrays import array_dtype
 
 if TYPE_CHECKING:
     import torch
 
     from actcache.store import SiteStats, Store
-    from actcache.store.rows import Rows
+    from actcache.store.reading.rows import Rows
 
 
 class Loader:

@@ -8,7 +8,7 @@ from typing import Any
 
 from actcache.errors import ConfigError, StateError
 from actcache.files import shown
-from actcache.load.batch import Batch
+from actcache.load.batches.batch import Batch
 from actcache.load.loader import Loader
 from actcache.load.state import differ, packed, unpacked
 from actcache.spec import check_positive, integer

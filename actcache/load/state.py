@@ -171,3 +171,11 @@ def unpacked(state: Any, mine: Sequence[Mapping[str, Any]]) -> list[dict[str, An
         settings = {name: value for name, value in flat.items() if value is not None or name in own["settings"]}
         found.append({**of_loader, "settings": settings})
     return found
+
+
+State = Mapping[str, Any]
+
+
+def how_far(state: State) -> tuple[int, ...]:
+    """What of a loader's state grows with every batch."""
+    return (state["step"],) if "step" in state else (state["epoch"], state["batch"])

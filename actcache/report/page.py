@@ -12,10 +12,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from actcache import formats
 from actcache.errors import StateError
 from actcache.files import own_partial, path_of, write_whole
-from actcache.report import figures, formats, view
-from actcache.report.record import read_metrics
+from actcache.report import figures, view
+from actcache.sparse.metrics import read_metrics
 
 _CURVES = (
     ("loss", "Training loss", "Squared error of the scaled output, summed over its dimensions, plus the L1 penalty."),

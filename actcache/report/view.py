@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from actcache.report import formats
+from actcache import formats
 
 Metrics = Mapping[str, Any]
 

@@ -21,10 +21,11 @@ from actcache.errors import ActcacheError, ConfigError, ServingError, StateError
 from actcache.files import path_of, shown
 from actcache.load import Batch
 from actcache.load.arguments import device_of, dtype_of
-from actcache.load.origin import ShardTables, lookup
+from actcache.load.batches.origin import ShardTables, lookup
+from actcache.load.state import State
 from actcache.share.copies import Copies
-from actcache.share.memory import MappedMemory
-from actcache.share.messages import PROTOCOL, Lines, Message, State
+from actcache.share.messages import PROTOCOL, Lines, Message
+from actcache.share.shared_memory import MappedMemory
 from actcache.spec import expand_names
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.kernels import take_rows
-from actcache.load.gather import BatchMemory
+from actcache.load.batches.batch_memory import BatchMemory
 
 if TYPE_CHECKING:
     import torch

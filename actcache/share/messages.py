@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Mapping
 from typing import Any
 
 PROTOCOL = 1
+
+
 _MOST_LINE_BYTES = 1 << 16
 
+
 Message = dict[str, Any]
-State = Mapping[str, Any]
 
 
 class Lines:
@@ -80,8 +81,3 @@ def _message(line: bytes) -> Message:
     if not isinstance(message, dict):
         raise ValueError(f"{line[:40]!r} is no message")
     return message
-
-
-def how_far(state: State) -> tuple[int, ...]:
-    """What of a loader's state grows with every batch."""
-    return (state["step"],) if "step" in state else (state["epoch"], state["batch"])

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 from actcache.errors import ConfigError
 from actcache.files import path_of, shown
 from actcache.load import Batch, Loader
-from actcache.load.gather import BatchMemory
-from actcache.load.state import check_settings, checked_place, checked_state
-from actcache.share.memory import SharedMemory
-from actcache.share.messages import PROTOCOL, Lines, Message, State, how_far
+from actcache.load.batches.batch_memory import BatchMemory
+from actcache.load.state import State, check_settings, checked_place, checked_state, how_far
+from actcache.share.messages import PROTOCOL, Lines, Message
+from actcache.share.shared_memory import SharedMemory
 from actcache.spec import Progress, check_callable, check_positive, expand_names
-from actcache.store.codecs import chain_of
+from actcache.store.codecs.presets import chain_of
 
 if TYPE_CHECKING:
     import torch

@@ -12,8 +12,8 @@ from actcache.errors import ConfigError, StateError
 from actcache.files import shown
 from actcache.load import Batch, Loader, MixedLoader
 from actcache.load.arguments import dtype_of, switch
+from actcache.load.state import State, how_far
 from actcache.share.copies import Copies
-from actcache.share.messages import State, how_far
 from actcache.spec import check_positive, expand_names
 
 if TYPE_CHECKING:

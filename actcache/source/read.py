@@ -11,10 +11,10 @@ from typing import Any, cast
 
 from actcache.errors import ConfigError, TextError
 from actcache.source.columns import Wanted
+from actcache.source.dataset_folders import ALL, check_file_split, files_of
 from actcache.source.documents import Bad, Documents, OnBad, Place
-from actcache.source.files import SUFFIXES, of_tables, read_file, reason_of, suffix_of, told
-from actcache.source.folders import ALL, check_file_split, files_of
 from actcache.source.kinds import Chat, Document, Ids, is_array, plain_array
+from actcache.source.text_files import SUFFIXES, of_tables, read_file, reason_of, suffix_of, told
 
 EMBEDDED_CORPUS = "stories-corpus"
 """Name of the corpus that ships with the package; `read_texts` takes it in place of a path."""

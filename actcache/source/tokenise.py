@@ -17,8 +17,8 @@ from actcache.source.bos import Bos, Marks
 from actcache.source.chat import chat_text, message_strings, template_of
 from actcache.source.control import Control, ControlTokens
 from actcache.source.documents import Bad, Documents, Place
-from actcache.source.files import reason_of
 from actcache.source.kinds import MOST_ID, Document, Ids, Kind, check_text, id_array, kind_of, uint32_ids
+from actcache.source.text_files import reason_of
 
 DOCUMENTS_PER_CALL = 512
 SIZE_PER_CALL = 1 << 20

@@ -1,18 +1,20 @@
 """The on-disk format: compressed, checked, plain Zarr v3. The only room that knows zarr and numcodecs."""
 
-from actcache.store.buffers import ShardBuffers, Written
-from actcache.store.codecs import PRESETS
-from actcache.store.context import Context
-from actcache.store.export import export
-from actcache.store.grow import delete_sites
-from actcache.store.objects import Objects, to_write, unlock
-from actcache.store.places import refuse_inside_store
-from actcache.store.reader import Store, open_store
-from actcache.store.rows import RowFilter
-from actcache.store.seal import Check
-from actcache.store.stats import SiteStats
-from actcache.store.verify import Fault, repair, verify
-from actcache.store.writer import StoreWriter
+from actcache.store.backends.objects import Objects, to_write
+from actcache.store.codecs.presets import PRESETS
+from actcache.store.format.places import refuse_inside_store
+from actcache.store.format.stats import SiteStats
+from actcache.store.locks.lock import unlock
+from actcache.store.maintenance.delete import delete_sites
+from actcache.store.maintenance.export import export
+from actcache.store.maintenance.repair import repair
+from actcache.store.maintenance.verify import Fault, verify
+from actcache.store.reading.context import Context
+from actcache.store.reading.rows import RowFilter
+from actcache.store.store import Store, open_store
+from actcache.store.writing.buffers import ShardBuffers, Written
+from actcache.store.writing.seal import Check
+from actcache.store.writing.writer import StoreWriter
 
 __all__ = [
     "PRESETS",

@@ -20,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.spec import Site, StoreSpec, TokenBlocks
-from actcache.store import Store, StoreWriter, layout, open_store, verify
+from actcache.store import Store, StoreWriter, open_store, verify
+from actcache.store.format.root import FORMAT_VERSION
 
 FOLDER = Path(__file__).parent
-NAME = f"v{layout.FORMAT_VERSION}"
+NAME = f"v{FORMAT_VERSION}"
 LOSSLESS, INT8 = "blocks.0.attn.hook_z", "blocks.1/mlp out 100%"
 LARGE_FEATURES = {2: 10, 7: 3}
 """Features of the int8 site, and the powers of two that they are larger by."""

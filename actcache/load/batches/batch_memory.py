@@ -1,0 +1,82 @@
+"""Memory of batches, reused once the last tensor on it is gone."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+
+_ALIGNMENT = 64
+"""Bytes: a cache line, and what JAX asks of memory that it takes over without a copy."""
+
+
+def _aligned(shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
+    n_bytes = shape[0] * shape[1] * dtype.itemsize
+    memory = np.empty(n_bytes + _ALIGNMENT, np.uint8)
+    first = -memory.ctypes.data % _ALIGNMENT
+    return memory[first : first + n_bytes].view(dtype).reshape(shape)
+
+
+_STORED = {
+    "torch.bfloat16": "<u2",
+    "torch.float16": "<f2",
+    "torch.float32": "<f4",
+    "torch.float64": "<f8",
+    "torch.int8": "|i1",
+    "torch.int64": "<i8",
+}
+
+
+class BatchMemory:
+    """Batch buffers, handed out as tensors and taken back when the last tensor or view on one is gone.
+
+    `torch.from_numpy` keeps the array alive for as long as any tensor shares its memory; each tensor gets an array
+    object of its own (a view of a kept buffer), whose end of life returns the buffer. So a consumer may keep or modify
+    whatever it got.
+
+    Args:
+        allocate: makes a buffer `(n_rows, width)`; by default in this process's own memory.
+    """
+
+    def __init__(self, allocate: Callable[[tuple[int, int], np.dtype[Any]], NDArray[Any]] = _aligned) -> None:
+        self._allocate = allocate
+        self._free: dict[tuple[int, int, str], list[NDArray[Any]]] = {}
+        self._lent: dict[int, _Lent] = {}
+        self._returned: deque[weakref.ref[NDArray[Any]]] = deque()
+
+    def take(self, n_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised `(n_rows, width)` tensor."""
+        import torch
+
+        self._take_back()
+        stored = _STORED[str(dtype)]
+        free = self._free.setdefault((n_rows, width, stored), [])
+        kept = free.pop() if free else self._allocate((n_rows, width), np.dtype(stored))
+        handed_out = kept[:]
+        # What is called then is no function of Python's: an interrupt in one would be lost, like all errors there.
+        lent = _Lent(handed_out, self._returned.append)
+        lent.kept, lent.free = kept, free
+        self._lent[id(lent)] = lent
+        tensor = torch.from_numpy(handed_out)
+        return tensor.view(torch.bfloat16) if dtype == torch.bfloat16 else tensor
+
+    def _take_back(self) -> None:
+        """Buffers of tensors that are gone are free again."""
+        while self._returned:
+            lent = self._lent.pop(id(self._returned.popleft()))
+            lent.free.append(lent.kept)
+
+
+class _Lent(weakref.ref[NDArray[Any]]):
+    """A buffer that tensors lie in."""
+
+    kept: NDArray[Any]
+    free: list[NDArray[Any]]

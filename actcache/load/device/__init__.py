@@ -1,0 +1,1 @@
+"""Windows and batches on another device than the processor."""

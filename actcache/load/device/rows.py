@@ -1,0 +1,127 @@
+"""A loader's rows on a GPU or another device: windows lie there, and batches are made of them there.
+
+In: chunks as threads decode them, in the stored dtype. Out: batches, gathered, multiplied out, normalised and cast on
+the device; what left the CPU never comes back to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.store.format.site_arrays import arrays_of, exponents_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from actcache.load.normalize import Normalization
+    from actcache.spec import StoreSpec
+from actcache.load.device.link import DeviceLink
+from actcache.load.device.streams import Step
+
+
+class DeviceGather:
+    """Takes rows of windows on a device, multiplied out, normalised and cast: to the same bits as `Gather` on the CPU.
+
+    Rows are gathered for each batch. The other way, to bring a window into its order once so that batches are slices,
+    moves no fewer bytes: rows would be read and written as stored for it, then read again for the batch, which has to
+    have memory of its own; and where nothing is done to the values, twice as many. It would take a third window, too.
+
+    Each step rounds to float32, and the last one to the dtype of the batch, as on the CPU; torch's kernels for mixed
+    dtypes widen what they read and narrow what they write in the same pass.
+    """
+
+    def __init__(
+        self,
+        link: DeviceLink,
+        spec: StoreSpec,
+        sites: list[str],
+        out: torch.dtype,
+        normalization: Mapping[str, Normalization],
+    ) -> None:
+        self.link, self.spec, self.sites, self._out = link, spec, sites, out
+        self._steps = {site: self._steps_of(site, normalization.get(site)) for site in sites}
+
+    def window(self, n_rows: int) -> DeviceWindow:
+        """Room for a window of so many rows."""
+        return DeviceWindow(self, n_rows)
+
+    def take(
+        self, values: torch.Tensor, scales: torch.Tensor | None, places: torch.Tensor, site: str, target: torch.Tensor
+    ) -> None:
+        """`target[i] = values[places[i]]`, `(B, D)`, with what is done to that site; `scales` are those of all rows."""
+        import torch
+
+        steps = self._steps[site]
+        if scales is not None:
+            steps = [(torch.mul, scales.index_select(0, places).float()[:, None]), *steps]
+        elif not steps and values.dtype == self._out:
+            torch.index_select(values, 0, places, out=target)
+            return
+        rows = values.index_select(0, places)
+        for operation, operand in steps[:-1]:
+            rows = operation(rows, operand)
+        if steps:
+            operation, operand = steps[-1]
+            operation(rows, operand, out=target)
+        else:
+            target.copy_(rows)
+
+    def _steps_of(self, site: str, done: Normalization | None) -> list[Step]:
+        """What is done to the rows of a site, after the multiplication with their scales."""
+        import torch
+
+        steps, exponents = [], exponents_of(self.spec.site(site))
+        if exponents is not None:
+            steps.append((torch.mul, self._sent(np.ldexp(np.float32(1), exponents.astype(np.int32)))))
+        if done is not None and done.mean is not None:
+            steps.append((torch.sub, self._sent(done.mean)))
+        if done is not None:
+            steps.append((torch.mul, self._sent(np.array([done.scale], np.float32))))
+        return steps
+
+    def _sent(self, values: NDArray[np.float32]) -> torch.Tensor:
+        import torch
+
+        there = self.link.gathers.empty(values.shape, torch.float32)
+        self.link.gathers.run(lambda: there.copy_(torch.from_numpy(values)))
+        return there
+
+
+class DeviceWindow:
+    """A window's rows on a device: stored values, the scales of quantised sites, and the order in which they are taken.
+
+    `rows[site, "acts"]` is `(n_rows, D)`, `rows[site, "scale"]` `(n_rows,)`.
+    """
+
+    def __init__(self, gather: DeviceGather, n_rows: int) -> None:
+        import torch
+
+        self._gather, self.link = gather, gather.link
+        self._places = self.link.window_memory((n_rows,), torch.int64)
+        self.rows: dict[tuple[str, str], torch.Tensor] = {}
+        for site in map(gather.spec.site, gather.sites):
+            quantised = "scale" in arrays_of(site)
+            dtype: torch.dtype = torch.int8 if quantised else getattr(torch, gather.spec.dtype)
+            self.rows[site.name, "acts"] = self.link.window_memory((n_rows, site.width), dtype)
+            if quantised:
+                self.rows[site.name, "scale"] = self.link.window_memory((n_rows,), torch.bfloat16)
+
+    def send_order(self, order: NDArray[np.int64]) -> None:
+        """Send the places of the window's rows in the order in which batches take them."""
+        import torch
+
+        self.link.send(torch.from_numpy(order), self._places[: len(order)])
+
+    def take(self, first: int, targets: Mapping[str, torch.Tensor]) -> None:
+        """Rows from place `first` of the order on, as many as each site's target `(B, D)` has."""
+
+        def work() -> None:
+            for site, target in targets.items():
+                places = self._places[first : first + len(target)]
+                self._gather.take(self.rows[site, "acts"], self.rows.get((site, "scale")), places, site, target)
+
+        self.link.gathers.run(work)

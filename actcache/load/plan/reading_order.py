@@ -1,0 +1,77 @@
+"""Whole sequences in reading order, from a store whose rows are shuffled within their shards."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from actcache.load.plan.epochs import Plan
+    from actcache.store import Store
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from actcache.errors import ConfigError
+from actcache.load.plan.epochs import Plan, Reading
+from actcache.store.format.site_arrays import chunks_per_shard
+
+if TYPE_CHECKING:
+    from actcache.store import Store
+
+
+def in_reading_order(plan: Plan, store: Store, row_bytes: int, memory_bytes: int) -> Plan:
+    """A plan's rows in reading order, as many whole sequences a batch as `batch_rows` has room for.
+
+    Raises:
+        ConfigError: not one sequence fits a batch, or two shards do not fit the memory.
+    """
+    per_batch = plan.batch_rows // store.spec.rows_per_sequence
+    if per_batch == 0:
+        raise ConfigError(
+            f'loader: order="sequence" gives whole sequences of {store.spec.rows_per_sequence} rows; batch_rows must '
+            f"be as many at least, got {plan.batch_rows}"
+        )
+    if plan.lanes != 1:
+        raise ConfigError(f'loader: order="sequence" has one lane, the order of the store, got lanes={plan.lanes}')
+    counts = rows_per_sequence(store, plan)
+    before = np.concatenate([[0], np.cumsum(counts[counts > 0])])
+    starts = before[::per_batch]
+    if starts[-1] != plan.n_rows and not plan.drop_last:
+        starts = np.append(starts, plan.n_rows)
+    per_shard = chunks_per_shard(store.spec)
+    reading = Reading(chunks_per_shard=per_shard, batch_starts=starts)
+    found = replace(plan, reading=reading, chunks_per_window=per_shard)
+    if 2 * found.most_window_rows * row_bytes > memory_bytes:
+        raise ConfigError(
+            'loader: order="sequence" holds two whole shards, whose rows are shuffled; give it '
+            f"memory={2 * found.most_window_rows * row_bytes} or more, or make a store with fewer sequences_per_shard"
+        )
+    return found
+
+
+def reading_order(store: Store, row_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The places of some rows of one shard in the order of their sequences and positions."""
+    shard = int(row_ids[0]) // store.spec.rows_per_shard
+    table, within = store.shard_row_table(shard), row_ids - shard * store.spec.rows_per_shard
+    return np.lexsort((table["position"][within], table["sequence"][within]))
+
+
+def rows_per_sequence(store: Store, plan: Plan) -> NDArray[np.int64]:
+    """`(Q,)` how many rows each sequence has in a plan; the row tables are read where it is not all of them."""
+    spec = store.spec
+    if plan.n_rows == spec.n_rows:
+        return np.full(spec.n_sequences, spec.rows_per_sequence, np.int64)
+    counts, per_shard = np.zeros(spec.n_sequences, np.int64), spec.rows_per_shard // spec.rows_per_chunk
+    table = plan.chunk_table
+    chunks = np.arange(plan.n_chunks) if table is None else table[:, 0]
+    for shard, of_shard in ((int(part[0]) // per_shard, part) for part in _by_shard(chunks, per_shard)):
+        rows = plan.row_ids(of_shard) - shard * spec.rows_per_shard
+        counts += np.bincount(store.shard_row_table(shard)["sequence"][rows], minlength=spec.n_sequences)
+    return counts
+
+
+def _by_shard(chunks: NDArray[np.int64], per_shard: int) -> list[NDArray[np.int64]]:
+    return np.split(chunks, np.flatnonzero(np.diff(chunks // per_shard)) + 1)

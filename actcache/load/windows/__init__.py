@@ -1,0 +1,1 @@
+"""Windows: many chunks decoded into one memory, from which batches are gathered."""

@@ -1,0 +1,156 @@
+"""Bring a plan's rows into memory: windows of chunks, decoded by threads.
+
+Fresh memory is dear (the first touch of a page costs several times a copy), so the large buffers here are reused: two
+windows a lane for the whole run. They lie where batches are going to be made of them: here, or on another device.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager, nullcontext
+from time import perf_counter, thread_time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.load.device.rows import DeviceWindow
+from actcache.load.plan.epochs import Lane
+from actcache.load.plan.reading_order import reading_order
+from actcache.load.windows.chunk_queue import ChunkQueue, Wanted
+from actcache.memory import Scratch
+from actcache.store.codecs.presets import chain_of
+from actcache.store.format.site_arrays import array_dtype, arrays_of, chunks_per_shard, exponents_of
+
+if TYPE_CHECKING:
+    from actcache.store import Store
+from actcache.load.windows.pools import Pools
+
+
+class Window:
+    """The decoded chunks of one window, for all sites: `values[site]` is `(rows, D)` in stored dtype.
+
+    Of quantised sites the values are int8, and `scales[site]` are the `(rows,)` bits of their bfloat16 scales. With
+    `there`, a window on another device, that has both, and the CPU's memory nothing of that size.
+    """
+
+    lane: Lane
+    """The lane of an epoch that it belongs to."""
+    number: int
+    """Its number in that lane."""
+
+    def __init__(self, store: Store, sites: list[str], n_rows: int, there: DeviceWindow | None = None) -> None:
+        self.store, self.sites, self.there = store, sites, there
+        self.values: dict[str, NDArray[Any]] = {}
+        self.scales: dict[str, NDArray[np.uint16]] = {}
+        self.exponents: dict[str, NDArray[np.int8] | None] = {}
+        self.weights: dict[str, NDArray[np.float32]] = {}
+        for name in sites if there is None else ():
+            site = store.spec.site(name)
+            self.values[name] = np.empty((n_rows, site.width), array_dtype(store.spec, site, "acts"))
+            if chain_of(site.codec).quantised:
+                self.scales[name] = np.empty(n_rows, np.uint16)
+                self.exponents[name] = exponents_of(site)
+                powers = site.feature_exponents or np.zeros(site.width)
+                self.weights[name] = np.exp2(powers, dtype=np.float32)
+        self.order: NDArray[np.int64] = np.empty(0, np.int64)
+        self.row_ids: NDArray[np.int64] = np.empty(0, np.int64)
+        self.pending: list[Future[Any]] = []
+        self._local = threading.local()
+
+    def begin(self, lane: Lane, number: int, pools: Pools) -> None:
+        """Start decoding a window into these buffers."""
+        self.lane, self.number = lane, number
+        if self.there is not None:
+            self.there.link.before_filling()
+        wanted = [
+            Wanted(array, site, part)
+            for part in lane.parts(number)
+            for site in self.sites
+            for array in arrays_of(self.store.spec.site(site))
+        ]
+        # The order first: whoever waits for the window waits for it too, while threads may be at the next one already.
+        self.pending = [pools.decode.submit(self._shuffle, lane, number)]
+        if pools.fetch is None:
+            queue = ChunkQueue(self.store, wanted)
+            self.pending += [pools.decode.submit(self._decode_all, pools, queue) for _ in range(pools.threads)]
+        else:
+            self.pending += [pools.fetch.submit(self._fetch, pools, chunk) for chunk in wanted]
+
+    def wait(self) -> None:
+        """Until everything is decoded, and asked to be sent; raises what went wrong."""
+        pending, self.pending = self.pending, []
+        for future in pending:
+            # What was fetched from afar gives the future of its decoding.
+            if (decoding := future.result()) is not None:
+                decoding.result()
+        if self.there is not None:
+            self.there.link.after_filling()
+
+    def _shuffle(self, lane: Lane, number: int) -> None:
+        self.row_ids = lane.row_ids(number)
+        in_order = lane.plan.reading is not None
+        self.order = reading_order(self.store, self.row_ids) if in_order else lane.window_order(number)
+        if self.there is not None:
+            self.there.send_order(self.order)
+
+    def _decode_all(self, pools: Pools, queue: ChunkQueue) -> None:
+        """Decode the chunks that no other thread takes."""
+        began, worked = perf_counter(), thread_time()
+        for chunk in queue:
+            if pools.closing:
+                break
+            self._decode(chunk)
+        worked = thread_time() - worked
+        pools.clock.add("decode", worked)
+        pools.clock.add("read", max(0.0, perf_counter() - began - worked))
+
+    def _decode_fetched(self, pools: Pools, chunk: Wanted, stored: memoryview) -> None:
+        worked = thread_time()
+        self._decode(chunk, stored)
+        pools.clock.add("decode", thread_time() - worked)
+
+    def _decode(self, chunk: Wanted, stored: memoryview | None = None) -> None:
+        """Decode a chunk's rows into their place of the window; `stored` if the chunk is fetched."""
+        with self._place_of(chunk) as target:
+            spec, part = self.store.spec, chunk.part
+            place = divmod(part.chunk, chunks_per_shard(spec))
+            # Of a chunk that is not full, or not all wanted, the rows do not lie as they do on disk.
+            whole = target if len(target) == spec.rows_per_chunk else self._whole_chunk(target)
+            if stored is not None:
+                self.store.decode_chunk(chunk.site, *place, stored, whole, array=chunk.array)
+            else:
+                self.store.read_chunk(chunk.site, *place, whole, self._scratch("stored"), array=chunk.array)
+            if whole is not target:
+                ids = self.lane.plan.row_ids(np.array([part.chunk]))[part.skipped : part.skipped + len(target)]
+                np.take(whole, ids - part.chunk * spec.rows_per_chunk, axis=0, out=target, mode="clip")
+
+    def _place_of(self, chunk: Wanted) -> AbstractContextManager[NDArray[Any]]:
+        """Memory for a chunk's rows: their own in the window, or what is sent to it in the end."""
+        array, site, part = chunk
+        rows = slice(part.start, part.stop)
+        if self.there is not None:
+            return self.there.link.sending(self.there.rows[site, array][rows])
+        return nullcontext((self.values[site] if array == "acts" else self.scales[site])[rows])
+
+    def _whole_chunk(self, target: NDArray[Any]) -> NDArray[Any]:
+        """Room for all rows of a chunk, this thread's own, valid until it decodes the next one."""
+        shape = self.store.spec.rows_per_chunk, *target.shape[1:]
+        n_bytes = math.prod(shape) * target.itemsize
+        return np.frombuffer(self._scratch("whole").take(n_bytes), target.dtype).reshape(shape)
+
+    def _scratch(self, use: str) -> Scratch:
+        """This thread's scratch for one use."""
+        kept: dict[str, Scratch] = self._local.__dict__
+        return kept.setdefault(use, Scratch())
+
+    def _fetch(self, pools: Pools, chunk: Wanted) -> Future[None]:
+        """Fetch a chunk's bytes and have them decoded; as many are on their way as there are threads to wait."""
+        began, place = perf_counter(), divmod(chunk.part.chunk, chunks_per_shard(self.store.spec))
+        stored = self.store.fetch_chunk(chunk.site, *place, array=chunk.array)
+        pools.clock.add("read", perf_counter() - began)
+        decoding = pools.decode.submit(self._decode_fetched, pools, chunk, stored)
+        wait([decoding])  # so that no more is fetched than can be decoded
+        return decoding

@@ -1,0 +1,1 @@
+"""Reading a store, from its root to single rows."""

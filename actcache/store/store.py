@@ -1,0 +1,142 @@
+"""Open a store and read from it: rows, tokens, statistics, or single chunks into a caller's buffer.
+
+Every byte that is handed out has been checked: the chunk's own crc32c, and that this crc32c is the one which the
+shard's commit record lists, so that whole but misplaced objects (swapped, stale, of another store) are noticed as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.errors import (
+    ConfigError,
+    StoreNotFoundError,
+)
+from actcache.files import shown
+from actcache.store.backends.objects import Objects
+from actcache.store.format.root import read_root
+from actcache.store.format.stats import SiteStats
+from actcache.store.reading import measure, values, views
+from actcache.store.reading.chunks import Chunks
+from actcache.store.reading.context import Context, context
+from actcache.store.reading.rows import Rows, checked_rows, row_ids
+
+if TYPE_CHECKING:
+    import dask.array
+    import torch
+    import xarray
+
+
+def open_store(path: str | Path | Objects) -> Store:
+    """Open a store for reading; an unfinished one shows the shards committed at this moment.
+
+    Raises:
+        StoreNotFoundError: nothing is there. NotAStoreError: something else is. StoreVersionError: it is too new.
+    """
+    objects = path if isinstance(path, Objects) else Objects(path, read_only=True)
+    root = read_root(objects)
+    if root.state == "creating":
+        raise StoreNotFoundError(
+            f"the store at {objects} was never finished being created; run 'actcache extract' again"
+        )
+    return Store(objects, root)
+
+
+class Store(Chunks):
+    """An activation store, open for reading.
+
+    A row id is an index into the store's arrays: row `r` lies in shard `r // spec.rows_per_shard`. Mostly every id up
+    to `spec.n_rows` is a row; a shard that leaves rows out ends before its last ids.
+    """
+
+    def __repr__(self) -> str:
+        try:
+            n_rows = f"{self.n_rows:,} of {self.spec.n_rows:,} rows"
+        except OSError:  # a store in trouble can still be named
+            n_rows = "an unknown number of rows"
+        return f"Store({str(self.objects)!r}, {n_rows}, {len(self.sites)} sites)"
+
+    def read(self, site: str, rows: Rows, *, threads: int = 2) -> torch.Tensor:
+        """Rows of a site as a `(n, D)` tensor in the logical dtype; `rows` is a slice, row ids, a mask, or a filter.
+
+        Raises:
+            SiteError: no such site. IndexError: a row is out of range. CorruptShardError: a shard is damaged.
+        """
+        import torch
+
+        tensor = torch.from_numpy(self.read_stored(site, rows, threads=threads))
+        return tensor.view(torch.bfloat16) if self.spec.dtype == "bfloat16" else tensor
+
+    def read_stored(self, site: str, rows: Rows, *, threads: int = 2) -> NDArray[Any]:
+        """What `read` gives, as a numpy array; numpy has no bfloat16, so those are given as the bits of uint16."""
+        return values.read_stored(self, site, rows, threads)
+
+    def row_ids(self) -> NDArray[np.int64]:
+        """Ids of all rows that can be read now, in order: `range(n_rows)`, unless shards are not full or not there."""
+        return row_ids(self, 0, self.spec.n_rows)
+
+    def checked_rows(self, rows: Rows) -> NDArray[np.int64]:
+        """The row ids that a slice, ids, a mask or a filter mean; IndexError when there is one that is no row."""
+        return checked_rows(self, rows)
+
+    def context(self, row: int, before: int = 16, after: int = 16, *, across_documents: bool = False) -> Context:
+        """The tokens around the one that a row belongs to, and where they are from.
+
+        Sequences are in shuffled order, so a context never reaches beyond its own. Packed ones have pieces of several
+        texts; by default only that of the row is given.
+
+        Args:
+            row: a row id.
+            before: tokens before it, at most.
+            after: tokens after it, at most.
+            across_documents: give what stands in the sequence, of whatever text.
+
+        Raises:
+            IndexError: there is no such row. StoreIncompleteError: its shard is not written yet. CorruptShardError:
+            what has to be read is damaged.
+        """
+        return context(self, row, before, after, across_documents)
+
+    def stats(self, site: str, *, shards: Sequence[int] | None = None, rows: Rows | None = None) -> SiteStats:
+        """Statistics over all committed rows of a site or those of some shards, or over some rows, which are then read.
+
+        Raises:
+            SiteError: no such site. StoreError: there is no such row. IndexError: a row is none.
+        """
+        return measure.stats(self, site, shards, rows)
+
+    def covariance(self, site: str, rows: Rows | None = None, *, threads: int = 2) -> NDArray[np.float64]:
+        """`(D, D)` population covariance of a site's dimensions, over all committed rows or some of them.
+
+        Calculated in float64 from one pass over the values as they are read; rows with NaN or an infinity are left out,
+        as in `stats`. Takes memory for about three such matrices.
+
+        Raises:
+            SiteError: no such site. StoreError: there is no row to calculate it from. IndexError: a row is none.
+            ConfigError: the matrix would take more than 8 GiB.
+        """
+        return measure.covariance(self, site, rows, threads)
+
+    def info(self) -> dict[str, Any]:
+        """What the store is, how far it is, how large, and its statistics: JSON-able."""
+        return views.info(self)
+
+    def as_dask(self, site: str) -> dask.array.Array:
+        """The site as a lazy `(n_rows, D)` dask array, see `views.as_dask`."""
+        return views.as_dask(self, site)
+
+    def as_xarray(self, sites: Sequence[str] | str | None = None) -> xarray.Dataset:
+        """Sites (all by default) as a lazy xarray dataset, see `views.as_xarray`."""
+        return views.as_xarray(self, sites)
+
+
+def checked_store(store: Any, who: str) -> Store:
+    """An open store; where a path was given, the message says how to open it."""
+    if not isinstance(store, Store):
+        raise ConfigError(f"{who}: store must be an open store, such as open_store({shown(store)})")
+    return store

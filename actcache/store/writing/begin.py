@@ -1,0 +1,91 @@
+"""Look for a store, or begin one: what is there, whether it is what is asked for, and its arrays and tokens."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actcache.errors import NotAStoreError, StorageFullError, StoreNotFoundError
+from actcache.spec import StoreSpec, TokenBlocks
+from actcache.store import codecs
+from actcache.store.backends.objects import Objects
+from actcache.store.format import metadata
+from actcache.store.format.keys import ROWS, TOKEN_ARRAYS, token_key, token_sequences_per_chunk
+from actcache.store.format.places import refuse_inside_store
+from actcache.store.format.root import Root, exists_any, read_root, write_root
+from actcache.store.format.table_objects import UINT32, put_table
+from actcache.store.store import Store
+from actcache.store.writing.growth import check, check_same_spec
+
+
+def look(objects: Objects, spec: StoreSpec, blocks: TokenBlocks | None, *, may_grow: bool) -> Root | None:
+    """The root of the store that is there, None where one has to be made.
+
+    Raises:
+        NotAStoreError: something else is there. StoreMismatchError: another store is there. StoreNotFoundError: nothing
+        is there, and without tokens nothing can be made. ConfigError: the place lies in a store. CorruptShardError: the
+        root is not the one that the store was made with.
+    """
+    if objects.size("zarr.json") < 0:
+        # In this order: somebody may be making it at this moment.
+        if exists_any(objects) and objects.size("zarr.json") < 0:
+            raise NotAStoreError(f"{objects} holds something else, no activation store; name another place")
+        if blocks is None:
+            raise StoreNotFoundError(f"no activation store at {objects}; make one with 'actcache extract'")
+        if isinstance(place := objects.root or objects.location, str | Path):
+            refuse_inside_store(place, itself=False)
+        return None
+    root = read_root(objects)
+    if root.state == "creating":  # a crash before the first shard: nothing is lost by beginning again
+        return None
+    Store(objects, root).check()
+    if root.spec != spec:
+        if may_grow and blocks is not None:
+            check(objects, root.spec, spec, blocks)
+        else:
+            check_same_spec(objects, root.spec, spec)
+    return root
+
+
+def create(objects: Objects, spec: StoreSpec, blocks: TokenBlocks, provenance: Mapping[str, Any]) -> Root:
+    """Make a store without shards, and return its root; of a writer that is alone."""
+    write_root(objects, Root(state="creating", spec=spec, provenance=provenance))
+    objects.delete_all("sites")  # what a killed process has begun for other sites and settings
+    put_arrays(objects, spec, blocks, 0)
+    root = Root(state="open", spec=spec, provenance=provenance)
+    write_root(objects, root)
+    return root
+
+
+def put_arrays(objects: Objects, spec: StoreSpec, blocks: TokenBlocks, n_present: int) -> None:
+    """Metadata of all arrays, and the tokens from sequence `n_present` on."""
+    with objects.full_disk_explained("the arrays' metadata: a few kilobytes"):
+        metadata.write_metadata(objects, spec)
+    if n_present == spec.n_sequences:
+        return
+    per_chunk = token_sequences_per_chunk(spec)
+    for name in TOKEN_ARRAYS:
+        values = getattr(blocks, name)
+        for chunk in range(n_present // per_chunk, -(-spec.n_sequences // per_chunk)):
+            part = np.zeros((per_chunk, spec.sequence_length), UINT32)
+            taken = values[chunk * per_chunk : (chunk + 1) * per_chunk]
+            part[: len(taken)] = taken
+            put_table(objects, token_key(name, chunk), part)
+
+
+def check_room(objects: Objects, spec: StoreSpec, missing: Iterable[tuple[int, list[str]]]) -> None:
+    """Raise `StorageFullError` unless there is room for these columns of these shards, as far as can be foreseen."""
+    row_bytes = {site.name: site.width * codecs.expected_bytes_per_value(site.codec, spec.dtype) for site in spec.sites}
+    row_bytes[ROWS] = 4.0
+    expected = (len(spec.shard_rows(shard)) * sum(row_bytes[name] for name in names) for shard, names in missing)
+    needed, free = int(sum(expected)), objects.free_bytes()
+    if free is not None and needed > free:
+        raise StorageFullError(
+            errno.ENOSPC,
+            f"no room for {objects}: about {needed:,} bytes needed, {free:,} free; "
+            "make room and give the same command again",
+        )

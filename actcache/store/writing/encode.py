@@ -1,0 +1,99 @@
+"""Encode one site of one shard: shuffled, measured, compressed and written chunk by chunk as one sharded object.
+
+The hot path of writing. Buffers are kept from shard to shard (an encoder belongs to one thread), and all that is done
+to a chunk is done while it lies in the core's cache, the writing too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.spec import Site, StoreSpec
+from actcache.store import codecs
+from actcache.store.backends.objects import Objects
+from actcache.store.format.keys import sharded_key, stats_key
+from actcache.store.format.records import Record
+from actcache.store.format.site_arrays import array_chain, arrays_of, chunks_per_shard, exponents_of, index_of
+from actcache.store.format.stats import LineBuilder
+from actcache.store.format.table_objects import put_table
+
+
+class ShardEncoder:
+    """Writes sites of shards, one after the other."""
+
+    def __init__(self, objects: Objects, spec: StoreSpec) -> None:
+        self.objects, self.spec = objects, spec
+        self._chunks: dict[tuple[int, str], NDArray[Any]] = {}
+
+    def write(
+        self, site: Site, shard: int, rows: NDArray[Any], order: NDArray[np.int64]
+    ) -> tuple[Record, NDArray[np.float64]]:
+        """Put row `order[i]` of `rows (n, D)` as row `i`; returns the record to commit, and the statistics line."""
+        spec, builder = self.spec, LineBuilder(site.width, self.spec.dtype)
+        shuffled = self._chunk(site.width, rows.dtype)
+        with ExitStack() as stack:
+            objects = {}
+            for array in arrays_of(site):
+                add = stack.enter_context(self.objects.writing(sharded_key(site.name, array, shard)))
+                objects[array] = _ShardedObject(spec, site, array, add)
+            for start in range(0, len(order), spec.rows_per_chunk):
+                wanted = order[start : start + spec.rows_per_chunk]
+                builder.take(rows, wanted, shuffled[: len(wanted)])
+                shuffled[len(wanted) :] = 0  # the padding of a partial last chunk is always the same bytes
+                self._add(site, shuffled, objects)
+            for sharded in objects.values():
+                sharded.end()
+        line = builder.line
+        crc, n_bytes = put_table(self.objects, stats_key(site.name, shard), line[None])
+        checksums = [*objects["acts"].checksums, crc]
+        if "scale" in objects:
+            checksums += objects["scale"].checksums
+        n_bytes += sum(sharded.n_bytes for sharded in objects.values())
+        return Record(n_rows=len(order), n_bytes=n_bytes, checksums=tuple(checksums)), line
+
+    def _add(self, site: Site, chunk: NDArray[Any], objects: dict[str, _ShardedObject]) -> None:
+        if "scale" not in objects:
+            objects["acts"].add(chunk)
+            return
+        values, scale = self._chunk(site.width, np.dtype("i1")), np.empty(len(chunk), "<u2")
+        codecs.quantise_rows(chunk, self.spec.dtype, values, scale, exponents_of(site))
+        objects["acts"].add(values)
+        objects["scale"].add(scale)
+
+    def _chunk(self, width: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+        key = (width, dtype.str)
+        if key not in self._chunks:
+            self._chunks[key] = np.empty((self.spec.rows_per_chunk, width), dtype)
+        return self._chunks[key]
+
+
+class _ShardedObject:
+    """One sharded array's object of a shard while it is written: its chunks end to end, then its index."""
+
+    def __init__(self, spec: StoreSpec, site: Site, array: str, write: Callable[..., None]) -> None:
+        self._chain, self._n_chunks, self._write = array_chain(site, array), chunks_per_shard(spec), write
+        self._sizes: list[int] = []
+        self.checksums: list[int] = []
+        """crc32c of each chunk, and in the end of the index."""
+        self.n_bytes = 0
+        """Bytes written so far."""
+
+    def add(self, chunk: NDArray[Any]) -> None:
+        """Encode and write a whole chunk; it may be overwritten afterwards."""
+        payload, crc = self._chain.encode(chunk)
+        self._write(payload, codecs.crc_bytes(crc))
+        self._sizes.append(len(payload) + codecs.CRC_BYTES)
+        self.n_bytes += self._sizes[-1]
+        self.checksums.append(crc)
+
+    def end(self) -> None:
+        """Write the index."""
+        payload, crc = codecs.chain_of("raw").encode(index_of(self._sizes, self._n_chunks))
+        self._write(payload, codecs.crc_bytes(crc))
+        self.n_bytes += len(payload) + codecs.CRC_BYTES
+        self.checksums += [0] * (self._n_chunks - len(self._sizes)) + [crc]
