@@ -62,6 +62,7 @@ CONTENDER = """
 import os, sys, random, time
 from actcache.errors import StoreBusyError
 from actcache.store.backends.objects import Objects
+from actcache.store.locks.lock import WriterLock
 place, folder, n_turns = sys.argv[1], sys.argv[2], int(sys.argv[3])
 mine, inside = os.path.join(folder, str(os.getpid())), os.path.join(folder, "alone")
 for turn in range(n_turns):
