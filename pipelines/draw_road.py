@@ -12,18 +12,20 @@ from pathlib import Path
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "assets" / "road.svg"
 WIDTH, HEIGHT, TOP, GAP = 164, 128, 30, 26
+INDIGO, ORANGE, TEAL = ("#e8eaf6", "#303f9f"), ("#fff3e0", "#b25000"), ("#e0f2f1", "#00695c")
+"""Fill, and ink of title and border."""
 BOXES = [
-    ("once", "text", ["files, datasets,", "chats or token ids,", "packed into", "sequences"], "#e8eaf6", "#303f9f"),
-    ("once", "model", ["one forward pass,", "only as far as the", "last site that", "you name"], "#e8eaf6", "#303f9f"),
-    ("kept", "acts.zarr", ["compressed, checked;", "sites aligned;", "each row knows", "its token"], "#fff3e0", "#b25000"),
-    ("many times", "loader", ["shuffled by a seed,", "resumed exactly,", "on any number", "of ranks"], "#e0f2f1", "#00695c"),
-    ("many times", "trainers", ["SAELens, sparsify,", "Lightning, JAX, ...", "your own, or the", "one included"], "#e0f2f1", "#00695c"),
+    ("once", "text", ["files, datasets,", "chats or token ids,", "packed into", "sequences"], INDIGO),
+    ("once", "model", ["one forward pass,", "only as far as the", "last site that", "you name"], INDIGO),
+    ("kept", "acts.zarr", ["compressed, checked;", "sites aligned;", "each row knows", "its token"], ORANGE),
+    ("many times", "loader", ["shuffled by a seed,", "resumed exactly,", "on any number", "of ranks"], TEAL),
+    ("many times", "trainers", ["SAELens, sparsify,", "Lightning, JAX, ...", "your own, or the", "one included"], TEAL),
 ]
 
 
-def box(place: int, when: str, title: str, lines: list[str], fill: str, ink: str) -> list[str]:
+def box(place: int, when: str, title: str, lines: list[str], colours: tuple[str, str]) -> list[str]:
     """One box with its title and lines, and how often it is run above it."""
-    left = 4 + place * (WIDTH + GAP)
+    left, (fill, ink) = 4 + place * (WIDTH + GAP), colours
     middle = left + WIDTH / 2
     drawn = [
         f'<text x="{middle}" y="{TOP - 12}" class="when">{escape(when)}</text>',

@@ -8,8 +8,12 @@ from typing import Any
 
 from mkdocs.exceptions import PluginError
 
-TAG = re.compile(r"<(?:script|img|iframe|source|video|audio|embed)\b[^>]*?\bsrc=[\"']?(?:https?:)?//[^>]*>", re.IGNORECASE)
-SHEET = re.compile(r"<link\b(?=[^>]*\brel=[\"']?(?:stylesheet|icon|preload|preconnect))[^>]*\bhref=[\"']?(?:https?:)?//[^>]*>")
+TAG = re.compile(
+    r"<(?:script|img|iframe|source|video|audio|embed)\b[^>]*?\bsrc=[\"']?(?:https?:)?//[^>]*>", re.IGNORECASE
+)
+SHEET = re.compile(
+    r"<link\b(?=[^>]*\brel=[\"']?(?:stylesheet|icon|preload|preconnect))[^>]*\bhref=[\"']?(?:https?:)?//[^>]*>"
+)
 STYLE = re.compile(r"(?:@import\s+[\"']|url\(\s*[\"']?)(?:https?:)?//[^)\"']*")
 
 
