@@ -20,7 +20,7 @@ PATTERN = re.compile(r"'([^'\n`]*\*[^'\n`]*)'")
 def command_line_page() -> str:
     """The page: what every verb does, its arguments, options, choices and defaults."""
     app = build_app()
-    head, _, rest = app.generate_docs(output_format="markdown").partition("## Table of Contents\n")
+    head, _, rest = app.generate_docs(output_format="markdown", usage_name="actcache").partition("## Table of Contents\n")
     verbs = rest[rest.index("**Commands**") :]
     head = head.replace("# actcache\n", f"# Command line\n\n{NOTE}\n", 1)
     page = f"{head.rstrip()}\n\n{app.help_epilogue}\n{verbs}"
