@@ -8,6 +8,7 @@ A test holds that the page says what the help says.
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 from actcache.cli import build_app
@@ -20,7 +21,12 @@ PATTERN = re.compile(r"'([^'\n`]*\*[^'\n`]*)'")
 def command_line_page() -> str:
     """The page: what every verb does, its arguments, options, choices and defaults."""
     app = build_app()
-    head, _, rest = app.generate_docs(output_format="markdown", usage_name="actcache").partition("## Table of Contents\n")
+    arguments, sys.argv = sys.argv, ["actcache"]  # lines of usage begin with the running program
+    try:
+        text = app.generate_docs(output_format="markdown", usage_name="actcache")
+    finally:
+        sys.argv = arguments
+    head, _, rest = text.partition("## Table of Contents\n")
     verbs = rest[rest.index("**Commands**") :]
     head = head.replace("# actcache\n", f"# Command line\n\n{NOTE}\n", 1)
     page = f"{head.rstrip()}\n\n{app.help_epilogue}\n{verbs}"
