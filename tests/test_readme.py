@@ -1,4 +1,4 @@
-"""What README and docs show is run: every python and bash block, in order, and every link and verb that they name.
+"""What README and docs show is run: every python and bash block, in order, and every verb that they name.
 
 The tests run this file as a program, once a document, so that the blocks of a document share one interpreter and its
 imports: `python tests/test_readme.py README.md` in an empty folder.
@@ -19,11 +19,10 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MOST_SECONDS = 1800
 """For a document: so much that a slow or busy machine is no failure, and a document that hangs is one."""
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def blocks(text: str) -> Iterator[tuple[str, int, str]]:
@@ -62,6 +61,11 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, **changes, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
 
 
+def name_of(document: Path) -> str:
+    """Its path in the repository."""
+    return str(document.relative_to(ROOT))
+
+
 def with_blocks() -> list[Path]:
     """Documents with blocks; those whose sections need packages of others are run by `test_adapters_docs.py`."""
     texts = {document: document.read_text(encoding="utf-8") for document in DOCUMENTS}
@@ -93,7 +97,7 @@ def started(
 @pytest.mark.parametrize(
     "document",
     [pytest.param(path, marks=[pytest.mark.exhaustive] if path != DOCUMENTS[0] else []) for path in with_blocks()],
-    ids=lambda document: document.name,
+    ids=name_of,
 )
 def test_blocks_run(document: Path, started: dict[Path, tuple[subprocess.Popen[bytes], Path]]) -> None:
     process, said = started[document]
@@ -117,40 +121,6 @@ def test_a_failing_block_is_shown(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "bad.md, line 4\nfalse" in done.stdout
     assert "never" not in done.stdout
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
-def test_links_lead_somewhere(document: Path) -> None:
-    text = FENCE.sub("", document.read_text(encoding="utf-8"))
-    missing = []
-    for link in LINK.findall(text):
-        if re.match(r"[a-z-]+:", link):
-            continue
-        path, _, anchor = link.partition("#")
-        target = document.parent / path if path else document
-        if not target.exists() or (anchor and anchor not in anchors(target)):
-            missing.append(link)
-    assert not missing
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
-def test_nothing_is_left_over_in_plain_view(document: Path) -> None:
-    """No half of a comment, and no heading twice, as edits leave them behind."""
-    text = FENCE.sub("", document.read_text(encoding="utf-8"))
-    text = re.sub(r"^<!--.*?-->$", "", text, flags=re.MULTILINE | re.DOTALL)
-    assert "<!--" not in text
-    assert "-->" not in text
-    assert "```" not in text
-    sections = re.findall(r"^## .*$", text, re.MULTILINE)
-    assert len(sections) == len(set(sections))
-    headings = re.findall(r"^#+ .*$", text, re.MULTILINE)
-    assert [heading for heading in headings if heading.count('"') % 2 or heading.count("`") % 2] == []
-
-
-def anchors(document: Path) -> set[str]:
-    """Anchors of a document's headings, as forges make them."""
-    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", document.read_text(encoding="utf-8")), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def verbs_named(text: str) -> set[str]:

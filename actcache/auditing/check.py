@@ -71,14 +71,10 @@ def audit(
         StoreMismatchError: the store is of another model. SiteError: a pattern matches nothing. StoreIncompleteError:
         no shard is there yet. CorruptShardError: the store is damaged. ConfigError: `n_sequences` is not positive.
 
-    Example:
-        >>> import actcache as ac
-        >>> lm = ac.load_lm("stories-4l")
-        >>> blocks = ac.token_blocks(ac.read_texts("stories-corpus"), lm.tokenizer, length=32, count=16)
-        >>> store = ac.extract(lm, blocks, ["blocks.2.hook_mlp_out"], "acts.zarr", audit=False)
-        >>> found = ac.audit(store, lm)
-        >>> found.sound, found.sites[0].n_rows
-        (True, 248)
+    Examples:
+        >>> found = ac.audit(store, lm, n_sequences=4)
+        >>> found.sound, len(found.sequences), found.sites[0].n_rows
+        (True, 4, 252)
     """
     n_sequences, seed = integer("audit", "n_sequences", n_sequences), integer("audit", "seed", seed)
     check_positive("audit", n_sequences=n_sequences)

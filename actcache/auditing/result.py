@@ -35,7 +35,15 @@ class SiteAudit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Audit:
-    """Whether a store's rows are what its model computes, as far as an audit has looked."""
+    """Whether a store's rows are what its model computes, as far as an audit has looked.
+
+    Examples:
+        >>> found = ac.audit(store, lm, n_sequences=2)
+        >>> [(site.site, site.n_rows, site.max_relative_error < site.tolerance) for site in found.sites]
+        [('blocks.3.mlp.hook_in', 126, True), ('blocks.3.hook_mlp_out', 126, True)]
+        >>> found.failed
+        []
+    """
 
     path: str
     """Where the store lies."""

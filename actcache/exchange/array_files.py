@@ -65,6 +65,12 @@ def import_npy(
     Raises:
         ConfigError: a file is missing, is no array of floating-point numbers, or does not go with the others. The
         others are those of `extract`.
+
+    Examples:
+        >>> np.save("acts.npy", np.random.default_rng(0).standard_normal((8, 16, 32), dtype=np.float32))
+        >>> made = ac.import_npy({"blocks.0.hook_resid_post": "acts.npy"}, "from-npy.zarr", dtype="bfloat16")
+        >>> made.n_rows, made.read("blocks.0.hook_resid_post", [0]).dtype
+        (128, torch.bfloat16)
     """
     if not isinstance(arrays, Mapping) or not arrays or not all(isinstance(hook, str) for hook in arrays):
         raise ConfigError(f"import: name at least one hook and its .npy file, in a mapping, not {shown(arrays)}")
@@ -154,6 +160,15 @@ def import_safetensors(
     Raises:
         ConfigError: there are no chunks, one lacks a tensor or has another shape, or hooks differ in their tokens. The
         others are those of `extract`.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from safetensors.torch import save_file
+        >>> Path("chunks/blocks.0.hook_mlp_out").mkdir(parents=True)
+        >>> chunk = {"activation": torch.randn(4, 16, 32), "tokens": torch.zeros(4, 16, dtype=torch.int64)}
+        >>> save_file(chunk, "chunks/blocks.0.hook_mlp_out/chunk-00000000.safetensors")
+        >>> ac.import_safetensors("chunks", "from-chunks.zarr").n_rows
+        64
     """
     folders = _hook_folders(chunks)
     found = {hook: _chunks_of(Path(folder)) for hook, folder in folders.items()}

@@ -73,6 +73,12 @@ def import_saelens(
 
     Raises:
         ConfigError: there is no such dataset, or its columns are not of one length. The others are those of `extract`.
+
+    Examples:
+        >>> folder = ac.export_saelens(store, "saelens-cache")
+        >>> made = ac.import_saelens(folder, "from-saelens.zarr", dtype="bfloat16")
+        >>> made.n_rows == store.n_rows, made.sites == store.sites
+        (True, True)
     """
     folder = path_of(folder, "import: folder")
     dataset = _open_dataset(folder)
@@ -228,6 +234,12 @@ def export_saelens(
         StoreIncompleteError: the store is not sealed. StoreError: it leaves rows out, so its sequences are not whole.
         SiteError: a pattern matches nothing. ConfigError: the folder holds something else, or values are beyond what
         the dtype holds.
+
+    Examples:
+        >>> folder = ac.export_saelens(store, "for-saelens", sites=[site_out])
+        >>> from datasets import load_from_disk
+        >>> load_from_disk(str(folder)).column_names
+        ['blocks.3.hook_mlp_out', 'token_ids']
     """
     checked_store(store, "export")
     check_callable("export", progress=progress)

@@ -91,6 +91,11 @@ def extract(
         UserWarning: once for a site that has NaN or infinite values, or whose rows are all the same; when a store is
         continued in other circumstances (versions, device, threads, batch), which may show in the last bits; and when a
         site makes the instrumented model run as well, which is slow.
+
+    Examples:
+        >>> store = ac.extract(lm, blocks, ["blocks.2.*resid_post", "blocks.3.*resid_post"], "resid.zarr")
+        >>> store.sites, store.n_rows == 64 * (64 - 1)  # the first position of a sequence gets no row
+        (['blocks.2.hook_resid_post', 'blocks.3.hook_resid_post'], True)
     """
     if part is not None:
         _check_part(part)
@@ -199,6 +204,12 @@ def extend(
 
     Raises:
         StoreMismatchError: another model, or sequences of another length. The others are those of `extract`.
+
+    Examples:
+        >>> grown = ac.export(store, "grown.zarr")
+        >>> others = ac.token_blocks(ac.read_texts("stories-corpus"), lm.tokenizer, length=64, count=16, seed=1)
+        >>> ac.extend(lm, "grown.zarr", others).n_rows - store.n_rows == 16 * 63
+        True
     """
     place = to_write(path, durable=durable)
     store, more = open_store(place), as_token_blocks(more)
@@ -243,6 +254,13 @@ def add_sites(
 
     Raises:
         StoreMismatchError: another model. The others are those of `extract`.
+
+    Examples:
+        >>> ac.export(store, "more-sites.zarr").sites
+        ['blocks.3.mlp.hook_in', 'blocks.3.hook_mlp_out']
+        >>> larger = ac.add_sites(lm, "more-sites.zarr", ["blocks.3.hook_resid_post"])
+        >>> len(larger.sites), larger.n_rows == store.n_rows
+        (3, True)
     """
     place = to_write(path, durable=durable)
     store = open_store(place)

@@ -71,6 +71,11 @@ def load_lm(
     Warns:
         UserWarning: code that comes with the model is passed over for a class of transformers of the same name; or
         weights that are there are left out by its config.
+
+    Examples:
+        >>> lm = ac.load_lm("stories-4l")
+        >>> lm.name, lm.n_ctx, "blocks.3.hook_mlp_out" in lm.site_names
+        ('stories-4l', 256, True)
     """
     if isinstance(model, Path):
         model = str(model)

@@ -73,7 +73,8 @@ class ReadAhead(Generic[Item]):
             check_process(self._process)
             began = perf_counter()
             item = self._take()
-            self._clock.add("wait", perf_counter() - began)
+            if item is not None:  # the end is no batch; without this, waits could exceed the time to the last batch
+                self._clock.add("wait", perf_counter() - began)
             if self._stopping.is_set():
                 raise ConfigError(
                     "this iteration is over: the loader was closed, moved to a state, or iterated again meanwhile; "

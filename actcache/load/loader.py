@@ -81,6 +81,18 @@ class Loader:
         SiteError: a pattern matches no site. ConfigError: batch_rows is larger than the store, or rank is no rank,
         or no row is wanted, or another argument is none. IndexError: a wanted row is none.
         StoreIncompleteError: the store is not sealed.
+
+    Examples:
+        >>> loader = ac.Loader(store, ["blocks.3.*"], batch_rows=512, seed=0)
+        >>> batch = next(iter(loader))
+        >>> batch[site_in].shape, batch[site_out].dtype, batch.rows.shape
+        (torch.Size([512, 128]), torch.float32, torch.Size([512]))
+        >>> state = loader.state_dict()  # after the first of seven batches
+        >>> with ac.Loader(store, ["blocks.3.*"], batch_rows=512, seed=0) as again:
+        ...     again.load_state_dict(state)
+        ...     print(len(again), sum(1 for _ in again))
+        7 6
+        >>> loader.close()
     """
 
     def __init__(

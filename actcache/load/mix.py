@@ -39,6 +39,16 @@ class MixedLoader:
 
     Raises:
         ConfigError: there is no part, a weight is not positive, or the loaders do not go together.
+
+    Examples:
+        >>> train, held_out = ac.split_sequences(store, validation=0.25)
+        >>> parts = [
+        ...     (ac.Loader(store, [site_out], batch_rows=64, rows=rows, epochs=None), weight)
+        ...     for rows, weight in [(train, 3), (held_out, 1)]
+        ... ]
+        >>> with ac.MixedLoader(parts, n_batches=8) as mixture:
+        ...     print(sorted(batch.source for batch in mixture))
+        [0, 0, 0, 0, 0, 0, 1, 1]
     """
 
     def __init__(self, parts: Sequence[tuple[Loader, float]], *, n_batches: int | None = None, seed: int = 0) -> None:

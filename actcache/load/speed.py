@@ -8,7 +8,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoaderStats:
-    """What a loader has delivered since it was made, and how the time went; see `Loader.stats`."""
+    """What a loader has delivered since it was made, and how the time went; see `Loader.stats`.
+
+    Examples:
+        >>> with ac.Loader(store, [site_out], batch_rows=512) as loader:
+        ...     for batch in loader:
+        ...         pass
+        ...     stats = loader.stats()
+        >>> stats.n_batches, stats.n_rows, stats.n_bytes == 7 * 512 * 128 * 2
+        (7, 3584, True)
+        >>> 0 <= stats.stall_fraction <= 1
+        True
+    """
 
     n_batches: int
     """Batches delivered."""

@@ -31,6 +31,13 @@ def split_sequences(store: Store, validation: float = 0.05, seed: int = 0) -> tu
 
     Raises:
         ConfigError: the share is none, or leaves one side without a sequence.
+
+    Examples:
+        >>> train, held_out = ac.split_sequences(store, validation=0.25, seed=0)
+        >>> len(store.checked_rows(train)) + len(store.checked_rows(held_out)) == store.n_rows
+        True
+        >>> set(train.sequences) & set(held_out.sequences)
+        set()
     """
     checked_store(store, "split")
     check_number("split", 0, 1, validation=validation)

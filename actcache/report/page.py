@@ -31,6 +31,15 @@ def write_report(run: Path | str) -> Path:
     Raises:
         RunNotFoundError: the folder has no `metrics.json`.
         StateError: `metrics.json` cannot be read, or holds what no page can show; an older page stays as it is.
+
+    Examples:
+        >>> from actcache.cli import main
+        >>> settings = ["--site-in", site_in, "--site-out", site_out, "--n-steps", "20", "--warmup-steps", "5"]
+        >>> main(["train", "acts.zarr", "--out", "run", *settings, "--json"])  # doctest: +ELLIPSIS
+        {...}
+        0
+        >>> ac.write_report("run").name
+        'report.html'
     """
     from actcache.store import refuse_inside_store
 

@@ -52,6 +52,16 @@ class ServedBatches(Iterator[Batch]):
         ServingError: no server is there, or it refuses this consumer, because of its state for one; while iterating:
             the server has died, or its loader has failed.
         SiteError: a pattern matches no site. StateError: the state is none of a loader.
+
+    Examples:
+        >>> import threading
+        >>> loader = ac.Loader(store, [site_out], batch_rows=512)
+        >>> server = threading.Thread(target=ac.serve_batches, args=(loader, "trainers.sock", 1))
+        >>> server.start()
+        >>> with ac.ServedBatches("trainers.sock", dtype=torch.float32) as batches:
+        ...     print([tuple(batch[site_out].shape) for batch in batches])
+        [(512, 128), (512, 128), (512, 128), (512, 128), (512, 128), (512, 128), (512, 128)]
+        >>> server.join()
     """
 
     def __init__(

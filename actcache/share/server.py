@@ -80,6 +80,17 @@ def serve_batches(
         ConfigError: an argument is none, or the loader is not on the CPU.
         ServingError: a server is at that path, or something that is no socket. Else what reading raises: the consumers
             are told.
+
+    Examples:
+        >>> import threading
+        >>> loader = ac.Loader(store, [site_out], batch_rows=512, dtype=torch.bfloat16)
+        >>> server = threading.Thread(target=ac.serve_batches, args=(loader, "sweep.sock", 2))
+        >>> server.start()
+        >>> first, second = (ac.ServedBatches("sweep.sock") for _ in range(2))  # usually in two other processes
+        >>> torch.equal(next(first)[site_out], next(second)[site_out])
+        True
+        >>> first.close(), second.close(), server.join()
+        (None, None, None)
     """
     check_positive("serve_batches", n_consumers=n_consumers, batches_ahead=batches_ahead)
     check_callable("serve_batches", progress=progress, say=say)

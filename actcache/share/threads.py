@@ -54,6 +54,12 @@ def share_batches(
     Raises:
         ConfigError: an argument is none. SiteError: a pattern matches no site.
         StateError: a state is none of this loader.
+
+    Examples:
+        >>> first, second = ac.share_batches(ac.Loader(store, [site_out], batch_rows=512), 2)
+        >>> pairs = zip(first, second, strict=True)  # usually each in a thread of its own
+        >>> [torch.equal(one[site_out], other[site_out]) for one, other in pairs]
+        [True, True, True, True, True, True, True]
     """
     check_positive("share_batches", n_consumers=n_consumers, batches_ahead=batches_ahead)
     if not isinstance(loader, Loader | MixedLoader):

@@ -105,6 +105,14 @@ def token_blocks(
         ConfigError: a length or count below one, no tokenizer where it is needed, or one that can begin no document or
             render no chat.
         StorageFullError: no room for the temporary files.
+
+    Examples:
+        >>> texts = [f"One day {n} cats sat on a mat. They were happy. " * 8 for n in range(20)]
+        >>> blocks = ac.token_blocks(texts, lm.tokenizer, length=32, count=10)
+        >>> blocks.ids.shape, blocks.document.shape
+        ((10, 32), (10, 32))
+        >>> ac.token_blocks(texts, lm.tokenizer, length=256, packing="documents").ids.shape
+        (20, 256)
     """
     length = whole_number("length", length, 1)
     count = None if count is None else whole_number("count", count, 1)

@@ -49,6 +49,12 @@ def read_texts(
     Raises:
         TextError: nothing is there by that name, a file cannot be read as what it is called, or has no such column.
         ConfigError: a split where there are none, or a column where there are none.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> _ = Path("two.json").write_text('[{"text": "One day"}, {"text": "Two days"}]')
+        >>> list(ac.read_texts("two.json"))
+        ['One day', 'Two days']
     """
     return cast("Documents[str]", _read(source, split, Wanted(("text",), column), on_bad))
 
@@ -65,6 +71,11 @@ def read_tokens(
 
     Raises:
         TextError: as `read_texts`, or a value that is not a flat list of integers.
+
+    Examples:
+        >>> np.save("ids.npy", np.arange(12).reshape(3, 4))
+        >>> [ids.tolist() for ids in ac.read_tokens("ids.npy")]
+        [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     """
     wanted = Wanted(("tokens",), column)
     if is_array(source) or isinstance(source, list | tuple):
@@ -80,6 +91,13 @@ def read_chats(
     """Stream chats: lists of messages, from `column` (by default the first of "messages", "conversations").
 
     Sources, arguments and errors are those of `read_texts`.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> said = '{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]}'
+        >>> _ = Path("chats.jsonl").write_text(said)
+        >>> [message["role"] for message in next(iter(ac.read_chats("chats.jsonl")))]
+        ['user', 'assistant']
     """
     return cast("Documents[Chat]", _read(source, split, Wanted(("chat",), column), on_bad))
 
@@ -91,6 +109,12 @@ def read_documents(
 
     Without `column`, the first column counts that `read_texts`, `read_chats` or `read_tokens` would take, in this
     order; with it, what it holds decides. Arguments and errors are those of `read_texts`.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> _ = Path("ids.jsonl").write_text('{"input_ids": [5, 6, 7]}')
+        >>> [ids.tolist() for ids in ac.read_documents("ids.jsonl")]
+        [[5, 6, 7]]
     """
     return _read(source, split, Wanted(("text", "chat", "tokens"), column), on_bad)
 

@@ -29,7 +29,17 @@ CONFIG, WEIGHTS = "config.json", "weights.safetensors"
 
 
 class SparseMLP(nn.Module):
-    """`Linear -> ReLU -> Linear`, both biases, untied; takes and gives raw activations."""
+    """`Linear -> ReLU -> Linear`, both biases, untied; takes and gives raw activations.
+
+    Examples:
+        >>> mlp = ac.SparseMLP(d_in=128, d_out=128, n_latents=512)
+        >>> x = store.read(site_in, slice(0, 4)).float()  # (4, 128)
+        >>> mlp.encode(x).shape, mlp(x).shape
+        (torch.Size([4, 512]), torch.Size([4, 128]))
+        >>> mlp.save("untrained")
+        >>> torch.equal(ac.SparseMLP.load("untrained")(x), mlp(x))
+        True
+    """
 
     def __init__(self, *, d_in: int, d_out: int, n_latents: int, activation: str = "relu") -> None:
         super().__init__()

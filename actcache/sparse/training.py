@@ -39,7 +39,13 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """How to train. The defaults are the demo's recipe: about 1,200 steps of 2,048 rows."""
+    """How to train. The defaults are the demo's recipe: about 1,200 steps of 2,048 rows.
+
+    Examples:
+        >>> config = ac.TrainConfig(l1=2.0**4, n_steps=100, warmup_steps=10)
+        >>> config.learning_rate(0) < config.learning_rate(50) > config.learning_rate(99)
+        True
+    """
 
     l1: float = 2.0**6
     """Sparsity penalty, usually written `2**S`: multiplies the mean over latents of a row's activations, each weighted
@@ -129,6 +135,14 @@ class Trainer:
 
     `checkpoint` is a folder: the run saves itself there and, started again with the same arguments, continues to the
     same bits as if it had never stopped. The MLP may live on any device; batches are brought to it.
+
+    Examples:
+        >>> mlp = ac.SparseMLP(d_in=128, d_out=128, n_latents=256)
+        >>> config = ac.TrainConfig(l1=2.0**4, n_steps=20, warmup_steps=5, record_every=10)
+        >>> with ac.Loader(store, [site_in, site_out], batch_rows=256, epochs=None) as loader:
+        ...     result = ac.Trainer(mlp, loader, config, site_in=site_in, site_out=site_out).fit()
+        >>> result.n_rows, result.history["step"]
+        (5120, [10, 20])
     """
 
     def __init__(

@@ -37,6 +37,10 @@ def open_store(path: str | Path | Objects) -> Store:
 
     Raises:
         StoreNotFoundError: nothing is there. NotAStoreError: something else is. StoreVersionError: it is too new.
+
+    Examples:
+        >>> ac.open_store("acts.zarr").n_rows
+        4032
     """
     objects = path if isinstance(path, Objects) else Objects(path, read_only=True)
     root = read_root(objects)
@@ -52,6 +56,15 @@ class Store(Chunks):
 
     A row id is an index into the store's arrays: row `r` lies in shard `r // spec.rows_per_shard`. Mostly every id up
     to `spec.n_rows` is a row; a shard that leaves rows out ends before its last ids.
+
+    Examples:
+        >>> store = ac.open_store("acts.zarr")
+        >>> store.n_rows, store.sites, store.sealed
+        (4032, ['blocks.3.mlp.hook_in', 'blocks.3.hook_mlp_out'], True)
+        >>> store.read(site_out, [0, 7, 4031]).shape, store.spec.dtype
+        (torch.Size([3, 128]), 'bfloat16')
+        >>> store.stats(site_out).mean.shape, store.tokens().shape
+        ((128,), (64, 64))
     """
 
     def __repr__(self) -> str:

@@ -18,7 +18,14 @@ _RUNS = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShuffleReport:
-    """What batches of an epoch look like beside those of a true permutation of all rows."""
+    """What batches of an epoch look like beside those of a true permutation of all rows.
+
+    Examples:
+        >>> with ac.Loader(store, [site_out], batch_rows=128) as loader:
+        ...     report = loader.shuffle_report()
+        >>> report.batch_rows, report.ratio > 0.97, report.good
+        (128, True, True)
+    """
 
     n_batches: int
     """Batches that were looked at: some in a row, at ten places of the epoch."""

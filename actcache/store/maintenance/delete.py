@@ -23,6 +23,12 @@ def delete_sites(path: str | Path | Objects, names: list[str]) -> None:
     Raises:
         SiteError: no such site. ConfigError: none would be left. StoreIncompleteError: the store is not finished.
         CorruptShardError: what stays is damaged; nothing has been changed.
+
+    Examples:
+        >>> fewer = ac.export(store, "fewer-sites.zarr")
+        >>> ac.delete_sites("fewer-sites.zarr", ["blocks.3.mlp.hook_in"])
+        >>> ac.open_store("fewer-sites.zarr").sites
+        ['blocks.3.hook_mlp_out']
     """
     objects = to_write(path)
     read_root(objects)  # where there is no store, no folder is made for its lock

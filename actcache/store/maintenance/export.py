@@ -55,6 +55,11 @@ def export(
     Raises:
         StoreIncompleteError: the store is not sealed. SiteError: a pattern matches nothing. ConfigError: sequences that
         the store does not have. IndexError: rows that it does not have. The others are those of `extract`.
+
+    Examples:
+        >>> part = ac.export(store, "part.zarr", sites=["*.hook_mlp_out"], codec="int8", sequences=range(16))
+        >>> part.sites, part.n_rows
+        (['blocks.3.hook_mlp_out'], 1008)
     """
     if not store.sealed:
         raise StoreIncompleteError(f"{store.path} is not finished; finish 'actcache extract' before exporting it")

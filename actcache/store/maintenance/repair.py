@@ -24,6 +24,19 @@ def repair(path: str | Path | Objects, faults: list[Fault]) -> list[int]:
 
     Raises:
         CorruptShardError: tokens or root attributes are damaged, which no re-extraction of shards can mend.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> hurt = ac.extract(lm, blocks, [site_out], "hurt.zarr", sequences_per_shard=16)
+        >>> shard = Path("hurt.zarr/sites", site_out, "acts/c.2.0")
+        >>> data = bytearray(shard.read_bytes())
+        >>> data[100] ^= 1
+        >>> _ = shard.write_bytes(data)
+        >>> ac.repair("hurt.zarr", ac.verify("hurt.zarr"))
+        [2]
+        >>> _ = ac.extract(lm, blocks, [site_out], "hurt.zarr", sequences_per_shard=16)
+        >>> ac.verify("hurt.zarr")
+        []
     """
     objects = to_write(path)
     beyond = [fault for fault in faults if fault.column in ("tokens", "attributes")]

@@ -72,6 +72,11 @@ def verify(
 
     Raises:
         StoreNotFoundError, NotAStoreError, StoreVersionError: there is no store to check.
+
+    Examples:
+        >>> faults = ac.verify("acts.zarr")
+        >>> len(faults), faults.not_bound
+        (0, {})
     """
     if not 0 < sample <= 1:
         raise ConfigError(f"verify: sample must be more than 0 and at most 1, got {sample}")

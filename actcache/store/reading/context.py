@@ -25,7 +25,15 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Context:
-    """A row's token, and the tokens before and after it in its sequence."""
+    """A row's token, and the tokens before and after it in its sequence.
+
+    Examples:
+        >>> context = store.context(100, before=3, after=3)
+        >>> context.row, len(context.before), len(context.after)
+        (100, 3, 3)
+        >>> context.text(lm.tokenizer)
+        ' and someone like« beautiful» nower from'
+    """
 
     row: int
     """The row id."""

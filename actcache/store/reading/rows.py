@@ -27,6 +27,14 @@ class RowFilter:
 
     Every activation is stored; a filter says which of them are read: `Loader(..., rows=RowFilter(...))`,
     `store.read(site, RowFilter(...))`.
+
+    Examples:
+        >>> late = ac.RowFilter(positions=range(32, 64), exclude_tokens=lm.tokenizer.all_special_ids)
+        >>> store.read(site_out, late).shape[0] == len(store.checked_rows(late))
+        True
+        >>> with ac.Loader(store, [site_out], batch_rows=256, rows=late) as loader:
+        ...     print(min(int(batch.positions.min()) for batch in loader))
+        32
     """
 
     exclude_tokens: Collection[int] = ()
