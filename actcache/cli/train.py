@@ -1,13 +1,16 @@
-"""The verb `train`, in a module of its own because its options are the trainer's, and the trainer needs torch."""
+"""The verb `train`, in a file of its own because its options are the trainer's, and the trainer needs torch.
+
+In: options, documented where they are defined. Out: a result on stdout (`--json`: one object), an exit code.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
 
-from actcache.cli.options import Flag, Flat
+from actcache.cli.learn import typed_command
+from actcache.cli.options import BatchRows, Flat, Json
 from actcache.cli.screen import Screen, paths_lines, results_table
-from actcache.cli.verbs import typed
 from actcache.sparse.runs import Pair, train_run
 from actcache.sparse.training import TrainConfig
 from actcache.store import open_store
@@ -21,12 +24,12 @@ def train(
     site_out: str,
     out: Path,
     expansion: int = 8,
-    batch_rows: int = 2048,
     device: str = "cpu",
+    batch_rows: BatchRows = 2048,
     config: Annotated[TrainConfig | None, Flat] = None,
-    json: Flag = False,
+    json: Json = False,
 ) -> int:
-    """Train a sparse MLP that predicts one site of a store from another. Run again, it goes on where it stopped.
+    """Train a sparse MLP that predicts one site of a store from another. Run again to continue where it stopped.
 
     Parameters
     ----------
@@ -40,12 +43,8 @@ def train(
         Run directory; it may hold the sparse MLPs of many pairs of sites.
     expansion
         Latents, as a multiple of the input's width.
-    batch_rows
-        Rows of a batch.
     device
         Where to train: `cpu`, `cuda`, `mps`.
-    json
-        Print one JSON object on stdout; progress stays on stderr.
     """
     with Screen(json=json) as screen:
         opened, pair = open_store(store), Pair(site_in=site_in, site_out=site_out)
@@ -59,7 +58,7 @@ def train(
             batch_rows=batch_rows,
             device=device,
             progress=screen.stage(f"Train {pair.layer}", "steps"),
-            command=typed(),
+            command=typed_command(),
         )
         paths = {"weights": out / "sparse" / pair.name, "metrics": out / "metrics.json"}
         row = next(r for r in metrics["layers"] if (r["site_in"], r["site_out"]) == (site_in, site_out))

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from actcache.errors import ConfigError
 from actcache.spec import expand_names
-from actcache.store.format.keys import ROW_ARRAYS, ROWS, columns_of
+from actcache.store.format.keys import ROW_ARRAYS, ROWS, column_prefix, columns_of
+from actcache.store.format.records import committed_shards
 from actcache.store.format.table_objects import UINT32
+from actcache.store.locks.keys import CLAIM, lock_keys
 from actcache.store.reading import measure
 from actcache.store.reading.chunks import Chunks
 from actcache.store.reading.values import read_stored
@@ -71,6 +73,19 @@ def info(store: Chunks) -> dict[str, Any]:
         "provenance": dict(store.root.provenance),
         "sites": sites,
     }
+
+
+def begun_shards(store: Chunks) -> set[int]:
+    """Shards that are not committed but of which something is there: being written, or left by a writer that ended."""
+    if store.sealed:
+        return set()
+    objects, columns = store.objects, columns_of(store.spec)
+    found = {shard for column in columns for shard in committed_shards(objects, column)}
+    names = [name for column in columns for name in objects.names(f"{column_prefix(column)}/acts")]
+    numbers = [name.split(".")[1] for name in names if name.startswith("c.")]
+    numbers += [key.removeprefix(CLAIM).split(".")[0] for key in lock_keys(objects) if key.startswith(CLAIM)]
+    found.update(int(number) for number in numbers if number.isdecimal())
+    return {shard for shard in found.difference(store.committed) if shard < store.spec.n_shards}
 
 
 def _evenly(shards: list[int], most: int) -> list[int]:

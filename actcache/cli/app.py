@@ -1,0 +1,158 @@
+"""The verbs as one cyclopts app: their groups, their order, an example for each, and shell completion.
+
+In: the functions of the rooms beside this one. Out: an app, and one sentence for each of its errors.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, get_args
+
+import cyclopts
+from cyclopts import App, CycloptsError, Group, Parameter
+
+from actcache._version import __version__
+from actcache.cli import care, learn, look, make
+
+_HELP = """Cache a model's activations, serve them shuffled, learn sparse MLPs from them.
+
+Start with `actcache demo`, or with the example of `actcache extract --help`.
+"""
+
+_EPILOGUE = """Every verb takes `--json`: stdout then has one JSON object, and stderr events, one JSON object a line.
+
+Exit codes: 0 done, 1 something to mend (said in one line), 2 unsound data, 130 interrupted (run again to continue).
+
+With a model and a text from the Hugging Face hub:
+
+    actcache extract --model gpt2 --text roneneldan/TinyStories \\
+      --sites 'blocks.5.hook_resid_post' --out acts.zarr --count 4096
+"""
+
+
+class _Verb(NamedTuple):
+    """A verb: its function (or the path of it, imported when it is used), and command lines that show it."""
+
+    function: Any
+    example: str
+    name: str | None = None
+    help: str | None = None
+
+
+# Of the two verbs that are named by a path, `train` has the trainer's options, whose module needs torch.
+_VERBS: dict[str, list[_Verb]] = {
+    "Make a store": [
+        _Verb(
+            make.extract,
+            "actcache extract --sites 'blocks.3.mlp.hook_in' 'blocks.3.hook_mlp_out' \\\n  --count 128 --out acts.zarr",
+        ),
+        _Verb(make.extend, "actcache extend acts.zarr --skip-documents 200 --count 64"),
+        _Verb(make.add_sites, "actcache add-sites acts.zarr --sites 'blocks.0.hook_resid_pre' --codec sparse"),
+        _Verb(
+            make.import_store,
+            "actcache import 'blocks.3.hook_mlp_out=acts.npy' --format npy --out imported.zarr",
+            name="import",
+        ),
+    ],
+    "Look at a model, a store or a run": [
+        _Verb(look.sites, "actcache sites stories-4l 'blocks.*.hook_mlp_out'"),
+        _Verb(
+            "actcache.cli.plan:plan",
+            "actcache plan stories-4l stories-corpus 'blocks.*.hook_mlp_out' \\\n  --tokens 1000000000 --seconds 5",
+            help="Estimate what an extraction will cost before it runs: bytes, time, memory, money.",
+        ),
+        _Verb(look.info, "actcache info acts.zarr"),
+        _Verb(look.report, "actcache report run"),
+    ],
+    "Take care of a store": [
+        _Verb(care.verify, "actcache verify acts.zarr"),
+        _Verb(care.audit, "actcache audit acts.zarr --count 4"),
+        _Verb(care.repair, "actcache repair acts.zarr"),
+        _Verb(care.export, "actcache export acts.zarr --rows 0:4096 --codec int8 --out part.zarr"),
+        _Verb(care.delete_sites, "actcache delete-sites acts.zarr blocks.0.hook_resid_pre"),
+    ],
+    "Learn from a store": [
+        _Verb(learn.demo, "actcache demo --small --out demo"),
+        _Verb(
+            "actcache.cli.train:train",
+            "actcache train acts.zarr --site-in blocks.3.mlp.hook_in \\\n"
+            "  --site-out blocks.3.hook_mlp_out --out run --n-steps 100",
+            help="Train a sparse MLP that predicts one site of a store from another. Run again to continue where it "
+            "stopped.",
+        ),
+        _Verb(learn.evaluate, "actcache evaluate run --skip-documents 400 --count 16"),
+        _Verb(
+            learn.serve,
+            "actcache serve acts.zarr --sites '*' --socket acts.sock --consumers 2 \\\n  --batch-rows 2048",
+        ),
+    ],
+}
+_COMPLETION = "Install completion of verbs and options for your shell."
+_COMPLETION_EXAMPLE = "actcache --install-completion --shell bash"
+
+
+def build_app() -> App:
+    """The command line as a cyclopts app."""
+    app = App(
+        name="actcache",
+        help=_HELP,
+        version=f"actcache {__version__}",
+        help_format="markdown",
+        help_epilogue=_EPILOGUE,
+        default_parameter=Parameter(negative=()),
+        result_action="return_value",
+        exit_on_error=False,
+        print_error=False,
+        suppress_keyboard_interrupt=False,
+    )
+    for place, (group, verbs) in enumerate(_VERBS.items()):
+        heading = Group(group, sort_key=place)
+        for order, verb in enumerate(verbs):
+            given: dict[str, Any] = {} if verb.help is None else {"help": verb.help}
+            epilogue = _example(verb.example)
+            app.command(verb.function, verb.name, group=heading, sort_key=order, help_epilogue=epilogue, **given)
+    other = Group("Other", sort_key=len(_VERBS))
+    app.register_install_completion_command(help=_COMPLETION, group=other, help_epilogue=_example(_COMPLETION_EXAMPLE))
+    for flag, says in (("--help", "Show this help."), ("--version", "Show the version.")):
+        app[flag].group, app[flag].help = other, says
+    return app
+
+
+def _example(command: str) -> str:
+    return "Example:\n\n" + "\n".join(f"    {line}" for line in command.splitlines()) + "\n"
+
+
+def sentence(error: CycloptsError) -> str:
+    """What is wrong with a command line, and the way out, in one sentence."""
+    verb = " ".join(["actcache", *(error.command_chain or ())])
+    return f"{_reason(error, verb)}; see '{verb} --help'"
+
+
+def _reason(error: CycloptsError, verb: str) -> str:
+    argument = error.argument
+    name = "" if argument is None else argument.name if argument.name.startswith("-") else argument.name.upper()
+    match error:
+        case cyclopts.UnknownCommandError():
+            return f"there is no verb {(error.unused_tokens or [''])[0]!r}{_nearest(error)}"
+        case cyclopts.UnknownOptionError():
+            return f"{verb} has no option {error.token.keyword or error.token.value}{_nearest(error)}"
+        case cyclopts.UnusedCliTokensError():
+            return f"{verb} does not take {' '.join(map(repr, error.unused_tokens or []))}"
+        case cyclopts.MissingArgumentError() if argument is not None and argument.tokens:
+            return f"{name} needs a value"
+        case cyclopts.MissingArgumentError():
+            return f"{verb} needs {name}"
+        case cyclopts.RepeatArgumentError():
+            return f"{error.token.keyword or name} is given twice"
+        case cyclopts.CoercionError() if error.token is not None and error.msg is None:
+            choices = ", ".join(map(str, get_args(error.target_type))) or getattr(error.target_type, "__name__", "")
+            return f"{error.token.keyword or name} takes {_KINDS.get(choices, choices)}, not {error.token.value!r}"
+    return " ".join(str(error).split()).removesuffix(".")
+
+
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "no value", "str": "text", "Path": "a path"}
+
+
+def _nearest(error: CycloptsError) -> str:
+    """`; did you mean --length?`, as cyclopts found it."""
+    _, found, rest = str(error).partition("Did you mean ")
+    return f"; did you mean {rest.split('?')[0].strip(chr(34))}" if found else ""
