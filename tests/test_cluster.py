@@ -32,7 +32,8 @@ from actcache.cluster.driver import _next_group
 from actcache.errors import ClusterError, ConfigError, ModelNotFoundError, StoreBusyError, StoreMismatchError
 from actcache.lm import LanguageModel, load_lm
 from actcache.lm.stories import StoriesConfig, StoriesLM
-from actcache.spec import Status, TokenBlocks
+from actcache.spec import TokenBlocks
+from actcache.status import Status
 from actcache.store import Store, StoreWriter, open_store
 
 pytestmark = pytest.mark.exhaustive

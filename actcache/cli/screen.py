@@ -25,7 +25,8 @@ from actcache import formats
 from actcache.cli.interrupts import Interrupts
 from actcache.cli.progress import Bars, Events, Lines, Stage, Teller, event_line
 from actcache.files import finite
-from actcache.spec import Progress, Watch
+from actcache.spec import Progress
+from actcache.status import Watch
 
 Metrics = Mapping[str, Any]
 _OWN_CODE = f"{Path(__file__).parent.parent}{os.sep}"

@@ -22,7 +22,8 @@ from actcache.cluster.sums import Sums
 from actcache.cluster.worker import Report, Task, make_shards, where
 from actcache.errors import ActcacheError, ClusterError, ConfigError, StoreBusyError
 from actcache.extraction import begin
-from actcache.spec import TokenBlocks, Watch
+from actcache.spec import TokenBlocks
+from actcache.status import Watch
 from actcache.store import Check, Objects, Store, StoreWriter, open_store, to_write
 
 if TYPE_CHECKING:

@@ -26,7 +26,8 @@ from actcache.extraction.settle import (
 )
 from actcache.extraction.sink import pinned_for
 from actcache.source import as_token_blocks
-from actcache.spec import Dtype, Progress, StoreSpec, TokenBlocks, Watch
+from actcache.spec import Dtype, Progress, StoreSpec, TokenBlocks
+from actcache.status import Watch
 from actcache.store import Check, Objects, Store, StoreWriter, open_store, to_write
 
 if TYPE_CHECKING:

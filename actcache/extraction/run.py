@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from actcache.extraction.follow import Follower
 from actcache.extraction.sink import Sink
 from actcache.memory import keep_freed_memory
-from actcache.spec import Progress, TokenBlocks, Watch, lengths_of
+from actcache.spec import Progress, TokenBlocks, lengths_of
+from actcache.status import Watch
 from actcache.store import Check, Store, StoreWriter
 
 if TYPE_CHECKING:
