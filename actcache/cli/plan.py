@@ -22,6 +22,7 @@ from actcache.cli.options import Flag, Flat, RunOptions, TextOptions
 from actcache.cli.screen import Screen
 from actcache.errors import ConfigError
 from actcache.spec import Dtype
+from actcache.store_options import StoreOptions
 
 if TYPE_CHECKING:
     from actcache.estimate import Plan, PresetPlan
@@ -116,6 +117,7 @@ def plan(
     json
         Print one JSON object on stdout; progress stays on stderr.
     """
+    from actcache.estimate import Terms
     from actcache.estimate import plan as make_plan
 
     with Screen(json=json) as screen:
@@ -127,19 +129,23 @@ def plan(
             lm,
             blocks,
             sites,
+            options=StoreOptions(
+                dtype=store_dtype,
+                skip_first=skip_first,
+                sequences_per_shard=sequences_per_shard,
+                rows_per_chunk=rows_per_chunk,
+            ),
+            terms=Terms(
+                price_per_tb_month=price_per_tb,
+                compute_price_per_hour=price_per_hour,
+                months=months,
+                epochs=epochs,
+                read_bytes_per_s=None if read_mb_per_s is None else 1e6 * read_mb_per_s,
+            ),
             out=out,
-            dtype=store_dtype,
-            skip_first=skip_first,
-            sequences_per_shard=sequences_per_shard,
-            rows_per_chunk=rows_per_chunk,
             batch_sequences=batch_sequences,
             n_tokens=n_tokens,
             workers=workers,
-            price_per_tb_month=price_per_tb,
-            compute_price_per_hour=price_per_hour,
-            months=months,
-            epochs=epochs,
-            read_bytes_per_s=None if read_mb_per_s is None else 1e6 * read_mb_per_s,
             time_budget_s=seconds,
             sample_sequences=sample_sequences,
         )
