@@ -17,6 +17,7 @@ from actcache.extraction import begin, fill
 from actcache.lm import LanguageModel, load_lm, names
 from actcache.sparse.runs import Pair, evaluate_run, train_run
 from actcache.spec import Meaning, Site, TokenBlocks
+from actcache.store_options import StoreOptions
 
 OUT, PATTERN = "blocks.1.hook_mlp_out", "blocks.0.attn.hook_pattern"
 SETTINGS: dict[str, Any] = {"sequences_per_shard": 4, "skip_first": 0}
@@ -78,7 +79,7 @@ GO_ON: dict[str, Callable[[LanguageModel, TokenBlocks, Path], Any]] = {
     "extract": lambda lm, blocks, path: ac.extract(lm, blocks, [OUT], path, **SETTINGS),
     "part": lambda lm, blocks, path: ac.extract(lm, blocks, [OUT], path, part=(2, 2), **SETTINGS),
     "auto codec": lambda lm, blocks, path: ac.extract(lm, blocks, [OUT], path, codec="auto", **SETTINGS),
-    "begin": lambda lm, blocks, path: begin(lm, blocks, [OUT], path, **SETTINGS),
+    "begin": lambda lm, blocks, path: begin(lm, blocks, [OUT], path, StoreOptions(**SETTINGS)),
     "fill": lambda lm, blocks, path: fill(lm, path, [1]),
 }
 GROW: dict[str, Callable[[LanguageModel, TokenBlocks, Path], Any]] = {
