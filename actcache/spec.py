@@ -36,68 +36,6 @@ _NO_SITE_NAMES = ("rows", "tokens", "ledger", "attributes", "metadata")
 
 Progress = Callable[[int, int], None]
 """`progress(done, total)`: called by long functions; the library itself prints nothing."""
-Watch = Callable[["Status"], None]
-"""`watch(status)`: called by an extraction after each forward pass."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SiteStatus:
-    """Statistics of a site over the rows that an extraction has stored so far."""
-
-    mean_norm: float
-    """Mean Euclidean norm of a row."""
-    abs_max: float
-    """Largest absolute value."""
-    zero_fraction: float
-    """Share of the values that are zero."""
-    n_nan: int
-    """Values that are not a number."""
-    n_inf: int
-    """Infinite values."""
-    dead: bool
-    """Whether all rows are equal: there is nothing to learn from such a site."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Status:
-    """How far an extraction is, and how fast; what `watch` is called with after each forward pass."""
-
-    n_sequences_done: int
-    """Sequences whose forward pass is done, those of earlier calls included."""
-    n_sequences: int
-    """Sequences in all."""
-    n_tokens: int
-    """Tokens that this call has run the model over."""
-    seconds: float
-    """Since this call began to extract."""
-    n_bytes: int
-    """Bytes that this call has stored, compressed."""
-    queue: int
-    """Shards that wait to be encoded or are being encoded."""
-    queue_size: int
-    """Shards that fit in memory: when `queue` stays there, encoding or the disk is what limits."""
-    sites: Mapping[str, SiteStatus]
-    """Statistics of what this call has stored; empty before its first shard."""
-    n_sequences_here: int
-    """Sequences of `n_sequences_done` that this call has done."""
-    n_sequences_share: int
-    """Sequences that this call is going to do, of `n_sequences`."""
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens a second, since this call began."""
-        return self.n_tokens / self.seconds if self.seconds > 0 else 0.0
-
-    @property
-    def bytes_per_s(self) -> float:
-        """Bytes stored a second."""
-        return self.n_bytes / self.seconds if self.seconds > 0 else 0.0
-
-    @property
-    def eta_s(self) -> float:
-        """Seconds left at this speed; infinite before the first sequence."""
-        left = self.n_sequences_share - self.n_sequences_here
-        return self.seconds * left / self.n_sequences_here if self.n_sequences_here else math.inf
 
 
 def check_positive(where: str, **values: int) -> None:

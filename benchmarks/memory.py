@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 import actcache as ac
 from actcache.lm.stories import StoriesConfig, StoriesLM
-from actcache.spec import Status, TokenBlocks
+from actcache.spec import TokenBlocks
+from actcache.status import Status
 
 LENGTH = 128
 SITES = ["blocks.0.mlp.hook_in", "blocks.0.hook_mlp_out"]

@@ -28,7 +28,7 @@ from measure import HEADER, Figure, compare, embedded, machine, rate
 import actcache as ac
 from actcache.cluster import extract_on_cluster
 from actcache.cluster.connect import connected
-from actcache.estimate import Plan, plan
+from actcache.estimate import Plan, Terms, plan
 from actcache.lm import LanguageModel
 from actcache.spec import TokenBlocks
 from actcache.store import Objects
@@ -110,8 +110,7 @@ def planned(lm: LanguageModel, blocks: TokenBlocks, sites: list[str], seconds: f
         lm,
         blocks,
         sites,
-        price_per_tb_month=PRICE_PER_TB_MONTH,
-        compute_price_per_hour=PRICE_PER_HOUR,
+        terms=Terms(price_per_tb_month=PRICE_PER_TB_MONTH, compute_price_per_hour=PRICE_PER_HOUR),
         time_budget_s=seconds,
     )
 
@@ -143,9 +142,9 @@ def large_words(measured: Plan) -> str:
         f"Computed from {measured.measured.n_tokens:,} tokens of `{measured.model}` on this machine "
         f"({lossless.tokens_per_s:,.0f} tokens/s a worker with `lossless`, {lossless.bytes_per_activation:.2f} bytes "
         f"an activation), for {len(asked.sites)} sites of {sum(asked.sites.values()):,} values together, sequences "
-        f"of {asked.sequence_length} tokens, the first {asked.skip_first} not kept. A worker is a machine like this "
-        f"one at ${PRICE_PER_HOUR:.2f} an hour; storage is ${PRICE_PER_TB_MONTH:.0f} a terabyte and month. Bytes and "
-        "objects are as sure as the sample is like the text; hours assume that workers are as fast as this machine "
+        f"of {asked.sequence_length} tokens, the first {asked.options.skip_first} not kept. A worker is a machine like "
+        f"this one at ${PRICE_PER_HOUR:.2f} an hour; storage is ${PRICE_PER_TB_MONTH:.0f} a terabyte and month. Bytes "
+        "and objects are as sure as the sample is like the text; hours assume that workers are as fast as this machine "
         "and wait neither for each other nor for the storage, which the tables above say how far to believe. One "
         f"worker makes {fits / 1e9:,.1f} G tokens a month. A GPU changes the hours and not the bytes: divide by what "
         "the forward pass gains, until encoding limits. `actcache plan MODEL TEXT SITES --tokens N --workers N` says "

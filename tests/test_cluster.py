@@ -30,10 +30,13 @@ from actcache.cluster import connect, driver, extract_on_cluster
 from actcache.cluster.connect import connected
 from actcache.cluster.driver import _next_group
 from actcache.errors import ClusterError, ConfigError, ModelNotFoundError, StoreBusyError, StoreMismatchError
+from actcache.extraction import begin
 from actcache.lm import LanguageModel, load_lm
 from actcache.lm.stories import StoriesConfig, StoriesLM
-from actcache.spec import Status, TokenBlocks
+from actcache.spec import TokenBlocks
+from actcache.status import Status
 from actcache.store import Store, StoreWriter, open_store
+from actcache.store_options import StoreOptions
 
 pytestmark = pytest.mark.exhaustive
 
@@ -116,7 +119,7 @@ def wait_until(holds: Callable[[], bool], seconds: float = 600) -> None:
 @contextmanager
 def held(lm: LanguageModel, blocks: TokenBlocks, path: Path, shards: range) -> Iterator[None]:
     """Begin the store, and keep these shards from being made: however quick the workers are, work is left."""
-    ac.extraction.begin(lm, blocks, SITES, path, **SETTINGS)
+    begin(lm, blocks, SITES, path, StoreOptions(sequences_per_shard=4), batch_sequences=2)
     with StoreWriter(path, open_store(path).spec, None, shared=True) as writer:
         assert all(writer.claim(shard) for shard in shards)
         yield
@@ -229,7 +232,7 @@ def test_driver_waits_for_who_holds_a_shard(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "a.zarr"
-    ac.extraction.begin(lm, blocks, SITES, path, **SETTINGS)
+    begin(lm, blocks, SITES, path, StoreOptions(sequences_per_shard=4), batch_sequences=2)
     with ThreadPoolExecutor(1) as pool:
         with StoreWriter(path, open_store(path).spec, None, shared=True) as writer:
             assert writer.claim(7)
@@ -246,7 +249,7 @@ def test_driver_does_not_wait_for_ever(
 ) -> None:
     monkeypatch.setattr(driver, "_PATIENCE_S", 0.5)
     path = tmp_path / "a.zarr"
-    ac.extraction.begin(lm, blocks, SITES, path, **SETTINGS)
+    begin(lm, blocks, SITES, path, StoreOptions(sequences_per_shard=4), batch_sequences=2)
     with StoreWriter(path, open_store(path).spec, None, shared=True) as writer:
         assert writer.claim(7)
         with pytest.raises(StoreBusyError, match=r"shards 7 of .*a.zarr are being made by others"):

@@ -121,10 +121,11 @@ def test_bad_input(tmp_path, blocks):
 
 def test_default_sizes_make_chunks_of_half_a_megabyte():
     from actcache.extraction import store_spec
+    from actcache.store_options import StoreOptions
 
     lm = tiny_lm()
     sites = [place.site for place in lm.resolve(SITES)]
-    spec = store_spec(lm, random_blocks(2000, 32), sites, dtype="float32")
+    spec = store_spec(lm, random_blocks(2000, 32), sites, StoreOptions(dtype="float32"))
     assert spec.sequences_per_shard == 512
     assert 1 << 17 <= spec.rows_per_chunk * 16 * 4 <= 1 << 19
     assert spec.rows_per_shard % spec.rows_per_chunk == 0

@@ -15,7 +15,7 @@ from test_extract import SITES, SIZES, tiny_lm
 
 import actcache as ac
 from actcache.errors import ConfigError
-from actcache.spec import Status
+from actcache.status import Status
 
 
 @pytest.fixture(scope="module")

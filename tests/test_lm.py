@@ -12,7 +12,7 @@ from lm_models import MLP_IN, MLP_OUT, n_hooks, names, small_module
 from torch import Tensor, nn
 
 from actcache.errors import ConfigError, SiteError
-from actcache.lm import LanguageModel, load_lm, open_bridge
+from actcache.lm import LanguageModel, load_lm
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_splice_in_the_instrumented_model(llama: LanguageModel, ids: Tensor) -> 
     with llama.splice(attn_out, attn_out, lambda x: x), pytest.raises(ConfigError, match="splice of plain sites"):
         llama.capture(ids, llama.resolve([pattern], length=9))
     assert torch.equal(llama.logits(ids), clean)
-    assert not any(point.fwd_hooks for point in open_bridge(llama).hook_dict.values())
+    assert not any(point.fwd_hooks for point in llama.open_instrumented().hook_dict.values())
 
 
 def test_splice_that_cannot_be(lm: LanguageModel, ids: Tensor) -> None:

@@ -15,7 +15,7 @@ from lm_models import LLAMA_LIKE, SIZES, SPECIAL, names, random_ids, random_mode
 from torch import Tensor
 
 from actcache.errors import ConfigError, SiteError
-from actcache.lm import bridge, load_lm, open_bridge
+from actcache.lm import bridge, load_lm
 from actcache.lm.bridge import _hf_bridge, _native_bridge
 from actcache.lm.processes import no_processes
 from actcache.spec import Meaning
@@ -163,7 +163,7 @@ def test_adapters_may_raise_anything(monkeypatch: pytest.MonkeyPatch, error: Bas
         sites = lm.resolve(["model.layers.1.mlp:out"])
     assert lm.capture(ids, sites)["model.layers.1.mlp:out"].shape == (3, 9, 24)
     with pytest.raises(ConfigError) as caught:
-        open_bridge(lm)
+        lm.open_instrumented()
     assert caught.value.__cause__ is error
 
 

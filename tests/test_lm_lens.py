@@ -26,7 +26,7 @@ from lm_models import (
 )
 from torch import Tensor
 
-from actcache.lm import LanguageModel, load_lm, open_bridge
+from actcache.lm import LanguageModel, load_lm
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def cached(bridge: Any, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def assert_same_as_bridge(lm: LanguageModel, ids: Tensor) -> None:
-    bridge = open_bridge(lm)
+    bridge = lm.open_instrumented()
     logits, wanted = cached(bridge, ids)
     torch.testing.assert_close(lm.logits(ids), logits, atol=2e-5, rtol=1e-5)
     assert set(lm.site_names) == set(wanted)
@@ -128,7 +128,7 @@ def test_bridging_leaves_the_plain_model_as_it_was(ids: Tensor, llama_folder: Pa
     lm = load_lm(str(llama_folder))
     before, classes = lm.logits(ids), [type(m) for m in lm.module.modules()]
     weights = [p.data_ptr() for p in lm.module.parameters()]
-    bridge = open_bridge(lm)
+    bridge = lm.open_instrumented()
     assert torch.equal(lm.logits(ids), before)
     assert [type(m) for m in lm.module.modules()] == classes
     assert n_hooks(lm.module) == 0
@@ -137,10 +137,10 @@ def test_bridging_leaves_the_plain_model_as_it_was(ids: Tensor, llama_folder: Pa
 
 
 def test_transformer_lens_models_are_taken_as_they_are(lm: LanguageModel, ids: Tensor) -> None:
-    bridge = open_bridge(lm)
+    bridge = lm.open_instrumented()
     ready = load_lm(bridge)
     assert ready.kind == "transformer_lens"
-    assert open_bridge(ready) is bridge
+    assert ready.open_instrumented() is bridge
     assert (ready.n_ctx, ready.d_vocab) == (12, 40)
     assert_same_as_bridge(ready, ids)
     site = ready.resolve([MLP_OUT])[0]
@@ -209,7 +209,7 @@ def test_bridge_in_compatibility_mode_is_taken_as_it_is(ids: Tensor) -> None:
     lm = load_lm(random_model("gpt2", **GPT2))
     name = "blocks.1.hook_resid_post"
     plain = lm.capture(ids, lm.resolve([name]))[name]
-    bridge = open_bridge(load_lm(random_model("gpt2", **GPT2)))
+    bridge = load_lm(random_model("gpt2", **GPT2)).open_instrumented()
     bridge.enable_compatibility_mode()
     processed = assert_read_from_hook_points(bridge, ids)[name]
     torch.testing.assert_close(processed, plain - plain.mean(-1, keepdim=True), atol=1e-4, rtol=1e-4)
@@ -223,7 +223,7 @@ def test_encoder_without_a_head_has_the_names_of_one_with_a_head() -> None:
     sites = lm.resolve(["hook_embed", *common])
     assert len(sites) == 1 + 6 * 6
     assert not any(site.instrumented for site in sites)
-    bridge = open_bridge(lm)
+    bridge = lm.open_instrumented()
     with torch.no_grad():
         _, cache = bridge.run_with_cache(ids)
     for name, value in lm.capture(ids, sites).items():
@@ -236,7 +236,7 @@ def test_encoder_without_a_head_has_the_names_of_one_with_a_head() -> None:
 def test_masked_language_model_equals_the_bridge(ids: Tensor) -> None:
     lm = load_lm(random_model("bert", "AutoModelForMaskedLM", **LLAMA_LIKE))
     assert lm.logits(ids).shape == (3, 9, 40)
-    _, wanted = cached(open_bridge(lm), ids)
+    _, wanted = cached(lm.open_instrumented(), ids)
     sites = lm.resolve([name for name in lm.site_names if name in wanted], length=9)
     assert len(sites) > 50
     for name, value in lm.capture(ids, [site for site in sites if not site.instrumented]).items():
@@ -252,7 +252,7 @@ def test_grouped_query_attention_of_a_real_model_equals_the_bridge() -> None:
     assert not any(site.instrumented for site in sites)
     assert {s.site.shape for s in sites if s.site.name.endswith("hook_k")} == {(3, 64)}
     with torch.no_grad():
-        _, cache = open_bridge(lm).run_with_cache(ids)
+        _, cache = lm.open_instrumented().run_with_cache(ids)
     for name, value in lm.capture(ids, sites).items():
         difference = (value - cache[name].flatten(2)).norm()
         assert difference <= 1e-5 * value.norm(), name

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from actcache.errors import ConfigError, ModelNotFoundError
-from actcache.lm import LanguageModel, load_lm, open_bridge
+from actcache.lm import LanguageModel, load_lm
 from actcache.source import token_blocks
 
 
@@ -58,7 +58,7 @@ def test_embedded_model_with_its_tokenizer() -> None:
     tokens = torch.tensor([[lm.bos, *lm.tokenizer(text, add_special_tokens=False)["input_ids"]]])
     loss = nn.functional.cross_entropy(lm.logits(tokens)[0, :-1], tokens[0, 1:])
     assert loss < math.log(lm.d_vocab) / 2
-    bridge = open_bridge(lm)
+    bridge = lm.open_instrumented()
     assert bridge.to_tokens(text).tolist() == tokens.tolist()
     torch.testing.assert_close(bridge(tokens), lm.logits(tokens), atol=1e-4, rtol=1e-5)
 

@@ -23,7 +23,7 @@ from lm_models import (
 from torch import Tensor, nn
 
 from actcache.errors import ConfigError, SiteError
-from actcache.lm import LanguageModel, load_lm, open_bridge
+from actcache.lm import LanguageModel, load_lm
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_any_module_has_its_inputs_and_outputs() -> None:
         spliced = lm.logits(ids)
     torch.testing.assert_close(spliced, odd.head(odd.rnn(odd.up.bias.expand(2, 6, 10).relu())[0] + 1))
     with pytest.raises(ConfigError, match="plain torch module"):
-        open_bridge(lm)
+        lm.open_instrumented()
 
 
 def test_module_that_does_not_run_on_ids() -> None:
@@ -292,7 +292,7 @@ def test_padding_of_causal_models_needs_no_mask(llama: LanguageModel, ids: Tenso
     lm = load_lm(small_module())
     assert lm.takes_padding
     assert_padding_changes_nothing(lm, ids, torch.tensor([9, 2, 5]), ["blocks.*.hook_resid_post"])
-    bridge = load_lm(open_bridge(lm))
+    bridge = load_lm(lm.open_instrumented())
     assert bridge.takes_padding
     assert_padding_changes_nothing(bridge, ids, torch.tensor([9, 2, 5]), ["blocks.*.hook_resid_post"])
 
@@ -353,7 +353,7 @@ def test_forward_stops_in_every_kind_of_model(llama_folder: Path, ids: Tensor) -
 def test_forward_stops_in_the_instrumented_model(llama_folder: Path, ids: Tensor) -> None:
     lm = load_lm(str(llama_folder))
     sites = lm.resolve(["blocks.1.attn.hook_pattern"], length=9)
-    bridge = open_bridge(lm)
+    bridge = lm.open_instrumented()
     ran: list[str] = []
     for n in (0, 1, 2):
         bridge.hook_dict[f"blocks.{n}.hook_mlp_out"].add_hook(lambda value, hook: ran.append(hook.name))

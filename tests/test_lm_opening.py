@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import actcache as ac
 from actcache.cli import main
 from actcache.errors import ConfigError, ModelNotFoundError
-from actcache.lm import load_lm, open_bridge
+from actcache.lm import load_lm
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1040128\n"
 PAGE = b"<!DOCTYPE html><html><body>Sign in</body></html>"
@@ -397,7 +397,7 @@ def test_a_damaged_tokenizer_is_said_when_it_is_needed(folder: Path, name: str, 
     ids = ac.token_blocks(np.arange(32).reshape(4, 8), None, length=8)
     store = ac.extract(lm, ids, ["blocks.1.hook_mlp_out"], folder / "acts.zarr")
     assert store.sealed
-    assert open_bridge(lm) is not None
+    assert lm.open_instrumented() is not None
     with pytest.raises(ConfigError, match=message):
         load_lm(folder, tokenizer=folder)
 

@@ -12,7 +12,7 @@ from lm_models import SMALL, n_hooks, random_ids, small_module
 from torch import Tensor, nn
 
 from actcache.errors import ConfigError
-from actcache.lm import LanguageModel, load_lm, open_bridge
+from actcache.lm import LanguageModel, load_lm
 from actcache.lm.compiled import largest_parts_without
 from actcache.lm.stories import StoriesLM
 
@@ -118,7 +118,7 @@ def test_compiled_model_splices_and_takes_other_sites(ids: Tensor) -> None:
         torch.testing.assert_close(ablated, plain.logits(ids), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(lm.logits(ids), plain.logits(ids), atol=1e-5, rtol=1e-4)
     with pytest.raises(ConfigError, match=r"torch.compile gains nothing"):
-        load_lm(open_bridge(plain), compile=True)
+        load_lm(plain.open_instrumented(), compile=True)
 
 
 @pytest.mark.exhaustive

@@ -14,9 +14,10 @@ from torch import nn
 import actcache as ac
 from actcache.errors import StateError, StoreMismatchError
 from actcache.extraction import begin, fill
-from actcache.lm import LanguageModel, load_lm, names, open_bridge
+from actcache.lm import LanguageModel, load_lm, names
 from actcache.sparse.runs import Pair, evaluate_run, train_run
 from actcache.spec import Meaning, Site, TokenBlocks
+from actcache.store_options import StoreOptions
 
 OUT, PATTERN = "blocks.1.hook_mlp_out", "blocks.0.attn.hook_pattern"
 SETTINGS: dict[str, Any] = {"sequences_per_shard": 4, "skip_first": 0}
@@ -56,7 +57,7 @@ def test_meanings_of_every_kind_of_name(lm: LanguageModel) -> None:
     assert meaning["blocks.1.hook_resid_pre"] == Meaning(module="blocks.1", side="in")
     assert meaning["blocks.1.attn.hook_pattern"] == Meaning(module="blocks.1.attn.hook_pattern", transformer_lens=tl)
     assert None not in meaning.values()
-    bridge = load_lm(open_bridge(lm))
+    bridge = load_lm(lm.open_instrumented())
     # An alias means what the HookPoint's own name means.
     assert [s.site.meaning for s in bridge.resolve(["blocks.1.hook_resid_post", "blocks.1.hook_out"])] == 2 * [
         Meaning(module="blocks.1.hook_out", transformer_lens=tl)
@@ -78,7 +79,7 @@ GO_ON: dict[str, Callable[[LanguageModel, TokenBlocks, Path], Any]] = {
     "extract": lambda lm, blocks, path: ac.extract(lm, blocks, [OUT], path, **SETTINGS),
     "part": lambda lm, blocks, path: ac.extract(lm, blocks, [OUT], path, part=(2, 2), **SETTINGS),
     "auto codec": lambda lm, blocks, path: ac.extract(lm, blocks, [OUT], path, codec="auto", **SETTINGS),
-    "begin": lambda lm, blocks, path: begin(lm, blocks, [OUT], path, **SETTINGS),
+    "begin": lambda lm, blocks, path: begin(lm, blocks, [OUT], path, StoreOptions(**SETTINGS)),
     "fill": lambda lm, blocks, path: fill(lm, path, [1]),
 }
 GROW: dict[str, Callable[[LanguageModel, TokenBlocks, Path], Any]] = {

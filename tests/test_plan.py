@@ -21,6 +21,7 @@ from actcache.source import read_texts, token_blocks
 from actcache.spec import TokenBlocks
 from actcache.store import ShardBuffers, StoreWriter
 from actcache.store.format.records import HEAD_BYTES
+from actcache.store_options import StoreOptions
 
 pytestmark = pytest.mark.exhaustive
 
@@ -41,7 +42,7 @@ def blocks(lm):
 @pytest.fixture(scope="module")
 def planned(lm, blocks):
     """Shards of 192 sequences, the last of them partial, and chunks that it does not fill."""
-    return plan(lm, blocks, SITES, sequences_per_shard=192, sample_sequences=192)
+    return plan(lm, blocks, SITES, options=StoreOptions(sequences_per_shard=192), sample_sequences=192)
 
 
 def extracted(lm, blocks, path, codec, **sizes):
@@ -91,7 +92,7 @@ def test_a_text_of_a_few_sequences_is_planned_nearly_exactly(tmp_path, lm, block
 def test_sequences_of_unequal_length_give_rows_for_their_tokens_only(tmp_path, lm):
     documents = token_blocks(read_texts("stories-corpus"), lm.tokenizer, length=256, count=200, packing="documents")
     lengths = documents.lengths(range(200))
-    said = plan(lm, documents, SITES, sequences_per_shard=64, sample_sequences=64)
+    said = plan(lm, documents, SITES, options=StoreOptions(sequences_per_shard=64), sample_sequences=64)
     store = extracted(lm, documents, tmp_path / "s.zarr", "lossless", sequences_per_shard=64)
     assert len(set(lengths.tolist())) > 20
     assert said.amounts.n_rows == store.n_rows
@@ -118,7 +119,7 @@ def test_text_whose_batches_differ_makes_the_plan_less_sure(lm, blocks, planned)
     dull = blocks.ids.copy()
     dull[np.arange(len(dull)) // 8 % 2 == 1] = 5
     mixed = TokenBlocks(ids=dull, document=blocks.document, description=blocks.description)
-    measured = {"sequences_per_shard": 128, "batch_sequences": 8, "sample_sequences": 64}
+    measured = {"options": StoreOptions(sequences_per_shard=128), "batch_sequences": 8, "sample_sequences": 64}
     even, uneven = (plan(lm, text, SITES, **measured).presets for text in (blocks, mixed))
     for codec in PRESETS:
         (low, high), said = uneven[codec].bytes_range, uneven[codec].bytes
@@ -179,7 +180,9 @@ def test_what_one_ledger_cannot_list_is_several_stores(planned):
 
 def test_planning_for_more_tokens_than_there_are_is_the_scaled_plan(lm, blocks, planned):
     n_tokens = 100 * blocks.ids.size
-    said = plan(lm, blocks, SITES, sequences_per_shard=192, n_tokens=n_tokens, sample_sequences=192)
+    said = plan(
+        lm, blocks, SITES, options=StoreOptions(sequences_per_shard=192), n_tokens=n_tokens, sample_sequences=192
+    )
     assert said.amounts == planned.scaled(n_tokens).amounts
     assert said.measured.n_rows == planned.measured.n_rows == 192 * 127
     assert said.measured.batch_sequences == 32
@@ -254,7 +257,9 @@ def test_break_even_is_the_first_epoch_that_pays():
 
 
 def test_what_disk_and_prices_change(tmp_path, lm, blocks, planned):
-    slow = plan(lm, blocks, SITES, out=tmp_path, price_per_tb_month=40, read_bytes_per_s=1e3, sample_sequences=8)
+    slow = plan(
+        lm, blocks, SITES, out=tmp_path, terms=Terms(price_per_tb_month=40, read_bytes_per_s=1e3), sample_sequences=8
+    )
     raw = slow.presets["raw"]
     assert raw.read_s == pytest.approx(sum(raw.sites.values()) / 1e3)
     assert raw.cost_per_month == pytest.approx((raw.bytes + raw.other_bytes) / 1e12 * 40)
@@ -266,22 +271,33 @@ def test_what_disk_and_prices_change(tmp_path, lm, blocks, planned):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"price_per_tb_month": -1.0}, "price_per_tb_month must be a number from 0 up, got -1.0"),
-        ({"compute_price_per_hour": math.nan}, "compute_price_per_hour"),
-        ({"read_bytes_per_s": 0}, "read_bytes_per_s must be a number above 0"),
-        ({"epochs": 0}, "epochs must be a positive integer"),
         ({"workers": 0}, "workers must be a positive integer"),
         ({"n_tokens": -5}, "n_tokens must be a positive integer"),
         ({"batch_sequences": 0}, "batch_sequences must be a positive integer"),
         ({"sample_sequences": 0}, "sample_sequences must be a positive integer"),
         ({"time_budget_s": 0}, "time_budget_s must be a number above 0"),
-        ({"skip_first": 128}, "skip_first must be between 0 and"),
-        ({"rows_per_chunk": 7919}, "must divide rows_per_shard"),
+        ({"options": StoreOptions(skip_first=128)}, "skip_first must be between 0 and"),
+        ({"options": StoreOptions(rows_per_chunk=7919)}, "must divide rows_per_shard"),
+        ({"options": StoreOptions(dtype=None)}, "dtype must be one of"),
     ],
 )
 def test_what_cannot_be_planned_is_said(lm, blocks, wrong, said):
     with pytest.raises(ConfigError, match=said):
         plan(lm, blocks, SITES, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"price_per_tb_month": -1.0}, "price_per_tb_month must be a number from 0 up, got -1.0"),
+        ({"compute_price_per_hour": math.nan}, "compute_price_per_hour"),
+        ({"read_bytes_per_s": 0}, "read_bytes_per_s must be a number above 0"),
+        ({"epochs": 0}, "epochs must be a positive integer"),
+    ],
+)
+def test_prices_that_cannot_be_are_said(wrong, said):
+    with pytest.raises(ConfigError, match=said):
+        Terms(**wrong)
 
 
 def test_unknown_sites_and_sequences_beyond_the_context_are_refused(lm, blocks):

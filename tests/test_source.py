@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from actcache.errors import ConfigError, TextError
 from actcache.order import permutation
-from actcache.source import pack, read_texts, token_blocks, tokenise
+from actcache.source import pack, read_texts, temporary, token_blocks, tokenise
 
 STORY = "Once upon a time there was a little bird. She could not fly, and so she learned to sing."
 BOS = 0
@@ -80,7 +80,7 @@ def test_blocks_are_the_concatenated_stream_in_permuted_order(texts, length, cou
 def tiny_batches(monkeypatch):
     """Every boundary inside: calls of two texts, copies of three sequences."""
     monkeypatch.setattr(tokenise, "DOCUMENTS_PER_CALL", 2)
-    monkeypatch.setattr(pack, "_BYTES_PER_COPY", 3 * 4 * 8)
+    monkeypatch.setattr(temporary, "_BYTES_PER_COPY", 3 * 4 * 8)
 
 
 def test_the_same_blocks_from_small_and_large_batches(tiny_batches, monkeypatch):

@@ -30,7 +30,7 @@ import actcache as ac
 from actcache.cli import progress
 from actcache.cli.progress import MOST_SITES, Events, Lines, Stage, sites_worth_a_look
 from actcache.cli.screen import Screen, sites_table, store_lines
-from actcache.spec import SiteStatus, Status
+from actcache.status import SiteStatus, Status
 
 pytestmark = pytest.mark.exhaustive
 

@@ -9,7 +9,7 @@ compares. Nothing here uses the code that captured the values: no batches, no pa
     reference.py  what the model computes for one sequence, by module or by hook name of transformer-lens
     compare.py    the difference between rows, the tolerance, and what the difference looks like
     result.py     Audit and SiteAudit
-    run.py        `audit`, and the small audit that ends an extraction
+    check.py      `audit`, and the small audit that ends an extraction
 """
 
 from actcache.auditing.check import audit, check_before_sealing, small_audit_size

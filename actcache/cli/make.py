@@ -27,7 +27,7 @@ from actcache.cli.options import (
     NoFsync,
     RunOptions,
     Sites,
-    StoreOptions,
+    StoreFlags,
     TextOptions,
     parse_part,
 )
@@ -75,7 +75,7 @@ def extract(
         # A mistyped name is reported before minutes are spent on the text.
         lm.resolve(sites, length=text.length)
         settings: dict[str, Any] = {
-            **(options or StoreOptions()).keywords(),
+            **(options or StoreFlags()).keywords(),
             "batch_sequences": batch_sequences,
             "audit": not no_audit,
             "durable": not no_fsync,
@@ -157,7 +157,7 @@ def add_sites(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ImportOptions(StoreOptions):
+class _ImportOptions(StoreFlags):
     """How a store keeps what it is made from: by default all of it, as it is."""
 
     dtype: Annotated[Dtype | None, Parameter(name=["--store-dtype", "--dtype"])] = None  # type: ignore[assignment]

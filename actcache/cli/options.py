@@ -121,7 +121,7 @@ class RunOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoreOptions:
+class StoreFlags:
     """How a store keeps its activations."""
 
     codec: Codec = ("lossless",)
@@ -222,7 +222,7 @@ class TextOptions:
 
 FlatRun = Annotated[RunOptions | None, Parameter(name="*", group=MODEL)]
 FlatText = Annotated[TextOptions | None, Parameter(name="*", group=TEXT)]
-FlatStore = Annotated[StoreOptions | None, Parameter(name="*", group=STORE)]
+FlatStore = Annotated[StoreFlags | None, Parameter(name="*", group=STORE)]
 
 
 def _template(path: Path) -> str:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from actcache import formats
-from actcache.cli.options import RUN, STORE, TEXT, Codec, FlatRun, Json, ModelName, RunOptions, Sites, StoreOptions
+from actcache.cli.options import RUN, STORE, TEXT, Codec, FlatRun, Json, ModelName, RunOptions, Sites, StoreFlags
 from actcache.cli.options import TextOptions as TextOfOtherVerbs
 from actcache.cli.plan_view import show_plan
 from actcache.cli.screen import Screen
 from actcache.errors import ConfigError
+from actcache.store_options import StoreOptions
 
 if TYPE_CHECKING:
     from actcache.spec import TokenBlocks
@@ -38,10 +39,10 @@ class _TextOptions(TextOfOtherVerbs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _StoreOptions(StoreOptions):
+class _StoreFlags(StoreFlags):
     """As for other verbs, but for what a plan does not depend on: it tries every codec, and seeds cost nothing."""
 
-    __module__ = StoreOptions.__module__
+    __module__ = StoreFlags.__module__
 
     codec: Annotated[Codec, Parameter(parse=False)] = ("lossless",)
     seed: Annotated[int, Parameter(parse=False)] = 0
@@ -56,7 +57,7 @@ def plan(
     run: FlatRun = None,
     cut: Annotated[_TextOptions | None, Parameter(name="*", group=TEXT)] = None,
     tokens: Annotated[int | None, Parameter(group=TEXT)] = None,
-    options: Annotated[_StoreOptions | None, Parameter(name="*", group=STORE)] = None,
+    options: Annotated[_StoreFlags | None, Parameter(name="*", group=STORE)] = None,
     batch_sequences: Annotated[int | Literal["auto"], Parameter(group=RUN)] = 32,
     workers: int = 1,
     price_per_tb: float = 20.0,
@@ -102,30 +103,35 @@ def plan(
         Measure on this many sequences (one shard at most), however long it takes; by default on as many as --seconds
         allows.
     """
+    from actcache.estimate import Terms
     from actcache.estimate import plan as make_plan
 
     with Screen(json=json) as screen:
         lm = (run or RunOptions()).open(model)
-        kept, asked = options or _StoreOptions(), replace(cut or _TextOptions(), text=text)
+        kept, asked = options or _StoreFlags(), replace(cut or _TextOptions(), text=text)
         lm.resolve(sites, length=asked.length)  # a mistyped name is reported before minutes are spent on the text
         blocks, n_tokens = _text(asked, lm, screen, tokens)
         found = make_plan(
             lm,
             blocks,
             sites,
+            options=StoreOptions(
+                dtype=kept.dtype,
+                skip_first=kept.skip_first,
+                sequences_per_shard=kept.sequences_per_shard,
+                rows_per_chunk=kept.rows_per_chunk,
+            ),
+            terms=Terms(
+                price_per_tb_month=price_per_tb,
+                compute_price_per_hour=price_per_hour,
+                months=months,
+                epochs=epochs,
+                read_bytes_per_s=None if read_mb_per_s is None else 1e6 * read_mb_per_s,
+            ),
             out=out,
-            dtype=kept.dtype,
-            skip_first=kept.skip_first,
-            sequences_per_shard=kept.sequences_per_shard,
-            rows_per_chunk=kept.rows_per_chunk,
             batch_sequences=batch_sequences,
             n_tokens=n_tokens,
             workers=workers,
-            price_per_tb_month=price_per_tb,
-            compute_price_per_hour=price_per_hour,
-            months=months,
-            epochs=epochs,
-            read_bytes_per_s=None if read_mb_per_s is None else 1e6 * read_mb_per_s,
             time_budget_s=seconds,
             sample_sequences=sample_sequences,
         )

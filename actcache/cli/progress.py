@@ -43,7 +43,7 @@ from rich.text import Text
 
 from actcache import formats
 from actcache.files import finite
-from actcache.spec import SiteStatus, Status
+from actcache.status import SiteStatus, Status
 
 MOST_SITES = 8
 """Sites of the live summary: more would push everything else off the terminal."""

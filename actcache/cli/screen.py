@@ -23,7 +23,8 @@ from actcache import formats
 from actcache.cli.interrupts import Interrupts
 from actcache.cli.progress import Bars, Events, Lines, Stage, Teller, event_line
 from actcache.files import finite
-from actcache.spec import Progress, Watch
+from actcache.spec import Progress
+from actcache.status import Watch
 
 FINE, USER_ERROR, UNSOUND = 0, 1, 2
 """Exit codes: done; something that the user can mend; unsound data."""

@@ -7,7 +7,7 @@ import re
 import uuid
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +21,11 @@ from actcache.cluster.connect import Say, check_installed, connected, local_work
 from actcache.cluster.sums import Sums
 from actcache.cluster.worker import Report, Task, make_shards, where
 from actcache.errors import ActcacheError, ClusterError, ConfigError, StoreBusyError
-from actcache.extraction import begin
-from actcache.spec import TokenBlocks, Watch
+from actcache.extraction import BatchSequences, begin
+from actcache.spec import Dtype, TokenBlocks
+from actcache.status import Watch
 from actcache.store import Check, Objects, Store, StoreWriter, open_store, to_write
+from actcache.store_options import StoreOptions
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -48,13 +50,18 @@ def extract_on_cluster(
     path: str | Path,
     *,
     cluster: str | Client,
+    codec: str | Mapping[str, str] = "lossless",
+    dtype: Dtype = "bfloat16",
+    skip_first: int = 1,
+    seed: int = 0,
+    sequences_per_shard: int | None = None,
+    rows_per_chunk: int | None = None,
+    batch_sequences: BatchSequences | None = None,
     threads: int | None = None,
-    batch_sequences: Any = None,
     audit: bool = True,
     durable: bool = True,
     watch: Watch | None = None,
     say: Say | None = None,
-    **settings: Any,
 ) -> Store:
     """Write the store that `extract` writes, by the workers of a cluster, and return it sealed.
 
@@ -67,13 +74,18 @@ def extract_on_cluster(
         patterns: hook names or glob patterns of them.
         path: folder or URL of the store.
         cluster: `local:N` for N processes of this machine, a scheduler's address (`tcp://host:8786`), or a client.
-        threads: encoding threads of each worker; by default its share of its machine's cores.
+        codec: as for `extract`; so are `dtype`, `skip_first`, `seed`, `sequences_per_shard` and `rows_per_chunk`.
+        dtype: logical element type.
+        skip_first: leading positions of each sequence that are not kept.
+        seed: seed of the shuffle of rows within shards.
+        sequences_per_shard: sequences of a shard.
+        rows_per_chunk: rows of the unit of reading.
         batch_sequences: as for `extract`; `auto` is found out here, on the driver.
+        threads: encoding threads of each worker; by default its share of its machine's cores.
         audit: whoever seals the store audits it first, as `extract` does.
         durable: as for `extract`.
         watch: called with a `Status` of all workers together, about twice a second.
         say: called with sentences for the user, such as where the dashboard is.
-        settings: `codec`, `dtype`, `skip_first`, `seed`, `sequences_per_shard`, `rows_per_chunk`, as for `extract`.
 
     Raises:
         ConfigError: the model was given as an object, so workers cannot open it. ClusterError: no scheduler or worker
@@ -84,6 +96,14 @@ def extract_on_cluster(
     Warns:
         UserWarning: what a worker warns of, once.
     """
+    options = StoreOptions(
+        codec=codec,
+        dtype=dtype,
+        skip_first=skip_first,
+        seed=seed,
+        sequences_per_shard=sequences_per_shard,
+        rows_per_chunk=rows_per_chunk,
+    )
     check_installed()
     if lm.recipe is None:
         raise ConfigError(
@@ -95,7 +115,7 @@ def extract_on_cluster(
         n_local = local_workers(cluster)
         n_model_threads = None if n_local is None else model_threads(n_local)
         with _torch_threads(n_model_threads):
-            begin(lm, blocks, patterns, place, batch_sequences=batch_sequences, durable=durable, **settings)
+            begin(lm, blocks, patterns, place, options, batch_sequences=batch_sequences, durable=durable)
         task = Task(
             shards=(),
             path=place,

@@ -7,7 +7,8 @@ from time import perf_counter
 from typing import Any
 
 from actcache.cluster.worker import Report
-from actcache.spec import SiteStatus, Status, StoreSpec
+from actcache.spec import StoreSpec
+from actcache.status import SiteStatus, Status
 
 _COUNTS = ("n_sequences", "n_tokens", "n_bytes")
 

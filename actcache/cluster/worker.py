@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from actcache.errors import ActcacheError, ClusterError
 from actcache.extraction import fill
-from actcache.spec import Status
+from actcache.status import Status
 
 if TYPE_CHECKING:
     from distributed import Worker

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from actcache.spec import DTYPE_BYTES, MOST_OBJECT_BYTES, Dtype
+from actcache.store.format.keys import token_chunk_sequences
 from actcache.store.format.records import HEAD_BYTES
-from actcache.store.format.sizes import default_sizes
-
-_TOKENS_PER_CHUNK = 1 << 18
+from actcache.store.format.sizes import sizes_of
+from actcache.store_options import StoreOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,16 +20,10 @@ class Asked:
 
     sites: Mapping[str, int]
     """Width by site."""
-    dtype: Dtype
-    """Element type of the store."""
-    skip_first: int
-    """Leading positions of each sequence that are not kept."""
+    options: StoreOptions
+    """How the store is laid out."""
     sequence_length: int
     """T, tokens of a sequence that is full."""
-    sequences_per_shard: int | None
-    """None: what suits the number of sequences."""
-    rows_per_chunk: int | None
-    """None: what suits the widths."""
     threads: int
     """Encoding threads."""
 
@@ -37,13 +32,27 @@ class Asked:
         """Bytes of a row at all sites, in the store's dtype."""
         return sum(self.sites.values()) * DTYPE_BYTES[self.dtype]
 
+    @property
+    def dtype(self) -> Dtype:
+        """Element type of the store."""
+        return self.options.dtype or "float32"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; the codec is left out, because a plan is made for all presets."""
+        options = self.options
+        return {
+            "sites": dict(self.sites),
+            "dtype": self.dtype,
+            "skip_first": options.skip_first,
+            "sequence_length": self.sequence_length,
+            "sequences_per_shard": options.sequences_per_shard,
+            "rows_per_chunk": options.rows_per_chunk,
+            "threads": self.threads,
+        }
+
     def sizes(self, n_sequences: int) -> tuple[int, int]:
         """Sequences of a shard and rows of a chunk, as `extract` would choose them for so many sequences."""
-        n_rows = max(1, self.sequence_length - self.skip_first)
-        shard, chunk = default_sizes(
-            list(self.sites.values()), self.dtype, n_sequences, n_rows, self.sequences_per_shard
-        )
-        return shard, chunk if self.rows_per_chunk is None else self.rows_per_chunk
+        return sizes_of(self.options, list(self.sites.values()), n_sequences, self.sequence_length)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,8 +90,6 @@ def amounts_of(asked: Asked, n_sequences: int, rows_per_sequence: float, tokens_
     n_shards = math.ceil(n_sequences / shard)
     in_last = n_sequences - (n_shards - 1) * shard
     heads = HEAD_BYTES * (len(asked.sites) + 1)
-    # As `layout.token_sequences_per_chunk`: whole shards, about a megabyte.
-    per_token_chunk = shard * max(1, _TOKENS_PER_CHUNK // (shard * asked.sequence_length))
     return Amounts(
         n_tokens=round(n_sequences * tokens_per_sequence),
         n_sequences=n_sequences,
@@ -93,7 +100,7 @@ def amounts_of(asked: Asked, n_sequences: int, rows_per_sequence: float, tokens_
         n_chunks=(n_shards - 1) * _chunks(shard * rows_per_sequence, chunk)
         + _chunks(in_last * rows_per_sequence, chunk),
         n_stores=math.ceil(n_shards / (MOST_OBJECT_BYTES // heads)),
-        token_chunks=math.ceil(n_sequences / per_token_chunk),
+        token_chunks=math.ceil(n_sequences / token_chunk_sequences(shard, asked.sequence_length)),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,12 @@ from actcache.estimate.amounts import Amounts, Asked, amounts_of
 from actcache.estimate.footprint import Host, Memory, host_of, memory_of
 from actcache.estimate.measure import Measured, measure
 from actcache.estimate.preset import PresetPlan, Terms, preset_plan
-from actcache.extraction import store_spec
-from actcache.extraction.settle import BatchSequences, fastest_batch
+from actcache.extraction import BatchSequences, store_spec
+from actcache.extraction.settle import fastest_batch
 from actcache.source import as_token_blocks
-from actcache.spec import Dtype, TokenBlocks, check_positive
+from actcache.spec import TokenBlocks, check_positive
 from actcache.store import Objects
+from actcache.store_options import StoreOptions
 
 if TYPE_CHECKING:
     from actcache.lm import LanguageModel
@@ -89,7 +90,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
         memory = {**asdict(self.memory), "total": self.memory.total, "total_range": self.memory.total_range}
-        return {**asdict(self), "memory": memory}
+        return {**asdict(self), "asked": self.asked.to_dict(), "memory": memory}
 
 
 def plan(
@@ -97,20 +98,13 @@ def plan(
     blocks: TokenBlocks,
     patterns: Sequence[str],
     *,
+    options: StoreOptions | None = None,
+    terms: Terms | None = None,
     out: str | Path | None = None,
-    dtype: Dtype = "bfloat16",
-    skip_first: int = 1,
-    sequences_per_shard: int | None = None,
-    rows_per_chunk: int | None = None,
     batch_sequences: BatchSequences = 32,
     threads: int | None = None,
     n_tokens: int | None = None,
     workers: int = 1,
-    price_per_tb_month: float = 20.0,
-    compute_price_per_hour: float | None = None,
-    epochs: int = 10,
-    months: float = 1.0,
-    read_bytes_per_s: float | None = None,
     time_budget_s: float = 20.0,
     sample_sequences: int | None = None,
 ) -> Plan:
@@ -120,20 +114,13 @@ def plan(
         lm: the base model.
         blocks: `(Q, T)` tokens: all, or a part of them and then `n_tokens`.
         patterns: hook names or glob patterns of them.
+        options: how the store is going to be laid out; a plan is made for all presets, whatever its codec is.
+        terms: prices, and how the store is going to be used.
         out: where the store is going to be: only the free space is looked up there.
-        dtype: as for `extract`; so are `skip_first`, `sequences_per_shard`, `rows_per_chunk` and `threads`.
-        skip_first: leading positions of each sequence that are not kept.
-        sequences_per_shard: sequences of a shard.
-        rows_per_chunk: rows of the unit of reading.
         batch_sequences: sequences in one forward pass, or `auto`: as many as make this model fast here.
         threads: encoding threads; by default one per core.
         n_tokens: tokens in all, where the blocks are a part of them.
         workers: processes that share the work.
-        price_per_tb_month: US dollars for a terabyte (10^12 bytes) and month of storage.
-        compute_price_per_hour: US dollars for an hour of one worker.
-        epochs: how often the activations are going to be used.
-        months: how long the store is kept.
-        read_bytes_per_s: what the disk or the network gives a worker, where that is less than it can decode.
         time_budget_s: about how long the measurement may take. A slow model takes longer: three batches of one
             sequence are the least.
         sample_sequences: measure on so many of the first sequences (one shard at most), however long it takes; bytes
@@ -142,7 +129,7 @@ def plan(
 
     Raises:
         SiteError: a pattern matches nothing. ConfigError: sizes that do not fit together, sequences longer than the
-        model's context or with nothing to keep, a price below zero.
+        model's context or with nothing to keep.
     """
     given = {
         "batch_sequences": batch_sequences,
@@ -154,30 +141,22 @@ def plan(
     check_positive("plan", **{name: n for name, n in given.items() if n is not None and n != "auto"})
     if not (math.isfinite(time_budget_s) and time_budget_s > 0):
         raise ConfigError(f"plan: time_budget_s must be a number above 0, got {time_budget_s!r}")
-    terms = Terms(
-        price_per_tb_month=price_per_tb_month,
-        compute_price_per_hour=compute_price_per_hour,
-        epochs=epochs,
-        months=months,
-        read_bytes_per_s=read_bytes_per_s,
-    )
+    options = options or StoreOptions()
     free_bytes = None if out is None else Objects(out, read_only=True).free_bytes()
     blocks = as_token_blocks(blocks)
     resolved = lm.resolve(patterns, length=blocks.sequence_length)
     asked = Asked(
         sites={place.site.name: place.site.width for place in resolved},
-        dtype=dtype,
-        skip_first=skip_first,
+        options=options,
         sequence_length=blocks.sequence_length,
-        sequences_per_shard=sequences_per_shard,
-        rows_per_chunk=rows_per_chunk,
         threads=threads or os.cpu_count() or 1,
     )
     batch = fastest_batch(lm, resolved, blocks) if batch_sequences == "auto" else batch_sequences
     began = perf_counter()
     n_sequences = blocks.n_sequences if n_tokens is None else _sequences_of(n_tokens, blocks)
-    sizes = dict(zip(("sequences_per_shard", "rows_per_chunk"), asked.sizes(n_sequences), strict=True))
-    spec = store_spec(lm, blocks, [p.site for p in resolved], dtype=dtype, skip_first=skip_first, **sizes)
+    sequences_per_shard, rows_per_chunk = asked.sizes(n_sequences)
+    sized = replace(options, sequences_per_shard=sequences_per_shard, rows_per_chunk=rows_per_chunk)
+    spec = store_spec(lm, blocks, [place.site for place in resolved], sized)
     measured = measure(
         lm,
         blocks,
@@ -193,7 +172,7 @@ def plan(
     return _planned(
         measured,
         asked,
-        terms,
+        terms or Terms(),
         host_of(
             lm,
             asked,

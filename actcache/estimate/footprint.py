@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 
 from actcache.estimate.amounts import Amounts, Asked
 from actcache.spec import DTYPE_BYTES
+from actcache.store.writing.buffers import N_BUFFERS
 
 if TYPE_CHECKING:
     from actcache.lm import LanguageModel
 
-_BUFFERS = 2
-"""Shards in memory: one is filled while the other is encoded. What `StoreWriter` has by default."""
 _RESERVE = 4 / 3
 """An allocator that cannot use all that was freed takes so much at most."""
 
@@ -98,7 +97,7 @@ def host_of(
 
 def memory_of(host: Host, asked: Asked, amounts: Amounts, batch_sequences: int) -> Memory:
     """What an extraction of these sizes holds; see `Memory`."""
-    rows_per_shard = amounts.sequences_per_shard * (asked.sequence_length - asked.skip_first)
+    rows_per_shard = amounts.sequences_per_shard * (asked.sequence_length - asked.options.skip_first)
     chunks = [amounts.rows_per_chunk * width * DTYPE_BYTES[asked.dtype] for width in set(asked.sites.values())]
     n_sequences = min(batch_sequences, amounts.sequences_per_shard)
     low, high = host.batch_per_sequence_range
@@ -107,7 +106,7 @@ def memory_of(host: Host, asked: Asked, amounts: Amounts, batch_sequences: int) 
         weights=host.weights,
         batch=round(n_sequences * host.batch_per_sequence),
         batch_range=(round(n_sequences * low), round(n_sequences * high)),
-        buffers=min(_BUFFERS, amounts.n_shards) * rows_per_shard * asked.row_bytes,
+        buffers=min(N_BUFFERS, amounts.n_shards) * rows_per_shard * asked.row_bytes,
         encoders=asked.threads * _encoder_bytes(chunks),
         model_on_device=host.on_device,
     )

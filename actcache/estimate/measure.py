@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from actcache.estimate.joint import contention
-from actcache.estimate.sample import FEWEST_BATCHES, SAMPLE_ROWS, Sample, sequences_wanted, warm_up
+from actcache.estimate.sample import FEWEST_BATCHES, Sample, sequences_wanted, warm_up
 from actcache.memory import Scratch, keep_freed_memory
 from actcache.order import permutation
 from actcache.spec import Site, StoreSpec, TokenBlocks
 from actcache.store import PRESETS, Objects, Store, StoreWriter
-from actcache.store.codecs.fit import AUTO, fitted
+from actcache.store.codecs.fit import AUTO, fit_to_first_rows
 from actcache.store.codecs.presets import chain_of
 from actcache.store.format.keys import stats_key, token_sequences_per_chunk
 from actcache.store.format.site_arrays import arrays_of, index_bytes
@@ -144,7 +144,7 @@ def measure(
     else:
         sample = Sample(lm, blocks, sites, spec, sample_sequences, batch)
         sample.run_for(0.0)
-    chosen = _fitted_sites(sample)
+    chosen = _fit_sites(sample)
     with tempfile.TemporaryDirectory(prefix="actcache-plan-") as folder:
         costs = {name: _costs(sample, chosen[name], Path(folder) / name) for name in PRESETS}
         left_s = 0.0
@@ -171,17 +171,15 @@ def measure(
     )
 
 
-def _fitted_sites(sample: Sample) -> dict[str, tuple[Site, ...]]:
+def _fit_sites(sample: Sample) -> dict[str, tuple[Site, ...]]:
     """The sites with every preset, and with `auto`; fitted to as many rows as an extraction would fit them to."""
     spec = sample.spec
-    n_rows = max(SAMPLE_ROWS, spec.rows_per_chunk)
 
-    def with_codec(asked: str) -> tuple[Site, ...]:
-        return tuple(
-            fitted(site, asked, sample.rows(site.name)[:n_rows], spec.dtype, spec.rows_per_chunk) for site in spec.sites
-        )
+    def with_codec(asked: str, site: Site) -> Site:
+        rows = sample.rows(site.name)
+        return fit_to_first_rows(site, asked, lambda n_rows: rows[:n_rows], spec.dtype, spec.rows_per_chunk)
 
-    return {asked: with_codec(asked) for asked in (*PRESETS, AUTO)}
+    return {asked: tuple(with_codec(asked, site) for site in spec.sites) for asked in (*PRESETS, AUTO)}
 
 
 def _costs(sample: Sample, sites: tuple[Site, ...], folder: Path) -> PresetCosts:

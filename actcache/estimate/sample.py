@@ -18,6 +18,7 @@ from actcache.extraction.sink import Sink
 from actcache.order import permutation
 from actcache.spec import DTYPE_BYTES, StoreSpec, TokenBlocks
 from actcache.store import Objects, ShardBuffers
+from actcache.store.codecs.fit import ROWS_TO_FIT
 from actcache.store.writing.encode import ShardEncoder
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 _SAMPLE_BYTES = 64 << 20
 """Of the sample at all sites: some hundred chunks, encoded in tenths of a second."""
-SAMPLE_ROWS = 4096
-"""Rows at least, if the text has them: those that `auto` and `int8` are fitted to."""
 FEWEST_BATCHES = 3
 _GROWTH = 4
 """A batch to measure with is made so many times larger while it is done fast enough."""
@@ -116,7 +115,7 @@ def _wait_for(lm: LanguageModel) -> None:
 def sequences_wanted(spec: StoreSpec, batch_sequences: int) -> int:
     """How many sequences make a sample that sizes and speeds can be told from."""
     row_bytes = sum(site.width for site in spec.sites) * DTYPE_BYTES[spec.dtype]
-    n_rows = max(SAMPLE_ROWS, 2 * spec.rows_per_chunk, _SAMPLE_BYTES // row_bytes)
+    n_rows = max(ROWS_TO_FIT, 2 * spec.rows_per_chunk, _SAMPLE_BYTES // row_bytes)
     return max(FEWEST_BATCHES * batch_sequences, -(-n_rows // spec.rows_per_sequence))
 
 

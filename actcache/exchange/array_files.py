@@ -23,6 +23,7 @@ from actcache.exchange.foreign import TORCH_DTYPES, Origin, checked_ids, damage_
 from actcache.files import path_of, shown, why_not_tensors
 from actcache.spec import Dtype, Progress
 from actcache.store import Store
+from actcache.store_options import StoreOptions
 
 _CHUNK_NAME = re.compile(r"(?:shard-(\d+)-)?chunk-(\d+)\.safetensors")
 _HEADER_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -72,6 +73,14 @@ def import_npy(
         >>> made.n_rows, made.read("blocks.0.hook_resid_post", [0]).dtype
         (128, torch.bfloat16)
     """
+    options = StoreOptions(
+        codec=codec,
+        dtype=dtype,
+        skip_first=skip_first,
+        seed=seed,
+        sequences_per_shard=sequences_per_shard,
+        rows_per_chunk=rows_per_chunk,
+    )
     if not isinstance(arrays, Mapping) or not arrays or not all(isinstance(hook, str) for hook in arrays):
         raise ConfigError(f"import: name at least one hook and its .npy file, in a mapping, not {shown(arrays)}")
     mapped = {hook: _open_npy(file) for hook, file in arrays.items()}
@@ -108,19 +117,7 @@ def import_npy(
         ids=ids,
         read=read,
     )
-    return write(
-        origin,
-        path,
-        codec=codec,
-        dtype=dtype,
-        skip_first=skip_first,
-        seed=seed,
-        sequences_per_shard=sequences_per_shard,
-        rows_per_chunk=rows_per_chunk,
-        threads=threads,
-        durable=durable,
-        progress=progress,
-    )
+    return write(origin, path, options, threads=threads, durable=durable, progress=progress)
 
 
 def import_safetensors(
@@ -170,6 +167,14 @@ def import_safetensors(
         >>> ac.import_safetensors("chunks", "from-chunks.zarr").n_rows
         64
     """
+    options = StoreOptions(
+        codec=codec,
+        dtype=dtype,
+        skip_first=skip_first,
+        seed=seed,
+        sequences_per_shard=sequences_per_shard,
+        rows_per_chunk=rows_per_chunk,
+    )
     folders = _hook_folders(chunks)
     found = {hook: _chunks_of(Path(folder)) for hook, folder in folders.items()}
     first = next(iter(found))
@@ -211,19 +216,7 @@ def import_safetensors(
         kept=None if kept.all() else kept,
         read=read,
     )
-    return write(
-        origin,
-        path,
-        codec=codec,
-        dtype=dtype,
-        skip_first=skip_first,
-        seed=seed,
-        sequences_per_shard=sequences_per_shard,
-        rows_per_chunk=rows_per_chunk,
-        threads=threads,
-        durable=durable,
-        progress=progress,
-    )
+    return write(origin, path, options, threads=threads, durable=durable, progress=progress)
 
 
 def _open_npy(file: str | Path) -> NDArray[Any]:

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from actcache.errors import ActcacheError, ConfigError
-from actcache.files import path_of, shown
+from actcache.files import path_of
 from actcache.spec import (
     DTYPES,
     Dtype,
@@ -29,12 +29,12 @@ from actcache.spec import (
     TokenBlocks,
     check_callable,
     check_positive,
-    integer,
 )
 from actcache.store import ShardBuffers, Store, StoreWriter, to_write
 from actcache.store.codecs.chain import STORED_DTYPE
-from actcache.store.codecs.fit import codec_of, fitted, given, needs_trial
+from actcache.store.codecs.fit import codec_of, fit_to_first_rows
 from actcache.store.format.sizes import default_sizes
+from actcache.store_options import StoreOptions
 
 TORCH_DTYPES = {name: getattr(torch, name) for name in (*DTYPES, "float64")}
 """What activations may be stored as elsewhere; float64 only comes in rounded."""
@@ -42,8 +42,6 @@ _PIECE_BYTES = 16 << 20
 """About how much of one site is read at a time."""
 _ROWS_TOGETHER = 256
 """Shorter sequences than this are taken several at a time when default sizes are chosen."""
-_ROWS_TO_TRY = 4096
-"""Rows that a codec is fitted to, where it depends on the activations."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,29 +71,20 @@ class Origin:
 def write(
     origin: Origin,
     path: str | Path,
+    options: StoreOptions,
     *,
-    codec: str | Mapping[str, str],
-    dtype: Dtype | None,
-    skip_first: int,
-    seed: int,
-    sequences_per_shard: int | None,
-    rows_per_chunk: int | None,
     threads: int,
     durable: bool,
     progress: Progress | None,
 ) -> Store:
     """Write the activations into a store, or go on with it; see the importers for what the options mean."""
-    _check_options(dtype, skip_first, progress, origin.sequence_length)
-    sizes = {"sequences_per_shard": sequences_per_shard, "rows_per_chunk": rows_per_chunk}
-    check_positive("import", threads=threads, **{name: n for name, n in sizes.items() if n is not None})
-    seed = integer("import", "seed", seed)
-    if not isinstance(codec, str) and not (isinstance(codec, Mapping) and all(map(_is_text, codec.items()))):
-        raise ConfigError(f"import: codec must be the name of one, or names by site, got {shown(codec)}")
+    check_callable("import", progress=progress)
+    check_positive("import", threads=threads)
     if "://" not in str(path) and (isinstance(path, str | os.PathLike) or path is None):
         path = path_of(path, "import: path")
     blocks = _token_blocks(origin)
-    logical = common_dtype(origin.dtypes) if dtype is None else dtype
-    spec = _spec(origin, blocks, logical, codec, skip_first, seed, sequences_per_shard, rows_per_chunk)
+    dtype = common_dtype(origin.dtypes) if options.dtype is None else options.dtype
+    spec = _spec(origin, blocks, options, dtype)
     with StoreWriter(to_write(path, durable=durable), spec, blocks, threads=threads) as writer:
         pending = writer.pending()
         done = spec.n_sequences - sum(len(spec.shard_sequences(shard)) for shard in pending)
@@ -109,18 +98,6 @@ def write(
             ids = np.asarray(blocks.ids[sequences.start : sequences.stop])
             writer.submit(buffers, ids, _kept(origin, spec, sequences))
         return writer.finish()
-
-
-def _check_options(dtype: Any, skip_first: Any, progress: Any, length: int) -> None:
-    check_callable("import", progress=progress)
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"import: dtype must be one of {', '.join(DTYPES)}, got {shown(dtype)}")
-    if type(skip_first) is not int or not 0 <= skip_first < length:
-        raise ConfigError(f"import: skip_first must be between 0 and {length - 1}, got {shown(skip_first)}")
-
-
-def _is_text(values: tuple[Any, ...]) -> bool:
-    return all(isinstance(value, str) for value in values)
 
 
 @contextmanager
@@ -176,44 +153,32 @@ def _token_blocks(origin: Origin) -> TokenBlocks:
     return TokenBlocks(ids=ids, document=documents, description=description)
 
 
-def _spec(
-    origin: Origin,
-    blocks: TokenBlocks,
-    dtype: Dtype,
-    codec: str | Mapping[str, str],
-    skip_first: int,
-    seed: int,
-    sequences_per_shard: int | None,
-    rows_per_chunk: int | None,
-) -> StoreSpec:
-    n_rows = max(1, origin.sequence_length - skip_first)
-    default_shard, default_chunk = _default_sizes(
-        list(origin.widths.values()), dtype, origin.n_sequences, n_rows, sequences_per_shard
-    )
+def _spec(origin: Origin, blocks: TokenBlocks, options: StoreOptions, dtype: Dtype) -> StoreSpec:
+    sequences_per_shard, rows_per_chunk = _default_sizes(origin, options, dtype)
     spec = StoreSpec(
         sites=tuple(Site(name=name, shape=(width,)) for name, width in origin.widths.items()),
         n_sequences=origin.n_sequences,
         sequence_length=origin.sequence_length,
-        sequences_per_shard=default_shard,
-        rows_per_chunk=default_chunk if rows_per_chunk is None else rows_per_chunk,
-        skip_first=skip_first,
+        sequences_per_shard=sequences_per_shard,
+        rows_per_chunk=options.rows_per_chunk or rows_per_chunk,
+        skip_first=options.skip_first,
         dtype=dtype,
-        seed=seed,
+        seed=options.seed,
         model={"name": f"imported from {origin.name}", "format": origin.form, "sample": _sample_digest(origin)},
         text={**blocks.description, "tokens": blocks.digest()},
     )
-    return replace(spec, sites=tuple(_with_codec(origin, spec, site, codec) for site in spec.sites))
+    return replace(spec, sites=tuple(_with_codec(origin, spec, site, options.codec) for site in spec.sites))
 
 
-def _default_sizes(
-    widths: list[int], dtype: Dtype, n_sequences: int, rows_per_sequence: int, sequences_per_shard: int | None
-) -> tuple[int, int]:
+def _default_sizes(origin: Origin, options: StoreOptions, dtype: Dtype) -> tuple[int, int]:
     """Default sizes; single rows, or very short sequences, count by the group, lest shards and chunks be tiny."""
-    group = max(1, _ROWS_TOGETHER // rows_per_sequence)
+    widths, n_rows = list(origin.widths.values()), max(1, origin.sequence_length - options.skip_first)
+    sequences_per_shard = options.sequences_per_shard
     if sequences_per_shard is None:
-        n_groups = -(-n_sequences // group)
-        sequences_per_shard = group * default_sizes(widths, dtype, n_groups, rows_per_sequence * group)[0]
-    return default_sizes(widths, dtype, n_sequences, rows_per_sequence, sequences_per_shard)
+        group = max(1, _ROWS_TOGETHER // n_rows)
+        n_groups = -(-origin.n_sequences // group)
+        sequences_per_shard = group * default_sizes(widths, dtype, n_groups, n_rows * group)[0]
+    return default_sizes(widths, dtype, origin.n_sequences, n_rows, sequences_per_shard)
 
 
 def _sample_digest(origin: Origin) -> str:
@@ -226,20 +191,21 @@ def _sample_digest(origin: Origin) -> str:
 
 
 def _with_codec(origin: Origin, spec: StoreSpec, site: Site, codec: str | Mapping[str, str]) -> Site:
-    asked = codec_of(site.name, codec) or "lossless"
-    if not needs_trial(asked):
-        return given(site, asked)
-    n_rows = max(_ROWS_TO_TRY, spec.rows_per_chunk)
-    first = range(min(spec.n_sequences, -(-n_rows // spec.rows_per_sequence)))
-    rows = origin.read(site.name, first.start, first.stop)[:, spec.skip_first :].flatten(0, 1)
-    kept = _kept(origin, spec, first)
-    if kept is not None and kept.any():
-        rows = rows[torch.from_numpy(kept)]
-    # In whole chunks, as they are going to be; fewer rows than one chunk are all there is.
-    rows = rows[: len(rows) // spec.rows_per_chunk * spec.rows_per_chunk or None]
-    stored = np.empty(rows.shape, STORED_DTYPE[spec.dtype])
-    _store_rows(rows, stored, spec.dtype, site.name)
-    return fitted(site, asked, stored, spec.dtype, spec.rows_per_chunk)
+    def first_rows(n_rows: int) -> NDArray[Any]:
+        first = range(min(spec.n_sequences, -(-n_rows // spec.rows_per_sequence)))
+        rows = origin.read(site.name, first.start, first.stop)[:, spec.skip_first :].flatten(0, 1)
+        kept = _kept(origin, spec, first)
+        if kept is not None and kept.any():
+            rows = rows[torch.from_numpy(kept)]
+        # In whole chunks, as they are going to be; fewer rows than one chunk are all there is.
+        rows = rows[: len(rows) // spec.rows_per_chunk * spec.rows_per_chunk or None]
+        stored = np.empty(rows.shape, STORED_DTYPE[spec.dtype])
+        _store_rows(rows, stored, spec.dtype, site.name)
+        return stored
+
+    return fit_to_first_rows(
+        site, codec_of(site.name, codec) or "lossless", first_rows, spec.dtype, spec.rows_per_chunk
+    )
 
 
 def _kept(origin: Origin, spec: StoreSpec, sequences: range) -> NDArray[np.bool_] | None:

@@ -28,6 +28,7 @@ from actcache.files import explained, path_of, read_json, shown, whole_file, wri
 from actcache.spec import Dtype, Progress, check_callable, check_positive, expand_names
 from actcache.store import Store, refuse_inside_store
 from actcache.store.store import checked_store
+from actcache.store_options import StoreOptions
 
 if TYPE_CHECKING:
     import datasets
@@ -80,6 +81,14 @@ def import_saelens(
         >>> made.n_rows == store.n_rows, made.sites == store.sites
         (True, True)
     """
+    options = StoreOptions(
+        codec=codec,
+        dtype=dtype,
+        skip_first=skip_first,
+        seed=seed,
+        sequences_per_shard=sequences_per_shard,
+        rows_per_chunk=rows_per_chunk,
+    )
     folder = path_of(folder, "import: folder")
     dataset = _open_dataset(folder)
     shapes, dtypes = _hooks(dataset, folder)
@@ -102,19 +111,7 @@ def import_saelens(
         ids=_token_ids(dataset, length, folder) if TOKENS in dataset.column_names else None,
         read=read,
     )
-    return write(
-        origin,
-        path,
-        codec=codec,
-        dtype=dtype,
-        skip_first=skip_first,
-        seed=seed,
-        sequences_per_shard=sequences_per_shard,
-        rows_per_chunk=rows_per_chunk,
-        threads=threads,
-        durable=durable,
-        progress=progress,
-    )
+    return write(origin, path, options, threads=threads, durable=durable, progress=progress)
 
 
 def _open_dataset(folder: Path) -> datasets.Dataset:

@@ -12,6 +12,6 @@ the same reason several processes can fill one store, each some of its shards.
 """
 
 from actcache.extraction.make import add_sites, begin, extend, extract, fill
-from actcache.extraction.settle import store_spec
+from actcache.extraction.settle import BatchSequences, store_spec
 
-__all__ = ["add_sites", "begin", "extend", "extract", "fill", "store_spec"]
+__all__ = ["BatchSequences", "add_sites", "begin", "extend", "extract", "fill", "store_spec"]

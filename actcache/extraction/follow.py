@@ -8,7 +8,8 @@ from time import perf_counter
 
 import numpy as np
 
-from actcache.spec import Progress, SiteStatus, Status, Watch
+from actcache.spec import Progress
+from actcache.status import SiteStatus, Status, Watch
 from actcache.store import StoreWriter
 from actcache.store.format.stats import stats_of
 

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actcache.auditing import check_before_sealing
-from actcache.errors import ConfigError, SiteError, StoreError, StoreMismatchError
-from actcache.extraction.run import Run, tokens_in, tokens_of
+from actcache.errors import ConfigError, SiteError, StoreMismatchError
+from actcache.extraction.run import run, tokens_in, tokens_of
 from actcache.extraction.settle import (
     BatchSequences,
     batch_size,
     check_meanings,
     fastest_batch,
     meanings_of,
+    open_if_there,
     provenance,
     store_spec,
     warn_of_other_circumstances,
@@ -26,8 +27,10 @@ from actcache.extraction.settle import (
 )
 from actcache.extraction.sink import pinned_for
 from actcache.source import as_token_blocks
-from actcache.spec import Dtype, Progress, StoreSpec, TokenBlocks, Watch
+from actcache.spec import Dtype, Progress, StoreSpec, TokenBlocks
+from actcache.status import Watch
 from actcache.store import Check, Objects, Store, StoreWriter, open_store, to_write
+from actcache.store_options import StoreOptions
 
 if TYPE_CHECKING:
     from actcache.lm import LanguageModel, ResolvedSite
@@ -97,30 +100,28 @@ def extract(
         >>> store.sites, store.n_rows == 64 * (64 - 1)  # the first position of a sequence gets no row
         (['blocks.2.hook_resid_post', 'blocks.3.hook_resid_post'], True)
     """
+    options = StoreOptions(
+        codec=codec,
+        dtype=dtype,
+        skip_first=skip_first,
+        seed=seed,
+        sequences_per_shard=sequences_per_shard,
+        rows_per_chunk=rows_per_chunk,
+    )
     if part is not None:
         _check_part(part)
-    settings: dict[str, Any] = {
-        "dtype": dtype,
-        "skip_first": skip_first,
-        "seed": seed,
-        "sequences_per_shard": sequences_per_shard,
-        "rows_per_chunk": rows_per_chunk,
-    }
-    place = to_write(path, durable=durable)
-    blocks = as_token_blocks(blocks)
-    writer, batch = _begin(
-        lm, blocks, patterns, place, codec, settings, batch_sequences, threads, shared=part is not None
-    )
-    return Run(
-        lm=lm,
-        writer=writer,
-        tokens=tokens_of(blocks, writer),
-        batch_sequences=batch,
+    place, blocks = to_write(path, durable=durable), as_token_blocks(blocks)
+    writer, batch = _begin(lm, blocks, patterns, place, options, batch_sequences, threads, shared=part is not None)
+    return run(
+        lm,
+        writer,
+        tokens_of(blocks, writer),
+        batch,
         shards=None if part is None else range(part[0] - 1, writer.spec.n_shards, part[1]),
         check=_check(audit, lm, "extract"),
         progress=progress,
         watch=watch,
-    )()
+    )
 
 
 def begin(
@@ -128,20 +129,17 @@ def begin(
     blocks: TokenBlocks,
     patterns: Sequence[str],
     path: str | Path,
+    options: StoreOptions,
     *,
-    codec: str | Mapping[str, str] = "lossless",
     batch_sequences: BatchSequences | None = None,
     durable: bool = True,
-    **settings: Any,
 ) -> Store:
     """Create the store that `extract` would write, with its tokens and without a shard, for `fill` to go on with.
 
-    Arguments and errors are those of `extract`; `settings` are `dtype`, `skip_first`, `seed`, `sequences_per_shard` and
-    `rows_per_chunk`. A store that is there already is returned as it is.
+    Arguments and errors are those of `extract`. A store that is there already is returned as it is.
     """
-    blocks = as_token_blocks(blocks)
-    place = to_write(path, durable=durable)
-    writer, _ = _begin(lm, blocks, patterns, place, codec, settings, batch_sequences, 1, shared=True, elsewhere=True)
+    place, blocks = to_write(path, durable=durable), as_token_blocks(blocks)
+    writer, _ = _begin(lm, blocks, patterns, place, options, batch_sequences, 1, shared=True, elsewhere=True)
     with writer:
         return writer.finish()
 
@@ -169,19 +167,11 @@ def fill(
     place = to_write(path, durable=durable)
     store = open_store(place)
     _resolved(lm, store)
-    batch = batch_size(batch_sequences, place, lambda: 0)
-    writer = _writer(
-        lm, place, replace(store.spec, model=lm.identity_for(store.spec.model)), None, batch, threads, shared=True
-    )
-    return Run(
-        lm=lm,
-        writer=writer,
-        tokens=tokens_in(store),
-        batch_sequences=batch,
-        shards=list(shards),
-        check=_check(audit, lm, "extract"),
-        watch=watch,
-    )()
+    batch = batch_size(batch_sequences, store, lambda: 0)
+    spec = replace(store.spec, model=lm.identity_for(store.spec.model))
+    writer = _writer(lm, place, spec, None, batch, threads, shared=True)
+    check = _check(audit, lm, "extract")
+    return run(lm, writer, tokens_in(store), batch, shards=list(shards), check=check, watch=watch)
 
 
 def extend(
@@ -213,25 +203,32 @@ def extend(
     """
     place = to_write(path, durable=durable)
     store, more = open_store(place), as_token_blocks(more)
-    digest = more.digest()
-    parts = store.spec.text.get("parts", [{**store.spec.text, "n_sequences": store.spec.n_sequences}])
-    blocks, spec = store.token_blocks(), replace(store.spec, model=lm.identity_for(store.spec.model))
+    spec = replace(store.spec, model=lm.identity_for(store.spec.model))
     if more.sequence_length != spec.sequence_length:
         raise StoreMismatchError(
             f"{place} has sequences of {spec.sequence_length} tokens, the new ones have {more.sequence_length}; "
             f"make token blocks with length={spec.sequence_length}"
         )
     lm.check_ids(more.ids)
-    if len(parts) < 2 or parts[-1]["tokens"] != digest:
-        blocks = blocks.join(more)
-        parts = [*parts, {**more.description, "tokens": digest, "n_sequences": more.n_sequences}]
-        spec = replace(spec, n_sequences=blocks.n_sequences, text={"tokens": blocks.digest(), "parts": parts})
+    blocks, text = _append(store, more)
+    spec = replace(spec, n_sequences=blocks.n_sequences, text=text)
     resolved = _resolved(lm, store)
-    batch = batch_size(batch_sequences, place, lambda: fastest_batch(lm, resolved, blocks))
+    batch = batch_size(batch_sequences, store, lambda: fastest_batch(lm, resolved, blocks))
     writer = _writer(lm, place, spec, blocks, batch, threads, grow=True)
     new = range(spec.n_sequences - more.n_sequences, spec.n_sequences)
-    run = Run(lm=lm, writer=writer, tokens=tokens_of(blocks, writer), batch_sequences=batch)
-    return replace(run, check=_check(audit, lm, "extend", sequences=new), progress=progress, watch=watch)()
+    check = _check(audit, lm, "extend", sequences=new)
+    return run(lm, writer, tokens_of(blocks, writer), batch, check=check, progress=progress, watch=watch)
+
+
+def _append(store: Store, more: TokenBlocks) -> tuple[TokenBlocks, Mapping[str, Any]]:
+    """The store's sequences with these behind them, unless they are its last part already; and the spec's `text`."""
+    blocks, text, digest = store.token_blocks(), store.spec.text, more.digest()
+    parts = text.get("parts", [{**text, "n_sequences": store.spec.n_sequences}])
+    if len(parts) > 1 and parts[-1]["tokens"] == digest:
+        return blocks, text
+    blocks = blocks.join(more)
+    parts = [*parts, {**more.description, "tokens": digest, "n_sequences": more.n_sequences}]
+    return blocks, {"tokens": blocks.digest(), "parts": parts}
 
 
 def add_sites(
@@ -268,13 +265,20 @@ def add_sites(
     new = [site for site in lm.resolve(patterns, length=spec.sequence_length) if site.site.name not in store.sites]
     check_meanings(place, spec.sites, [site.site for site in _known(lm, store)])
     warn_of_the_slow_path(lm, new)
-    sites = with_codecs(lm, blocks, new, place, codec, spec)
+    sites = with_codecs(lm, blocks, new, store, codec, spec)
     spec = replace(spec, model=lm.identity_for(spec.model), sites=(*spec.sites, *sites))
-    batch = batch_size(batch_sequences, place, lambda: fastest_batch(lm, new, blocks))
+    batch = batch_size(batch_sequences, store, lambda: fastest_batch(lm, new, blocks))
     writer = _writer(lm, place, spec, blocks, batch, threads, grow=True)
-    check = _check(audit, lm, "add_sites", sites=[site.name for site in sites])
-    run = Run(lm=lm, writer=writer, tokens=tokens_of(blocks, writer), batch_sequences=batch)
-    return replace(run, kept_rows=store.kept_rows, check=check, progress=progress, watch=watch)()
+    return run(
+        lm,
+        writer,
+        tokens_of(blocks, writer),
+        batch,
+        kept_rows=store.kept_rows,
+        check=_check(audit, lm, "add_sites", sites=[site.name for site in sites]),
+        progress=progress,
+        watch=watch,
+    )
 
 
 def _check(
@@ -288,8 +292,7 @@ def _begin(
     blocks: TokenBlocks,
     patterns: Sequence[str],
     place: Objects,
-    codec: str | Mapping[str, str],
-    settings: Mapping[str, Any],
+    options: StoreOptions,
     batch_sequences: BatchSequences | None,
     threads: int | None,
     *,
@@ -299,24 +302,24 @@ def _begin(
     """The writer of the store that is asked for, and the batch to fill it with."""
     resolved = lm.resolve(patterns, length=blocks.sequence_length)
     warn_of_the_slow_path(lm, resolved)
-    plain = store_spec(lm, blocks, [site.site for site in resolved], **settings)
-    batch = batch_size(batch_sequences, place, lambda: fastest_batch(lm, resolved, blocks))
+    spec = store_spec(lm, blocks, [site.site for site in resolved], options)
+    found = open_if_there(place)
+    batch = batch_size(batch_sequences, found, lambda: fastest_batch(lm, resolved, blocks))
 
-    def made() -> StoreWriter:
-        spec = replace(plain, sites=with_codecs(lm, blocks, resolved, place, codec, plain))
-        with suppress(StoreError):
-            found = open_store(place)
-            sites = meanings_of(place, found.spec.sites, spec.sites, warn=not found.sealed)
-            spec = replace(spec, sites=sites, model=lm.identity_for(found.spec.model))
-        return _writer(lm, place, spec, blocks, batch, threads, shared=shared, elsewhere=elsewhere)
+    def open_writer(found: Store | None) -> StoreWriter:
+        ours = replace(spec, sites=with_codecs(lm, blocks, resolved, found, options.codec, spec))
+        if found:
+            sites = meanings_of(place, found.spec.sites, ours.sites, warn=not found.sealed)
+            ours = replace(ours, sites=sites, model=lm.identity_for(found.spec.model))
+        return _writer(lm, place, ours, blocks, batch, threads, shared=shared, elsewhere=elsewhere)
 
     try:
-        return made(), batch
+        return open_writer(found), batch
     except StoreMismatchError:
         if not shared:
             raise
         # Another process may have begun the store in the meantime, with codecs that it has fitted itself.
-        return made(), batch
+        return open_writer(open_if_there(place)), batch
 
 
 def _resolved(lm: LanguageModel, store: Store) -> list[ResolvedSite]:

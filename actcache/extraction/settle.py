@@ -7,101 +7,127 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from actcache.errors import StoreError, StoreMismatchError
+from actcache.errors import ConfigError, StoreError, StoreMismatchError
 from actcache.extraction.sink import Sink
 from actcache.memory import is_out_of_memory
-from actcache.spec import Dtype, Site, StoreSpec, TokenBlocks, check_positive
-from actcache.store import Objects, ShardBuffers, open_store
-from actcache.store.codecs.fit import codec_of, fitted, given, is_result_of, needs_trial
-from actcache.store.format.sizes import default_sizes
+from actcache.provenance import _versions
+from actcache.spec import DTYPES, Site, StoreSpec, TokenBlocks, check_positive
+from actcache.store import Objects, ShardBuffers, Store, open_store
+from actcache.store.codecs.fit import codec_of, fit_to_first_rows, is_result_of, needs_trial
+from actcache.store.format.sizes import sizes_of
+from actcache.store_options import StoreOptions
 
 if TYPE_CHECKING:
     from actcache.lm import LanguageModel, ResolvedSite
-from actcache.provenance import _versions
 
 BatchSequences = int | Literal["auto"]
 """Sequences in one forward pass, or `auto`: as many as make this model fast on this machine, found by trying."""
-
-
-_ROWS_TO_TRY = 4096
-"""Rows that `auto` tries codecs on."""
-
-
 _BATCH_SEQUENCES = 32
-
-
 _MOST_BATCH_TOKENS = 1 << 17
-
-
 _WORTH_DOUBLING = 1.05
 """`auto` goes on doubling a batch while that makes the model so much faster."""
-
-
 _TRIAL_S = 20.0
 
 
-def store_spec(
-    lm: LanguageModel,
-    blocks: TokenBlocks,
-    sites: Sequence[Site],
-    *,
-    dtype: Dtype = "bfloat16",
-    skip_first: int = 1,
-    seed: int = 0,
-    sequences_per_shard: int | None = None,
-    rows_per_chunk: int | None = None,
-) -> StoreSpec:
+def store_spec(lm: LanguageModel, blocks: TokenBlocks, sites: Sequence[Site], options: StoreOptions) -> StoreSpec:
     """The spec of the store that `extract` would write, with default sizes filled in.
 
     Raises:
         ConfigError: sizes that do not fit together, sequences longer than the model takes, or ids unknown to it.
     """
+    if options.dtype is None:
+        raise ConfigError(f"extraction: dtype must be one of {', '.join(DTYPES)}, got None")
     lm.check_length(blocks.sequence_length)
     lm.check_ids(blocks.ids)
-    widths = [site.width for site in sites]
-    default_shard, default_chunk = default_sizes(
-        widths, dtype, blocks.n_sequences, max(1, blocks.sequence_length - skip_first), sequences_per_shard
+    sequences_per_shard, rows_per_chunk = sizes_of(
+        options, [site.width for site in sites], blocks.n_sequences, blocks.sequence_length
     )
     return StoreSpec(
         sites=tuple(sites),
         n_sequences=blocks.n_sequences,
         sequence_length=blocks.sequence_length,
-        sequences_per_shard=default_shard,
-        rows_per_chunk=default_chunk if rows_per_chunk is None else rows_per_chunk,
-        skip_first=skip_first,
-        dtype=dtype,
-        seed=seed,
+        sequences_per_shard=sequences_per_shard,
+        rows_per_chunk=rows_per_chunk,
+        skip_first=options.skip_first,
+        dtype=options.dtype,
+        seed=options.seed,
         model=lm.identity,
         text={**blocks.description, "tokens": blocks.digest()},
     )
+
+
+def open_if_there(path: Objects) -> Store | None:
+    """The store that is continued; None where a new one is made, or where writing is going to say what is wrong."""
+    with suppress(StoreError):
+        return open_store(path)
+    return None
 
 
 def with_codecs(
     lm: LanguageModel,
     blocks: TokenBlocks,
     resolved: Sequence[ResolvedSite],
-    path: Objects,
+    found: Store | None,
     codec: str | Mapping[str, str],
     spec: StoreSpec,
 ) -> tuple[Site, ...]:
-    """The sites with their codecs. What was found out for the store that is there is not found out again."""
+    """The sites with their codecs; what was fitted for the store that is `found` is not fitted again."""
     asked = {site.site.name: codec_of(site.site.name, codec) or "lossless" for site in resolved}
-    known: dict[str, Site] = {}
-    if any(map(needs_trial, asked.values())):
-        with suppress(StoreError):
-            known = {site.name: site for site in open_store(path).spec.sites}
-    known = {name: site for name, site in known.items() if is_result_of(site, asked.get(name, ""))}
-    to_try = [site for site in resolved if needs_trial(asked[site.site.name]) and site.site.name not in known]
-    if to_try:
-        known |= _tried(lm, blocks, to_try, asked, spec)
-    found = (known.get(site.site.name) or given(site.site, asked[site.site.name]) for site in resolved)
+    fitted = {
+        site.name: site
+        for site in (found.spec.sites if found else ())
+        if needs_trial(asked.get(site.name, "raw")) and is_result_of(site, asked[site.name])
+    }
+    new = [site for site in resolved if site.site.name not in fitted]
+    first_rows = _first_rows(lm, blocks, [site for site in new if needs_trial(asked[site.site.name])], spec)
+    for site in new:
+        name = site.site.name
+        rows = partial(first_rows, name)
+        fitted[name] = fit_to_first_rows(site.site, asked[name], rows, spec.dtype, spec.rows_per_chunk)
     # What a name means is the model's to say, whatever the store says that the codec is known from.
-    return tuple(replace(site, meaning=own.site.meaning) for site, own in zip(found, resolved, strict=True))
+    return tuple(replace(fitted[site.site.name], meaning=site.site.meaning) for site in resolved)
+
+
+def _first_rows(
+    lm: LanguageModel, blocks: TokenBlocks, sites: Sequence[ResolvedSite], spec: StoreSpec
+) -> Callable[[str, int], NDArray[Any]]:
+    """Gives the first rows of a site; the model runs once, for all of these sites, when the first are asked for."""
+    kept: dict[str, NDArray[Any]] = {}
+
+    def first_rows(name: str, n_rows: int) -> NDArray[Any]:
+        if not kept:
+            kept.update(_run_on_first(lm, blocks, sites, spec, n_rows))
+        return kept[name]
+
+    return first_rows
+
+
+def _run_on_first(
+    lm: LanguageModel, blocks: TokenBlocks, sites: Sequence[ResolvedSite], spec: StoreSpec, n_rows: int
+) -> dict[str, NDArray[Any]]:
+    """At least `n_rows` rows of each site, of the first sequences, in whole chunks; fewer if the text ends before."""
+    lengths = blocks.lengths(range(min(blocks.n_sequences, n_rows)))
+    enough = np.searchsorted(np.cumsum(np.maximum(lengths - spec.skip_first, 0)), n_rows)
+    n_sequences = min(len(lengths), int(enough) + 1)
+    trial = replace(
+        spec,
+        sites=tuple(site.site for site in sites),
+        n_sequences=n_sequences,
+        sequences_per_shard=n_sequences,
+        rows_per_chunk=spec.rows_per_sequence,
+    )
+    buffers = ShardBuffers(trial, trial.sites)
+    sink = Sink(buffers, lengths[:n_sequences], None)
+    sink.fill(lm, sites, np.asarray(blocks.ids[:n_sequences]), _BATCH_SEQUENCES)
+    whole = max(1, sink.n_rows // spec.rows_per_chunk) * spec.rows_per_chunk
+    return {name: rows[: min(whole, sink.n_rows)] for name, rows in buffers.rows.items()}
 
 
 def meanings_of(
@@ -139,36 +165,6 @@ def check_meanings(path: Objects | str, found: Sequence[Site], asked: Sequence[S
         )
 
 
-def _tried(
-    lm: LanguageModel,
-    blocks: TokenBlocks,
-    sites: Sequence[ResolvedSite],
-    asked: Mapping[str, str],
-    spec: StoreSpec,
-) -> dict[str, Site]:
-    """Each site with what suits the activations of the first sequences best, in chunks as they are going to be."""
-    n_rows = max(_ROWS_TO_TRY, spec.rows_per_chunk)
-    lengths = blocks.lengths(range(min(blocks.n_sequences, n_rows)))
-    enough = np.searchsorted(np.cumsum(np.maximum(lengths - spec.skip_first, 0)), n_rows)
-    n_sequences = min(len(lengths), int(enough) + 1)
-    trial = replace(
-        spec,
-        sites=tuple(site.site for site in sites),
-        n_sequences=n_sequences,
-        sequences_per_shard=n_sequences,
-        rows_per_chunk=spec.rows_per_sequence,
-    )
-    buffers = ShardBuffers(trial, trial.sites)
-    sink = Sink(buffers, lengths[:n_sequences], None)
-    sink.fill(lm, sites, np.asarray(blocks.ids[:n_sequences]), _BATCH_SEQUENCES)
-    whole = max(1, sink.n_rows // spec.rows_per_chunk) * spec.rows_per_chunk
-    rows = {site.name: buffers.rows[site.name][: min(whole, sink.n_rows)] for site in trial.sites}
-    return {
-        site.name: fitted(site, asked[site.name], rows[site.name], spec.dtype, spec.rows_per_chunk)
-        for site in trial.sites
-    }
-
-
 def provenance(lm: LanguageModel | None, batch_sequences: int) -> dict[str, Any]:
     """What else a store's last bits depend on: versions, batch, and device and threads of the model if it runs here."""
     import torch
@@ -181,19 +177,18 @@ def provenance(lm: LanguageModel | None, batch_sequences: int) -> dict[str, Any]
     return {**common, "device": f"{device.type}, {name}", "threads": torch.get_num_threads()}
 
 
-def batch_size(asked: BatchSequences | None, path: Objects, find: Callable[[], int]) -> int:
+def batch_size(asked: BatchSequences | None, found: Store | None, fastest: Callable[[], int]) -> int:
     """The batch that is asked for; where that is `auto` or nothing, that of the store that is there, or a new one.
 
-    A matrix product may round differently for another batch, so who continues a store had better keep to its batch.
+    A matrix product may round differently for another batch, so a store had better be continued with its own batch.
     """
     if asked is not None and asked != "auto":
         check_positive("extraction", batch_sequences=asked)
         return asked
-    with suppress(StoreError):
-        known = open_store(path).root.provenance.get("batch_sequences")
-        if type(known) is int and known > 0:
-            return known
-    return find() if asked == "auto" else _BATCH_SEQUENCES
+    known = found.root.provenance.get("batch_sequences") if found else None
+    if type(known) is int and known > 0:
+        return known
+    return fastest() if asked == "auto" else _BATCH_SEQUENCES
 
 
 def fastest_batch(lm: LanguageModel, sites: Sequence[ResolvedSite], blocks: TokenBlocks) -> int:
@@ -201,7 +196,7 @@ def fastest_batch(lm: LanguageModel, sites: Sequence[ResolvedSite], blocks: Toke
     ids, began = np.asarray(blocks.ids[:1]), perf_counter()
     most = max(1, min(blocks.n_sequences, _MOST_BATCH_TOKENS // blocks.sequence_length))
     batch, best, fastest = 1, 1, 0.0
-    lm.capture(ids, sites)  # the first forward pass of a process is none to measure
+    lm.capture(ids, sites)  # warm-up: the first pass is not representative
     while batch <= most and perf_counter() - began < _TRIAL_S:
         speed = _sequences_per_s(lm, sites, np.asarray(blocks.ids[:batch]))
         if speed < fastest * _WORTH_DOUBLING:

@@ -29,9 +29,8 @@ class Forward:
         self._always = dict(always)
         self.takes_mask = masks and "attention_mask" in inspect.signature(module.forward).parameters
         # It may have been used before: a single token undoes what longer sequences have done to it.
-        device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
         with torch.no_grad(), suppress(Exception):  # whatever is raised by a model that wants more than one token
-            module(torch.zeros((1, 1), dtype=torch.int64, device=device), **self._always)
+            module(torch.zeros((1, 1), dtype=torch.int64, device=device_of(module)), **self._always)
         self._remembered = Remembered(module)
 
     def __call__(self, tokens: Tensor, mask: Tensor | None = None) -> Any:
@@ -40,6 +39,11 @@ class Forward:
         if mask is None:
             return self._module(tokens, **self._always)
         return self._module(tokens, attention_mask=mask, **self._always)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a model runs: the device of its first parameter that is in memory."""
+    return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def huggingface_forward(module: Any) -> Forward:

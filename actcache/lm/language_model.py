@@ -6,7 +6,7 @@ Shapes: Q sequences, T positions, V vocabulary, D width of a site.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -14,11 +14,10 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from actcache.errors import ConfigError, SiteError
-from actcache.lm.compiled import CompiledParts
-from actcache.lm.context_length import TOO_LONG
+from actcache.errors import ConfigError
 from actcache.lm.forward import (
     Forward,
+    device_of,
     first_tensor,
     huggingface_forward,
     ignores_what_follows,
@@ -26,11 +25,12 @@ from actcache.lm.forward import (
     logits_of,
     padding_mask,
 )
-from actcache.lm.hooks import ForwardStopped, ResolvedSite, attach, from_rows, ids_shape_of, to_rows
+from actcache.lm.hooks import ResolvedSite
 from actcache.lm.identity import computation_of, is_same_model, quantization_of, tokenizer_digest, weights_digest
 from actcache.lm.inputs import Inputs, may_make_input
 from actcache.lm.names import Kind, SiteNames, sized
 from actcache.lm.padding import Padding
+from actcache.lm.passes import Passes
 from actcache.lm.survey import OUTPUT, Listed, id_table, survey_ids
 from actcache.lm.tokenizers import Unreadable
 from actcache.lm.trust import code_digest
@@ -64,13 +64,14 @@ class LanguageModel:
         """What `load_lm(**recipe)` opens the same model with elsewhere; None if it was given as an object."""
         self._tokenizer = tokenizer
         self._d_vocab = d_vocab
-        self._inputs = Inputs(self, n_ctx, self._run_plainly)
-        self._autocast: torch.dtype | None = None
-        self._compiled: CompiledParts | None = None
-        self._ids_shape = (0, 0)
-        self._splices: list[tuple[ResolvedSite, ResolvedSite]] = []
-        self._n_passes = 0
-        self._looking = False
+        self._passes = Passes(
+            module,
+            lambda: self._forward,
+            lambda: self._names,
+            self._check_failed,
+            is_instrumented=kind == "transformer_lens",
+        )
+        self._inputs = Inputs(self, n_ctx, self._passes.run_plainly)
         self._padding = Padding(self._padded, lambda length: self._survey_ids(length)[0][:1])
 
     def __repr__(self) -> str:
@@ -110,7 +111,7 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where the model runs: the device of its first parameter that is in memory."""
-        return next((p.device for p in self.module.parameters() if not p.is_meta), torch.device("cpu"))
+        return device_of(self.module)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -130,13 +131,13 @@ class LanguageModel:
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """The type that forward passes are cast to on the fly; None: none."""
-        return self._autocast
+        """The type that forward passes are cast to on the fly, if they are."""
+        return self._passes.autocast
 
     @property
     def spliced(self) -> bool:
         """Whether a splice is in force."""
-        return bool(self._splices)
+        return self._passes.spliced
 
     @property
     def quantization(self) -> str | None:
@@ -182,8 +183,8 @@ class LanguageModel:
             "config": computation_of(self.module) if self.kind == "huggingface" else None,
             "trust_remote_code": True if code is not None else None,
             "code": code,
-            "autocast": None if self._autocast is None else str(self._autocast).removeprefix("torch."),
-            "compiled": True if self._compiled else None,
+            "autocast": None if self.autocast is None else str(self.autocast).removeprefix("torch."),
+            "compiled": True if self._passes.compiled else None,
             "quantization": self.quantization,
         }
         return {
@@ -238,8 +239,9 @@ class LanguageModel:
                 f"{self.name} is a transformer-lens model, which is hooks throughout: torch.compile gains nothing; "
                 "load the plain model"
             )
-        self._autocast = autocast
-        self._compiled = CompiledParts(self.module) if compiled else None
+        self._passes.autocast = autocast
+        if compiled:
+            self._passes.compile()
 
     @property
     def site_names(self) -> list[str]:
@@ -258,7 +260,7 @@ class LanguageModel:
             SiteError: a pattern matches nothing; the message says why, or names the nearest names. The instrumented
             model computes something else. ConfigError: an attention pattern without `length`.
         """
-        with self._unspliced():
+        with self._passes.unspliced():
             found = [sized(self._names.place(name), length) for name in self._names.matching(patterns)]
             instrumented = [site.site.name for site in found if site.instrumented]
             if length is not None and instrumented:
@@ -271,7 +273,7 @@ class LanguageModel:
         `length` gives attention patterns their width; by default the model's context, at most 256.
         """
         length = min(self.n_ctx or 256, 256) if length is None else length
-        with self._unspliced():
+        with self._passes.unspliced():
             names = self._names.matching(patterns) if patterns else self.site_names
         return [self._names.listed(name, length) for name in names]
 
@@ -288,9 +290,9 @@ class LanguageModel:
             does not take padding.
             SiteError: a site that this forward pass does not reach.
         """
-        tokens = self._inputs.checked(ids, may_try=not self._splices)
+        tokens = self._inputs.checked(ids, may_try=not self.spliced)
         wanted = list({site.site.name: site for site in sites}.values())
-        return self._captured(tokens, wanted, self._mask(tokens, lengths, wanted))
+        return self._passes.capture(tokens, wanted, self._mask(tokens, lengths, wanted))
 
     def logits(self, ids: ArrayLike | Tensor, lengths: ArrayLike | Tensor | None = None) -> Tensor:
         """Logits (or log-probabilities) `(Q, T, V)` of `(Q, T)` token ids, with the splices that are in force.
@@ -298,12 +300,12 @@ class LanguageModel:
         Raises:
             ConfigError: the model has none, as an encoder; otherwise as `capture`.
         """
-        tokens = self._inputs.checked(ids, may_try=not self._splices)
-        instrumented = self._choose(False)
+        tokens = self._inputs.checked(ids, may_try=not self.spliced)
+        instrumented = self._passes.needs_instrumented()
         if instrumented and is_bare(self.module):
             raise ConfigError(f"{self.name} has no logits: it was loaded without a head; cache its sites")
         with torch.no_grad():
-            return logits_of(self._run(tokens, instrumented, self._mask(tokens, lengths, ())), self.name)
+            return logits_of(self._passes.run(tokens, self._mask(tokens, lengths, ()), instrumented), self.name)
 
     @contextmanager
     def splice(
@@ -317,46 +319,24 @@ class LanguageModel:
             SiteError: (in the forward pass) `site_in` comes after `site_out`.
             ConfigError: (in the forward pass) the result has another shape than the value that it replaces.
         """
-        with self._unspliced():
-            both = [s if isinstance(s, ResolvedSite) else self._names.one(s) for s in (site_in, site_out)]
-        instrumented = self._choose(any(site.instrumented for site in both))
-        self._forward_of(instrumented)
-        if instrumented and self.disagreement:
-            raise ConfigError(f"cannot splice sites of the instrumented model: {self.disagreement}")
-        source, target = (self._names.in_instrumented(site) if instrumented else site for site in both)
-        held: list[Tensor] = []
-
-        def read(value: Tensor) -> None:
-            if self._looking:
-                return
-            held[:] = [to_rows(value, source.layout, ids_shape_of(value, source.layout) or self._ids_shape)]
-
-        def write(value: Tensor) -> Tensor | None:
-            if self._looking:
-                return None
-            if not held:
-                raise SiteError(f"cannot splice: {source.site.name} comes after {target.site.name} in the model")
-            # Whoever runs the module, here or elsewhere, is spliced.
-            old = to_rows(value, target.layout, ids_shape_of(value, target.layout) or self._ids_shape)
-            new = fn(held.pop())
-            if new.shape != old.shape:
-                raise ConfigError(
-                    f"spliced function: {target.site.name} holds {tuple(old.shape)}, got {tuple(new.shape)}"
-                )
-            return from_rows(new, value, target.layout)
-
-        with ExitStack() as undo:
-            self._splices.append((source, target))
-            undo.callback(self._splices.pop)
-            undo.callback(attach(source.spot, read, lambda: self._n_passes))
-            undo.callback(attach(target.spot, write, lambda: self._n_passes))
+        with self._passes.unspliced():
+            source, target = (s if isinstance(s, ResolvedSite) else self._names.one(s) for s in (site_in, site_out))
+        with self._passes.splice(source, target, fn):
             yield
 
     def open_instrumented(self) -> Any:
-        """The model as transformer-lens has it; see `open_bridge`."""
+        """The model as a `TransformerBridge` with every hook, computing what the plain model computes.
+
+        The embedded model opens through `boot_native` with a copy of its weights; a Hugging Face model is bridged
+        around its own weights, unprocessed; a transformer-lens model is returned as it is.
+
+        Raises:
+            ConfigError: transformer-lens has no architecture for the model.
+        """
         return self._names.bridge
 
-    # Running
+    def _check_failed(self, length: int, error: Exception) -> None:
+        self._inputs.check_failed(length, error)
 
     @cached_property
     def _forward(self) -> Forward:
@@ -409,110 +389,12 @@ class LanguageModel:
     def _padding_mask(self, lengths_Q: Tensor, n_positions: int) -> Tensor | None:
         return None if self._is_causal else padding_mask(lengths_Q, n_positions).to(self.device)
 
-    def _choose(self, instrumented: bool) -> bool:
-        """Whether the instrumented model must run: for a site that asks for it, or a splice that is in it."""
-        in_force = [source.instrumented for source, _ in self._splices]
-        if instrumented and not all(in_force):
-            raise ConfigError("a splice of plain sites is in force: leave it before using instrumented sites")
-        return instrumented or any(in_force) or self.kind == "transformer_lens"
-
-    def _captured(self, tokens: Tensor, wanted: Sequence[ResolvedSite], mask: Tensor | None) -> dict[str, Tensor]:
-        """Plain sites of the plain model, the others of the instrumented one; all of that where a splice is in it."""
-        in_one = self._choose(any(site.instrumented for site in wanted)) and bool(self._splices)
-        places = [self._names.in_instrumented(site) if in_one else site for site in wanted]
-        values: dict[str, Tensor] = {}
-        for instrumented in (False, True):
-            sites = [site for site in places if site.instrumented == instrumented]
-            if not sites:
-                continue
-            n_wanted = len(values) + len(sites)
-            self._forward_of(instrumented)  # before there are hooks: when it is made, the model runs
-            with torch.no_grad(), ExitStack() as attached, suppress(ForwardStopped):
-                for site in sites:
-                    attached.callback(attach(site.spot, _taker(site, values, n_wanted)))
-                self._run(tokens, instrumented, mask, sites)
-        missing = [site.site.name for site in wanted if site.site.name not in values]
-        if missing:
-            raise SiteError(f"the forward pass did not reach {', '.join(missing)}")
-        return {site.site.name: self._rows(site, values[site.site.name]) for site in places}
-
     def _padded(self, tokens: Tensor, lengths: Tensor | None, sites: Sequence[ResolvedSite]) -> dict[str, Tensor]:
         """Values of a batch that is padded, whether that is harmless or not; without sites the model's output."""
         mask = None if lengths is None else self._padding_mask(lengths, tokens.shape[1])
         if sites:
-            with self._unspliced():
-                return self._captured(tokens, sites, mask)
-        with torch.no_grad(), self._unspliced():
-            found = first_tensor(self._run(tokens, self._choose(False), mask))
+            with self._passes.unspliced():
+                return self._passes.capture(tokens, sites, mask)
+        with torch.no_grad(), self._passes.unspliced():
+            found = first_tensor(self._passes.run(tokens, mask, self._passes.needs_instrumented()))
         return {} if found is None else {OUTPUT: found}
-
-    def _rows(self, site: ResolvedSite, value: Tensor) -> Tensor:
-        try:
-            return to_rows(value, site.layout, self._ids_shape)
-        except SiteError as error:
-            raise SiteError(f"{site.site.name}: {error}") from error
-
-    @contextmanager
-    def _unspliced(self) -> Iterator[None]:
-        """While active, splices leave everything as it is: what is run is run to find something out."""
-        before, self._looking = self._looking, True
-        try:
-            yield
-        finally:
-            self._looking = before
-
-    def _forward_of(self, instrumented: bool) -> Forward:
-        return self._names.instrumented_forward if instrumented else self._forward
-
-    def _run(self, tokens: Tensor, instrumented: bool, mask: Tensor | None, sites: Sequence[ResolvedSite] = ()) -> Any:
-        self._ids_shape = (tokens.shape[0], tokens.shape[1])
-        self._n_passes += 1
-        try:
-            return self._forward_pass(tokens, instrumented, mask, sites)
-        except TOO_LONG as error:
-            if not self._splices:  # their hooks would see the sequences that are tried
-                self._inputs.check_failed(tokens.shape[1], error)
-            raise
-
-    def _forward_pass(
-        self, tokens: Tensor, instrumented: bool, mask: Tensor | None, sites: Sequence[ResolvedSite]
-    ) -> Any:
-        cast = torch.autocast(self.device.type, self._autocast) if self._autocast else nullcontext()
-        around = nullcontext() if instrumented else self._compiled_around(sites)
-        with cast, around:
-            return self._forward_of(instrumented)(tokens, mask)
-
-    def _run_plainly(self, ids: Tensor) -> Any:
-        """One forward pass of the model that was given, to try what it takes."""
-        with torch.autocast(self.device.type, self._autocast) if self._autocast else nullcontext():
-            return self._forward(ids)
-
-    def _compiled_around(self, sites: Sequence[ResolvedSite]) -> AbstractContextManager[None]:
-        if self._compiled is None:
-            return nullcontext()
-        hooked = [site.module for site in (*sites, *(site for both in self._splices for site in both))]
-        return self._compiled.outside(hooked)
-
-
-def _taker(site: ResolvedSite, values: dict[str, Tensor], n_wanted: int) -> Callable[[Tensor], None]:
-    """Keeps the first value that passes a site, and ends the forward pass with the last value wanted."""
-
-    def take(value: Tensor) -> None:
-        if site.site.name not in values:
-            values[site.site.name] = value.clone() if site.overwritten else value
-        if len(values) == n_wanted:
-            raise ForwardStopped
-
-    return take
-
-
-def open_bridge(lm: LanguageModel) -> Any:
-    """The model as a `TransformerBridge` with every hook, computing what the plain model computes.
-
-    The embedded model opens through `boot_native` with a copy of its weights; a Hugging Face model is bridged around
-    its own weights, unprocessed; a transformer-lens model is returned as it is.
-
-    Raises:
-        ConfigError: transformer-lens has no architecture for the model.
-    """
-    return lm.open_instrumented()

@@ -3,21 +3,22 @@
 In: files, folders, `datasets` names or arrays of token ids, and a tokenizer. Out: `TokenBlocks`, token ids and document
 numbers of shape `(Q, T)` in seeded random order. The only room that knows the `datasets` library.
 
-    kinds.py      what a document can be: text, chat, token ids
-    documents.py  a stream of them, and what becomes of a bad one
-    columns.py    which column of a record holds it
-    sniff.py      what a file is by its first bytes
-    unpack.py     files opened, and unpacked
-    jsons.py      JSON files
-    files.py      which reader a file needs; plain text, CSV, tables, arrays
-    folders.py    the files of a folder, and its splits
-    read.py       files, folders and datasets, to a stream of documents
-    chat.py       chats to text, through the tokenizer's template
-    bos.py        the tokens that begin and end documents and sequences
-    control.py    control tokens that a document spells
-    tokenise.py   documents to token ids, many in one call of the tokenizer
-    arguments.py  what may be given for documents, tokenizers and token blocks
-    pack.py       token ids to sequences, in temporary files, in random order
+    kinds.py            what a document can be: text, chat, token ids
+    documents.py        a stream of them, and what becomes of a bad one
+    columns.py          which column of a record holds it
+    sniff.py            what a file is by its first bytes
+    unpack.py           files opened, and unpacked
+    jsons.py            JSON files
+    text_files.py       which reader a file needs; plain text, CSV, tables, arrays
+    dataset_folders.py  the files of a folder, and its splits
+    read.py             files, folders and datasets, to a stream of documents
+    chat.py             chats to text, through the tokenizer's template
+    bos.py              the tokens that begin and end documents and sequences
+    control.py          control tokens that a document spells
+    tokenise.py         documents to token ids, many in one call of the tokenizer
+    arguments.py        what may be given for documents, tokenizers and token blocks
+    temporary.py        temporary files of tokens
+    pack.py             token ids to sequences, in random order
 """
 
 from actcache.source.arguments import as_token_blocks as as_token_blocks

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import tempfile
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import ExitStack
 from hashlib import sha256
-from typing import IO, Any, Literal, NoReturn, get_args
+from typing import IO, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.errors import ConfigError, StorageFullError, TextError
+from actcache.errors import ConfigError, TextError
 from actcache.order import permutation
 from actcache.source.arguments import as_documents, as_tokenizer, whole_number
 from actcache.source.bos import Bos, BosPolicy
 from actcache.source.control import ControlTokens
 from actcache.source.documents import Bad, Documents, OnBad, Tally
 from actcache.source.kinds import Document, Kind
+from actcache.source.temporary import raise_no_room, read_permuted, temporary_file
 from actcache.source.tokenise import Tokeniser, Tokens
 from actcache.spec import NO_DOCUMENT, Progress, TokenBlocks
 
 Packing = Literal["packed", "documents"]
-
-_BYTES_PER_COPY = 1 << 25
 
 
 def token_blocks(
@@ -127,7 +124,7 @@ def token_blocks(
     if isinstance(documents, Documents) and documents.bad.on_bad == "skip":
         tally.on_bad = "skip"
     with ExitStack() as files:
-        ids_file, document_file = (files.enter_context(_temporary_file()) for _ in range(2))
+        ids_file, document_file = (files.enter_context(temporary_file()) for _ in range(2))
         kind = _Packed if packing == "packed" else _OneEach
         sequences: _Sequences = kind(ids_file, document_file, length, count, policy.sequence())
         for batch in tokeniser(documents):
@@ -142,8 +139,8 @@ def token_blocks(
         n_sequences = _full_sequences(sequences, tally)
         _say_what_was_special(sequences, tally, chat_template, control_tokens)
         order, digest = permutation(n_sequences, seed), sha256()
-        ids = _permuted(ids_file, order, length, digest.update)
-        document_numbers = _permuted(document_file, order, length, digest.update)
+        ids = read_permuted(ids_file, order, length, digest.update)
+        document_numbers = read_permuted(document_file, order, length, digest.update)
     description = {
         "length": length,
         "seed": seed,
@@ -221,7 +218,7 @@ class _Sequences(ABC):
                 file.write(values.astype("<u4", copy=False).tobytes())
             self._n_written += len(ids)
         except OSError as error:
-            _no_room(error)
+            raise_no_room(error)
 
     def _take_back(self, n_written: int) -> None:
         """Take out what was written behind so many tokens."""
@@ -313,10 +310,7 @@ def _tokenizer_entry(tokenizer: Any | None, kinds: Counter[Kind], policy: Bos) -
 
 
 def _out_of_the_ordinary(kinds: Counter[Kind], policy: Bos, tokeniser: Tokeniser) -> dict[str, Any]:
-    """What decides the tokens, as far as it is not as ever: texts, each begun by one token.
-
-    Blocks that could be made before there was anything else are described as they were, so that stores of them go on.
-    """
+    """The settings that differ from the defaults (texts, one BOS each); others are not in the description."""
     said: dict[str, Any] = {} if policy.policy == "auto" else {"bos": policy.policy}
     marks = {kind: policy.marks(kind) for kind in sorted(kinds)}
     usual = {kind: policy.as_ever() if kind == "text" else not len(marks[kind]) for kind in marks}
@@ -373,58 +367,3 @@ def _say_what_was_special(
         warnings.warn(f"documents spell control tokens of the tokenizer {n_times}: {became}", stacklevel=3)
     if control_tokens == "text" and set(sequences.kinds) == {"tokens"}:
         warnings.warn("control_tokens='text' was given, but there are only token ids: it was not used", stacklevel=3)
-
-
-def _permuted(
-    file: IO[bytes], order: NDArray[np.int64], length: int, digest: Callable[[bytes], object]
-) -> NDArray[np.uint32]:
-    """The file's sequences in the given order, memory-mapped from another file; their bytes go through `digest`."""
-    try:
-        file.flush()
-        packed = np.memmap(file, dtype="<u4", mode="r", shape=(len(order), length))
-        sequences_per_copy = max(1, _BYTES_PER_COPY // (4 * length))
-        with _temporary_file() as target:
-            for start in range(0, len(order), sequences_per_copy):
-                block = packed[order[start : start + sequences_per_copy]].tobytes()
-                target.write(block)
-                digest(block)
-            target.flush()
-            # Copy-on-write: whoever writes into the array changes neither the file nor anyone else's view of it.
-            return np.memmap(target, dtype="<u4", mode="c", shape=packed.shape)
-    except OSError as error:
-        _no_room(error)
-
-
-@contextmanager
-def _temporary_file() -> Iterator[IO[bytes]]:
-    try:
-        file = tempfile.TemporaryFile()  # noqa: SIM115  # closed below
-    except OSError as error:
-        _no_room(error)
-    try:
-        yield file
-    finally:
-        # What was still to be written is needed no more, or there was no room for it, which has been said.
-        with suppress(OSError):
-            file.close()
-
-
-def _no_room(error: OSError) -> NoReturn:
-    """Say of an error of the temporary files where they are, and how they get more room."""
-    if isinstance(error, FileNotFoundError) and error.filename is None:
-        # Python has looked for a folder that it can write something to, and found none.
-        raise StorageFullError(
-            errno.ENOSPC,
-            f"no folder for temporary files has room ({error.strerror}); set the environment variable TMPDIR to one "
-            "that has",
-        ) from error
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        raise StorageFullError(
-            error.errno,
-            f"no room in {tempfile.gettempdir()}, where tokens lie until they are in order (about twelve bytes a "
-            "token); set the environment variable TMPDIR to a folder that has more",
-        ) from error
-    raise ConfigError(
-        f"temporary files cannot be written ({error.strerror or error}); set the environment variable TMPDIR to a "
-        "folder that can be written"
-    ) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -97,3 +97,20 @@ def expected_bytes_per_value(codec: str, logical: str) -> float:
     chain = chain_of(codec)
     share = 1.0 if chain.is_raw else 0.02 if codec == "sparse" else 0.6 if codec in PRESETS else 0.0
     return share * chain.stored_dtype(logical).itemsize
+
+
+ROWS_TO_FIT = 4096
+"""Rows that a codec is fitted to where it depends on the activations; one chunk, if that is more."""
+
+
+def fit_to_first_rows(
+    site: Site, asked: str, first_rows: Callable[[int], NDArray[Any]], dtype: str, rows_per_chunk: int
+) -> Site:
+    """The site with the codec that is asked for, fitted to its first rows if it depends on the activations.
+
+    `first_rows(n)` gives about `n` rows `(n, D)` of stored dtype, or all if there are fewer; it is called only if they
+    are needed.
+    """
+    if not needs_trial(asked):
+        return given(site, asked)
+    return fitted(site, asked, first_rows(max(ROWS_TO_FIT, rows_per_chunk)), dtype, rows_per_chunk)

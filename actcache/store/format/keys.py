@@ -74,6 +74,10 @@ def columns_of(spec: StoreSpec) -> list[str]:
 
 
 def token_sequences_per_chunk(spec: StoreSpec) -> int:
+    """Sequences in a chunk of the token arrays of this store."""
+    return token_chunk_sequences(spec.sequences_per_shard, spec.sequence_length)
+
+
+def token_chunk_sequences(sequences_per_shard: int, sequence_length: int) -> int:
     """Sequences in a chunk of the token arrays: whole shards, about a megabyte."""
-    per_shard = spec.sequences_per_shard
-    return per_shard * max(1, (1 << 18) // (per_shard * spec.sequence_length))
+    return sequences_per_shard * max(1, (1 << 18) // (sequences_per_shard * sequence_length))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from actcache.spec import DTYPE_BYTES, Dtype
+from actcache.store_options import StoreOptions
 
 _SHARD_BYTES = 256 << 20
 """Default size of one shard of all sites, before compression; two of them are in memory."""
@@ -39,6 +40,15 @@ def default_sizes(
     wanted = max(_CHUNK_BYTES // widest, -(-_NARROW_CHUNK_BYTES // narrowest))
     at_most = max(1, min(wanted, _WIDE_CHUNK_BYTES // widest))
     return sequences_per_shard, largest_divisor(max(1, sequences_per_shard) * rows_per_sequence, at_most)
+
+
+def sizes_of(options: StoreOptions, widths: Sequence[int], n_sequences: int, sequence_length: int) -> tuple[int, int]:
+    """Sequences of a shard and rows of a chunk as they are asked for, with defaults filled in."""
+    n_rows = max(1, sequence_length - options.skip_first)
+    sequences_per_shard, rows_per_chunk = default_sizes(
+        widths, options.dtype or "float32", n_sequences, n_rows, options.sequences_per_shard
+    )
+    return sequences_per_shard, options.rows_per_chunk or rows_per_chunk
 
 
 def largest_divisor(n: int, at_most: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from actcache.errors import ConfigError, StoreIncompleteError
 from actcache.spec import Progress, Site, StoreSpec, expand_names
 from actcache.store.backends.objects import Objects, to_write
-from actcache.store.codecs.fit import codec_of, fitted, given, needs_trial
+from actcache.store.codecs.fit import codec_of, fit_to_first_rows
 from actcache.store.format.sizes import default_sizes
 from actcache.store.reading.rows import Rows
 from actcache.store.store import Store
@@ -153,7 +154,8 @@ def _with_codec(store: Store, site: Site, codec: str | Mapping[str, str] | None,
     asked = codec_of(site.name, codec or {})
     if asked is None:
         return site
-    if not needs_trial(asked):
-        return given(site, asked)
-    rows = store.read_stored(site.name, store.row_ids()[: max(4096, rows_per_chunk)])
-    return fitted(site, asked, rows, store.spec.dtype, rows_per_chunk)
+
+    def first_rows(n_rows: int) -> NDArray[Any]:
+        return store.read_stored(site.name, store.row_ids()[:n_rows])
+
+    return fit_to_first_rows(site, asked, first_rows, store.spec.dtype, rows_per_chunk)

@@ -17,6 +17,9 @@ from actcache.store.format.stats import merge
 Allocate: TypeAlias = Callable[[tuple[int, int], np.dtype[Any]], NDArray[Any]]
 """From a shape and a dtype to an array, as `numpy.empty`."""
 
+N_BUFFERS = 2
+"""Shards in memory by default: one is filled while the other is encoded."""
+
 
 class ShardBuffers:
     """One shard's rows in memory, in stored dtype and reading order; reused from shard to shard.

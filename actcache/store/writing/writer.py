@@ -34,7 +34,7 @@ from actcache.store.format.table_objects import UINT32, encode_table
 from actcache.store.locks.lock import WriterLock
 from actcache.store.store import Store
 from actcache.store.writing import begin
-from actcache.store.writing.buffers import Allocate, ShardBuffers, Written
+from actcache.store.writing.buffers import N_BUFFERS, Allocate, ShardBuffers, Written
 from actcache.store.writing.encode import ShardEncoder
 from actcache.store.writing.growth import clear_leftovers
 from actcache.store.writing.hold import TornShardsError, torn_among
@@ -84,7 +84,7 @@ class StoreWriter:
         grow: bool = False,
         shared: bool = False,
         threads: int = 2,
-        n_buffers: int = 2,
+        n_buffers: int = N_BUFFERS,
         allocate: Allocate | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
