@@ -150,7 +150,7 @@ def test_a_mixture_gives_each_loaders_own_batches_in_turn(stores):
 def test_what_does_not_mix_is_refused(stores):
     whole, grown = stores["whole"], stores["grown"]
     ever = {"epochs": None}
-    with pytest.raises(ConfigError, match="one loader at least"):
+    with pytest.raises(ConfigError, match="at least one pair"):
         MixedLoader([])
     with pytest.raises(ConfigError, match="weights above 0"):
         MixedLoader([(loader_of(whole, **ever), 0.0)])
