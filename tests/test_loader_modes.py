@@ -77,7 +77,7 @@ def test_ranks_take_turns_in_reading_order(stores):
 
 
 def test_reading_order_says_what_it_needs(stores):
-    with pytest.raises(ConfigError, match=r"whole sequences of 12 rows; batch_rows must be as many at least, got 11"):
+    with pytest.raises(ConfigError, match=r"whole sequences of 12 rows; batch_rows must be at least that, got 11"):
         loader_of(stores["whole"], order="sequence", batch_rows=11)
     with pytest.raises(ConfigError, match=r"holds two whole shards, .* give it memory=8448 or more"):
         loader_of(stores["whole"], order="sequence", memory=8000)
