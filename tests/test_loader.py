@@ -140,7 +140,7 @@ def test_an_iterator_that_lost_its_loader_says_so_instead_of_waiting(small_store
         iterator = iter(loader)
         next(iterator)
         disturb(loader)
-        with pytest.raises(ConfigError, match="make a loader of its own for each use"):
+        with pytest.raises(ConfigError, match="make a separate loader for each use"):
             next(iterator)
 
 

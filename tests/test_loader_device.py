@@ -246,7 +246,7 @@ def test_windows_are_on_the_device_and_the_cpu_holds_two_chunks_a_thread(stores,
     store = stores["float32"]
     loader = loader_of(store)
     batches_of(loader)
-    (windows,) = loader._buffers.values()
+    (windows,) = loader._production.windows.values()
     for window in windows:
         assert not window.values
         assert not window.scales

@@ -21,7 +21,7 @@ from test_loader_rows import plan_of
 from actcache.errors import ConfigError, StateError
 from actcache.load import Loader, Plan
 from actcache.load.plan.epochs import chunk_table
-from actcache.load.plan.ranks import Share
+from actcache.load.plan.ranks import Rank
 from actcache.store import Store, open_store
 
 pytestmark = pytest.mark.filterwarnings("ignore:batches of .* rows are going to have")
@@ -76,7 +76,7 @@ def test_every_row_once_an_epoch_over_all_ranks_and_from_their_own_lanes(
     assert max(np.diff(lane.starts).max(initial=0) for lane in order.lanes) <= plan.most_window_rows
     assert max(int(lane.starts[-1]) for lane in order.lanes) == plan.most_lane_rows
 
-    ranks = [Share(rank=rank, world_size=world_size) for rank in range(world_size)]
+    ranks = [Rank(rank=rank, world_size=world_size) for rank in range(world_size)]
     numbers = [rank.batches(plan.n_batches, 0) for rank in ranks]
     assert {len(of_rank) for of_rank in numbers} == {plan.n_batches // world_size}
     assert sorted(chain(*numbers)) == list(range(plan.n_batches // world_size * world_size))
@@ -97,7 +97,7 @@ def test_whatever_the_number_of_ranks_becomes_no_batch_is_lost_or_doubled(n_batc
     """Each (world size, rounds) of a run that is broken off and goes on with another number of ranks."""
     delivered, got = 0, []
     for world_size, rounds in worlds:
-        of_ranks = [Share(rank=r, world_size=world_size).batches(n_batches, delivered) for r in range(world_size)]
+        of_ranks = [Rank(rank=r, world_size=world_size).batches(n_batches, delivered) for r in range(world_size)]
         rounds = min(rounds, len(of_ranks[0]))
         got += [number for of_rank in of_ranks for number in of_rank[:rounds]]
         delivered += rounds * world_size
@@ -249,7 +249,7 @@ def test_memory_is_shared_by_the_lanes_that_a_process_reads(store):
         lanes_here = lanes // math.gcd(lanes, world_size)
         assert 2 * lanes_here * loader.plan.most_window_rows * row_bytes <= 12_000
         next(iter(loader))
-        assert sum(len(buffers) for buffers in loader._buffers.values()) == 2 * lanes_here
+        assert sum(len(buffers) for buffers in loader._production.windows.values()) == 2 * lanes_here
         loader.close()
 
 

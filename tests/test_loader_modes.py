@@ -77,7 +77,7 @@ def test_ranks_take_turns_in_reading_order(stores):
 
 
 def test_reading_order_says_what_it_needs(stores):
-    with pytest.raises(ConfigError, match=r"whole sequences of 12 rows; batch_rows must be as many at least, got 11"):
+    with pytest.raises(ConfigError, match=r"whole sequences of 12 rows; batch_rows must be at least that, got 11"):
         loader_of(stores["whole"], order="sequence", batch_rows=11)
     with pytest.raises(ConfigError, match=r"holds two whole shards, .* give it memory=8448 or more"):
         loader_of(stores["whole"], order="sequence", memory=8000)
@@ -150,7 +150,7 @@ def test_a_mixture_gives_each_loaders_own_batches_in_turn(stores):
 def test_what_does_not_mix_is_refused(stores):
     whole, grown = stores["whole"], stores["grown"]
     ever = {"epochs": None}
-    with pytest.raises(ConfigError, match="one loader at least"):
+    with pytest.raises(ConfigError, match="at least one pair"):
         MixedLoader([])
     with pytest.raises(ConfigError, match="weights above 0"):
         MixedLoader([(loader_of(whole, **ever), 0.0)])

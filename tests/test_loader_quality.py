@@ -13,7 +13,7 @@ from conftest import random_bits, random_blocks, spec_of, write_shards
 from actcache.load import Loader, Plan
 from actcache.load.plan.quality import ShuffleReport, batches_to_look_at, expected_sequences, shuffle_report
 from actcache.load.plan.reading_order import rows_per_sequence
-from actcache.load.plan.window_sizes import expected_ratio, sized
+from actcache.load.plan.window_sizes import expected_ratio, with_windows
 from actcache.order import permutation
 from actcache.spec import Site, StoreSpec
 
@@ -169,7 +169,7 @@ def test_windows_are_as_wide_as_a_good_shuffle_needs_where_the_memory_allows_it(
     assert small.chunks_per_window == -(-64 * 4096 // len(chosen)) < plan.chunks_per_window
     assert expected_ratio(plan, store.spec) >= 0.97
     assert np.mean([loader.shuffle_report(epoch=epoch).ratio for epoch in range(4)]) > 0.965
-    narrower = sized(plan, store.spec, most_chunks=plan.chunks_per_window - 1)
+    narrower = with_windows(plan, store.spec, most_chunks=plan.chunks_per_window - 1)
     assert expected_ratio(narrower, store.spec) < 0.97
     memory = 2 * lanes * 44 * (plan.most_window_rows - 16)
     with pytest.warns(UserWarning, match=f"chunks of 16 rows; give the loader more than memory={memory}, or"):
@@ -182,7 +182,7 @@ def test_windows_of_many_small_chunks_have_no_more_than_a_shuffle_needs():
     spec = spec_of(random_blocks(1, 129), n_sequences=125_000, sequences_per_shard=32)
     plan = Plan(n_rows=16_000_000, rows_per_chunk=16, chunks_per_window=1, batch_rows=1024, seed=1)
     for batch_rows, n_chunks in ((1024, 1024), (4096, 1950)):
-        found = sized(replace(plan, batch_rows=batch_rows), spec, most_chunks=10**6)
+        found = with_windows(replace(plan, batch_rows=batch_rows), spec, most_chunks=10**6)
         assert found.chunks_per_window == n_chunks
         assert expected_ratio(found, spec) >= 0.97
 

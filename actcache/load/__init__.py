@@ -1,4 +1,8 @@
-"""Sealed store to shuffled batches: `chosen` and `plan` say which rows, `fetch` reads them, `loader` hands them out."""
+"""Sealed store to shuffled batches.
+
+`plan/` decides which rows make which batch, `windows/` reads and decodes chunks, `batches/` gathers rows out of
+windows, `device/` does both on a GPU, `production` puts these together, and `loader` is what users call.
+"""
 
 from actcache.load.batches.batch import Batch
 from actcache.load.loader import Loader

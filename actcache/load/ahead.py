@@ -1,4 +1,4 @@
-"""A thread that makes batches a bounded number ahead of whoever takes them."""
+"""A thread that makes items in advance, a bounded number of them."""
 
 from __future__ import annotations
 
@@ -17,27 +17,30 @@ Item = TypeVar("Item")
 
 
 class ReadAhead(Generic[Item]):
-    """Runs a production in a thread of its own; iterating gives its items, and raises what it raised.
+    """Runs a generator in a thread; iterating gives its items, and raises what it raised.
 
-    With `n_ahead` 0 there is no such thread: each item is made when it is asked for.
+    With `n_ahead=0` there is no thread: each item is made when it is asked for.
 
-    Of queues only those that are one step of the interpreter are used: an interrupt in the midst of others leaves them
-    locked, and both threads waiting.
+    Only `SimpleQueue` is used, whose operations are one step of the interpreter: an interrupt within another kind of
+    queue would leave it locked, with both threads waiting.
     """
 
     def __init__(self, production: Generator[Item], n_ahead: int, clock: Clock) -> None:
         self._items: queue.SimpleQueue[Item | BaseException | None] = queue.SimpleQueue()
         self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
-        """As many as there may be more items."""
-        self._stopping, self._clock = threading.Event(), clock
-        self._production, self._process, self._making = production, os.getpid(), threading.Lock()
+        """One entry for each further item that may be made."""
+        self._production = production
+        self._making = threading.Lock()
+        self._stopping = threading.Event()
+        self._clock = clock
+        self._process = os.getpid()
         self._thread: threading.Thread | None = None
         if n_ahead:
             for _ in range(n_ahead):
                 self._room.put(None)
             self._thread = threading.Thread(target=self._run, name="actcache-read-ahead", daemon=True)
             self._thread.start()
-        # Daemon threads that are left when a process ends are killed where they are; within torch, that aborts it.
+        # A daemon thread that is still running when the process ends is killed; inside torch, that aborts the process.
         atexit.register(self.stop)
 
     def _run(self) -> None:
@@ -53,14 +56,14 @@ class ReadAhead(Generic[Item]):
         self._put(last)
 
     def _put(self, item: Item | BaseException | None) -> bool:
-        """Queue an item, when there is room; False when the consumer has gone."""
+        """Queue an item as soon as there is room; False if the consumer has stopped."""
         self._room.get()
         if not self._stopping.is_set():
             self._items.put(item)
         return not self._stopping.is_set()
 
     def _take(self) -> Item | BaseException | None:
-        """The next item, when there is one."""
+        """The next item, as soon as there is one; None at the end."""
         if self._thread is not None:
             item = self._items.get()
             self._room.put(None)
@@ -78,7 +81,7 @@ class ReadAhead(Generic[Item]):
             if self._stopping.is_set():
                 raise ConfigError(
                     "this iteration is over: the loader was closed, moved to a state, or iterated again meanwhile; "
-                    "make a loader of its own for each use"
+                    "make a separate loader for each use"
                 )
             if item is None:
                 return
@@ -90,23 +93,23 @@ class ReadAhead(Generic[Item]):
         """End the thread and drop what it prefetched."""
         atexit.unregister(self.stop)
         if os.getpid() != self._process:
-            return  # the thread is another process's, and a lock may be held by it for ever
+            return  # the thread belongs to another process, and may hold a lock that is never released here
         self._stopping.set()
         if self._thread is None:
             with self._making:
                 self._production.close()
             return
-        self._room.put(None)  # it wakes up if it waits
+        self._room.put(None)  # wakes the thread if it waits
         self._thread.join()
         while not self._items.empty():
             self._items.get_nowait()
-        self._items.put(StopIteration())  # whoever still waits for a batch wakes up
+        self._items.put(StopIteration())  # wakes a consumer that still waits for an item
 
 
 def check_process(made_in: int) -> None:
-    """Raise `ConfigError` in a process that is a fork of the one in which a loader was made."""
+    """Raise `ConfigError` in a fork of the process in which a loader was made."""
     if os.getpid() != made_in:
         raise ConfigError(
-            "a loader belongs to the process that made it: its threads did not follow when this one was forked; "
+            "a loader belongs to the process that made it: its threads were not copied when this process was forked; "
             "make the loader here, where it is used"
         )

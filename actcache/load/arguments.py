@@ -1,6 +1,7 @@
-"""What callers give to loaders and to those who take batches from them, checked at the door.
+"""Checks of what callers pass to loaders and to their consumers.
 
-In: arguments of any kind. Out: the same as the rooms below want them, or one sentence about what was wrong.
+In: arguments of any kind. Out: values as the rest of `load/` and `share/` expects them, or one sentence about what is
+wrong.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 def check_loader(
     store: Any, order: Any, read_ahead: Any, rank: Any, world_size: Any, optional: Mapping[str, int | None]
 ) -> None:
-    """Raise what `Loader` says, for arguments that are not what it needs."""
+    """Check the arguments of `Loader`, and raise the errors that its docstring lists."""
     checked_store(store, "loader")
     if not store.sealed:
         raise StoreIncompleteError(
@@ -48,26 +49,26 @@ def check_loader(
         raise ConfigError(f"loader: order must be one of {', '.join(ORDERS)}, got {shown(order)}")
 
 
-def switch(who: str, name: str, value: Any) -> bool:
-    """True or False."""
+def check_switch(who: str, name: str, value: Any) -> bool:
+    """A value that must be True or False."""
     if not isinstance(value, int) or value not in (0, 1):
         raise ConfigError(f"{who}: {name} must be True or False, got {shown(value)}")
     return bool(value)
 
 
-def dtype_of(who: str, given: Any) -> torch.dtype:
-    """A floating-point type of torch, which may be named; None is float32."""
+def dtype_of(who: str, dtype: Any) -> torch.dtype:
+    """A floating-point type of torch, or the name of one; None means float32."""
     import torch
 
-    found = getattr(torch, given, None) if isinstance(given, str) else given
-    found = torch.float32 if given is None else found
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    found = torch.float32 if dtype is None else found
     if str(found).removeprefix("torch.") not in _DTYPES or not isinstance(found, torch.dtype):
-        raise ConfigError(f"{who}: dtype must be one of torch's {', '.join(_DTYPES)}, got {shown(given)}")
+        raise ConfigError(f"{who}: dtype must be one of torch's {', '.join(_DTYPES)}, got {shown(dtype)}")
     return found
 
 
 def device_of(who: str, given: Any) -> torch.device:
-    """A device of torch that is there."""
+    """A device of torch that can be used here."""
     import torch
 
     try:
@@ -75,6 +76,6 @@ def device_of(who: str, given: Any) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, TypeError, AssertionError, ValueError, NotImplementedError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        named = shown(str(given) if isinstance(given, torch.device) else given)
-        raise ConfigError(f"{who}: device {named} cannot be used here ({reason}); try 'cpu'") from error
+        name = shown(str(given) if isinstance(given, torch.device) else given)
+        raise ConfigError(f"{who}: device {name} cannot be used here ({reason}); try 'cpu'") from error
     return device

@@ -1,4 +1,4 @@
-"""Several loaders as one: batches of each in proportion to a weight, in an order that is a function of the step."""
+"""Several loaders as one: batches of each in proportion to its weight, in an order that is a function of the step."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from actcache.errors import ConfigError, StateError
 from actcache.files import shown
 from actcache.load.batches.batch import Batch
 from actcache.load.loader import Loader
-from actcache.load.state import differ, packed, unpacked
+from actcache.load.state import differ, pack_states, unpack_states
 from actcache.spec import check_positive, integer
 
 STATE_VERSION = 2
 _STEP = 0x9E3779B97F4A7C15
-"""2**64 over the golden ratio: its multiples, modulo 2**64, are spread as evenly as can be at every length."""
+"""2**64 over the golden ratio: any number of its multiples, modulo 2**64, are spread as evenly as possible."""
 
 
 def turn(step: int, weights: Sequence[float], seed: int = 0) -> int:
-    """Whose batch a step has. Among any n steps, the one with weight w (of 1) has w * n, within about log(n)."""
+    """The number of the loader that gives the batch of a step.
+
+    Of any n steps, a loader with weight w (of a sum of 1) has w * n, give or take about log(n).
+    """
     place = ((step + 1 + seed) * _STEP) % (1 << 64) / (1 << 64) * sum(weights)
     for number, weight in enumerate(weights[:-1]):
         place -= weight
@@ -29,16 +32,16 @@ def turn(step: int, weights: Sequence[float], seed: int = 0) -> int:
 
 
 class MixedLoader:
-    """Batches of several loaders, in proportion to their weights: each batch is of one, `batch.source` says which.
+    """Batches of several loaders, in proportion to their weights; `batch.source` is the number of the loader.
 
     Args:
-        parts: (loader, weight), the weight being a share of the batches. The loaders must have the same sites and
-            batch_rows, and epochs=None: each goes on with its next epoch when it is through one.
-        n_batches: how many there are; None for ever.
+        parts: pairs (loader, weight); weights are shares of the batches, of any sum. The loaders must have the same
+            sites and batch_rows, and epochs=None, so that each continues with its next epoch.
+        n_batches: how many batches to deliver; None for no end.
         seed: where in the order of turns to begin.
 
     Raises:
-        ConfigError: there is no part, a weight is not positive, or the loaders do not go together.
+        ConfigError: there is no part, a weight is not positive, or the loaders do not match.
 
     Examples:
         >>> train, held_out = ac.split_sequences(store, validation=0.25)
@@ -52,7 +55,7 @@ class MixedLoader:
     """
 
     def __init__(self, parts: Sequence[tuple[Loader, float]], *, n_batches: int | None = None, seed: int = 0) -> None:
-        self.loaders, self.weights = _checked(parts)
+        self.loaders, self.weights = _loaders_and_weights(parts)
         if n_batches is not None:
             check_positive("mixed loader", n_batches=n_batches)
         self.n_batches, self.seed = n_batches, integer("mixed loader", "seed", seed)
@@ -62,7 +65,7 @@ class MixedLoader:
             if loader.sites != self.sites or loader.batch_rows != self.batch_rows:
                 raise ConfigError(
                     f"mixed loader: all need the same sites and batch_rows; {first.store.path} gives {self.batch_rows} "
-                    f"rows of {', '.join(self.sites)}, {loader.store.path} {loader.batch_rows} of "
+                    f"rows of {', '.join(self.sites)}, {loader.store.path} gives {loader.batch_rows} rows of "
                     f"{', '.join(loader.sites)}"
                 )
             if loader.epochs is not None:
@@ -98,25 +101,25 @@ class MixedLoader:
             loader.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the mixture is, after the batch delivered last: JSON-able, about 100 bytes for each of its loaders."""
+        """Where the mixture is, after the batch delivered last: JSON-able, about 100 bytes for each loader."""
         return {
             "version": STATE_VERSION,
             "step": self._step,
             "weights": self.weights,
             "n_batches": self.n_batches,
             "seed": self.seed,
-            "loaders": packed([loader.state_dict() for loader in self.loaders]),
+            "loaders": pack_states([loader.state_dict() for loader in self.loaders]),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the batch at which `state` was taken, bit for bit.
 
         Raises:
-            StateError: the state is of another version or mixture, or one of the loaders refuses its part: the message
-                says which and why, and all of them stay where they are.
+            StateError: the state is of another version or mixture, or one of the loaders refuses its part; the message
+            says which and why. All loaders stay where they are.
         """
         mine = [loader.state_dict() for loader in self.loaders]
-        theirs, step = self._unpacked(state, mine)
+        theirs, step = self._parse(state, mine)
         for number, loader in enumerate(self.loaders):
             try:
                 loader.load_state_dict(theirs[number])
@@ -126,8 +129,8 @@ class MixedLoader:
                 raise StateError(f"loader {number} of the mixture, of {loader.store.path}: {error}") from error
         self._step = step
 
-    def _unpacked(self, state: Any, mine: Sequence[Mapping[str, Any]]) -> tuple[Sequence[Any], int]:
-        """The states of the loaders and the step that a state of this mixture has."""
+    def _parse(self, state: Any, mine: Sequence[Mapping[str, Any]]) -> tuple[Sequence[Any], int]:
+        """The states of the loaders and the step in a state of this mixture."""
         version = state.get("version") if isinstance(state, Mapping) else None
         if type(version) is not int or version not in (1, STATE_VERSION):
             raise StateError(
@@ -142,18 +145,18 @@ class MixedLoader:
             if state.keys() != self.state_dict().keys():
                 raise ValueError(f"its fields are {shown(sorted(map(str, state)))}")
             if type(step) is not int or not 0 <= step <= (self.n_batches or step):
-                upto = "on" if self.n_batches is None else f"to {self.n_batches}"
-                raise ValueError(f"its step is {shown(step)}, where 0 {upto} is possible")
+                limit = "on" if self.n_batches is None else f"to {self.n_batches}"
+                raise ValueError(f"its step is {shown(step)}, where 0 {limit} is possible")
             if version != 1:
-                theirs = unpacked(theirs, mine)
+                theirs = unpack_states(theirs, mine)
             if not isinstance(theirs, list) or len(theirs) != len(mine):
                 raise ValueError(f"its loaders are {shown(theirs)}, where a list of {len(mine)} is possible")
         except ValueError as error:
-            raise StateError(f"this is no state of a mixture: {error}; load one that state_dict() gave") from error
+            raise StateError(f"this is no state of a mixture: {error}; load one that state_dict() returned") from error
         return theirs, step
 
 
-def _checked(parts: Any) -> tuple[list[Loader], list[float]]:
+def _loaders_and_weights(parts: Any) -> tuple[list[Loader], list[float]]:
     """The loaders and the weights of a mixture."""
     try:
         pairs = [(loader, float(weight)) for loader, weight in parts]
@@ -161,7 +164,6 @@ def _checked(parts: Any) -> tuple[list[Loader], list[float]]:
         pairs = []
     if not pairs or not all(isinstance(loader, Loader) and 0 < weight < math.inf for loader, weight in pairs):
         raise ConfigError(
-            "mixed loader: needs pairs (loader, weight), of one loader at least, with weights above 0; "
-            f"got {shown(parts)}"
+            f"mixed loader: parts must be at least one pair (loader, weight), with weights above 0; got {shown(parts)}"
         )
     return [loader for loader, _ in pairs], [weight for _, weight in pairs]

@@ -1,4 +1,4 @@
-"""How fast a loader is and what it waits for: counters that cost nothing to keep."""
+"""How fast a loader is and what it waits for: counters that are cheap to keep."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoaderStats:
-    """What a loader has delivered since it was made, and how the time went; see `Loader.stats`.
+    """What a loader has delivered since it was made, and where the time went; see `Loader.stats`.
 
     Examples:
         >>> with ac.Loader(store, [site_out], batch_rows=512) as loader:
@@ -26,17 +26,17 @@ class LoaderStats:
     n_rows: int
     """Rows in them."""
     n_bytes: int
-    """Bytes of their values at all sites, as bfloat16 or whatever the store's element type is."""
+    """Bytes of their values at all sites, in the store's element type."""
     seconds: float
     """From asking for the first batch to the delivery of the last one, the consumer's own work included."""
     wait_seconds: float
-    """Of those, how long the consumer waited for batches."""
+    """The part of `seconds` in which the consumer waited for batches."""
     read_seconds: float
-    """In which decoding threads waited for the storage (or a core, or a GPU's copies), summed over threads."""
+    """How long decoding threads waited for the storage, for a core or for copies to a GPU; summed over threads."""
     decode_seconds: float
-    """In which they worked: checked, decompressed, copied out of the page cache; summed over threads."""
+    """How long they checked, decompressed, and copied out of the page cache; summed over threads."""
     gather_seconds: float
-    """In which the one gathering thread made batches of decoded rows; of a GPU, had it make them."""
+    """How long the gathering thread made batches of decoded rows, or had a GPU make them."""
 
     @property
     def rows_per_s(self) -> float:
@@ -50,7 +50,7 @@ class LoaderStats:
 
     @property
     def stall_fraction(self) -> float:
-        """Share of the time in which the consumer waited: near 0 where its own work takes longer than the loader's."""
+        """Share of the time in which the consumer waited: near 0 if its own work takes longer than the loader's."""
         return self.wait_seconds / self.seconds if self.seconds else 0.0
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class LoaderStats:
 
 
 class Clock:
-    """Seconds by what they were spent on, added up by several threads."""
+    """Seconds by what they were spent on; several threads add to them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

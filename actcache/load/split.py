@@ -1,4 +1,7 @@
-"""Training and validation rows, divided by whole sequences."""
+"""Training and validation rows, divided by whole sequences.
+
+In: a store, a share and a seed. Out: two row filters that no sequence passes both of.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +21,19 @@ if TYPE_CHECKING:
 
 
 def split_sequences(store: Store, validation: float = 0.05, seed: int = 0) -> tuple[RowFilter, RowFilter]:
-    """Filters for training and for validation: each sequence is all in one of them.
+    """Filters for training and for validation: all rows of a sequence pass the same one.
 
-    Rows of a sequence see the same text, so rows divided one by one would be validated on text that was trained on.
-    Where a sequence goes is a function of the seed and its number, so that it stays there when the store grows or is
-    made anew; the share is met by chance, within about `sqrt(validation / n_sequences)`.
+    Rows of a sequence see the same text, so a split by rows would validate on text that was trained on. The side of a
+    sequence depends on the seed and its number alone, so it stays the same when the store grows or is made again. The
+    share is met by chance, to within about `sqrt(validation / n_sequences)`.
 
     Args:
-        store: whose sequences.
+        store: the store to split.
         validation: share of the sequences, between 0 and 1.
-        seed: decides which.
+        seed: decides which sequences.
 
     Raises:
-        ConfigError: the share is none, or leaves one side without a sequence.
+        ConfigError: the share is not between 0 and 1, or leaves one side without a sequence.
 
     Examples:
         >>> train, held_out = ac.split_sequences(store, validation=0.25, seed=0)
@@ -54,7 +57,7 @@ def split_sequences(store: Store, validation: float = 0.05, seed: int = 0) -> tu
 
 
 def _fractions(n: int, seed: int) -> NDArray[np.float64]:
-    """A number from 0 to below 1 for each of n sequences, from its number and a seed alone (splitmix64)."""
+    """A number in [0, 1) for each of n sequences, from its number and the seed alone (splitmix64)."""
     start = int.from_bytes(hashlib.sha256(f"split,{seed}".encode()).digest()[:8], "little")
     with np.errstate(over="ignore"):
         words = np.uint64(start) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)

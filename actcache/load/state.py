@@ -1,4 +1,7 @@
-"""Where a loader is: a small JSON-able dict, and what is refused when one is loaded."""
+"""Where a loader is, as a small JSON-able dict.
+
+In: a dict that somebody wants to load. Out: a place and settings, or a `StateError` that says what is wrong with it.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,19 @@ from actcache.spec import digest_of
 
 STATE_VERSION = 2
 _MOST_NAMES = 500
-"""Characters of site names that a state has room for."""
+"""Characters of site names that a state keeps; longer lists become a digest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """After which batch: of the batches that all processes have had together."""
+    """Which batch is next. Batches of all ranks are counted together."""
 
     first_epoch: int = 0
-    """Where the epochs that are being delivered began."""
+    """The first of the epochs that are being delivered."""
     epoch: int = 0
     """The epoch of the next batch."""
     batch: int = 0
-    """Batches of that epoch that were delivered."""
+    """Batches of that epoch that have been delivered."""
 
 
 _MOST = (1 << 63) - 1
@@ -33,36 +36,36 @@ _LIMITS = {
     "settings": {"lanes": (1, MOST_LANES), "chunks_per_window": (1, _MOST)},
     "state": {"world_size": (1, _MOST), **{field.name: (0, _MOST) for field in fields(Place)}},
 }
-"""What the numbers of a state can be, those that are not compared with the loader's own."""
+"""Limits of the numbers in a state that are not compared with the loader's own."""
 _FIELDS = {"version", "fingerprint", "settings", *_LIMITS["state"]}
 
 
-def checked_state(state: Any, fingerprint: str | None, path: str) -> dict[str, Any]:
-    """A state of this version, from one of this or the one before, that belongs to this store.
+def parse_state(state: Any, fingerprint: str | None, path: str) -> dict[str, Any]:
+    """A state of this store, brought to the current version.
 
     Raises:
-        StateError: it is of an unknown version, of another store, or no state.
+        StateError: its version is unknown, it belongs to another store, or it is not a state.
     """
     if not isinstance(state, Mapping):
-        raise _no_state(f"it is {shown(state)}")
+        raise _invalid(f"it is {shown(state)}")
     version = state.get("version")
     if type(version) is not int or version not in (1, STATE_VERSION):
         raise StateError(f"a loader state of version {shown(version)}; this actcache knows 1 and {STATE_VERSION}")
     unknown = sorted(map(str, state.keys() - _FIELDS))
     if unknown:
-        raise _no_state(f"it has a field {shown(unknown[0])}, which none has")
+        raise _invalid(f"it has a field {shown(unknown[0])}, which none has")
     if not isinstance(state.get("settings"), Mapping):
-        raise _no_state(f"its settings is {shown(state.get('settings'))}")
+        raise _invalid(f"its settings is {shown(state.get('settings'))}")
     settings = dict(state["settings"])
-    if version == 1:  # knew one lane
+    if version == 1:  # had one lane
         settings["lanes"] = 1
     sites = settings.get("sites")
     if isinstance(sites, list) and all(isinstance(site, str) for site in sites):
-        settings["sites"] = named(sites)
+        settings["sites"] = sites_in_state(sites)
     for part, values in (("settings", settings), ("state", state)):
         for name, (least, most) in _LIMITS[part].items():
             if type(values.get(name)) is not int or not least <= values[name] <= most:
-                raise _no_state(f"its {name} is {shown(values.get(name))}, where {least} to {most} is possible")
+                raise _invalid(f"its {name} is {shown(values.get(name))}, where {least} to {most} is possible")
     if state.get("fingerprint") != fingerprint:
         raise StateError(
             f"the loader state belongs to another store (fingerprint {_plain(state.get('fingerprint'))}), "
@@ -74,45 +77,45 @@ def checked_state(state: Any, fingerprint: str | None, path: str) -> dict[str, A
     return found
 
 
-def checked_place(state: Mapping[str, Any], n_batches: int) -> Place:
-    """The place of a checked state, whose settings are those of a loader with so many batches an epoch.
+def parse_place(state: Mapping[str, Any], n_batches: int) -> Place:
+    """The place in a parsed state, for a loader of the same settings with `n_batches` batches an epoch.
 
     Raises:
-        StateError: there is no such place.
+        StateError: the place is impossible.
     """
     place, epochs = Place(**{field.name: state[field.name] for field in fields(Place)}), state["settings"]["epochs"]
     last = None if epochs is None else place.first_epoch + epochs
     if place.epoch < place.first_epoch or (last is not None and place.epoch > last):
-        upto = "on" if last is None else f"to {last}"
-        raise _no_state(f"its epoch is {place.epoch}, where {place.first_epoch} {upto} is possible")
+        limit = "on" if last is None else f"to {last}"
+        raise _invalid(f"its epoch is {place.epoch}, where {place.first_epoch} {limit} is possible")
     most = 0 if place.epoch == last else n_batches
     if place.batch > most:
-        raise _no_state(f"its batch is {place.batch}, where 0 to {most} is possible in epoch {place.epoch}")
+        raise _invalid(f"its batch is {place.batch}, where 0 to {most} is possible in epoch {place.epoch}")
     if state["world_size"] > n_batches:
-        raise _no_state(f"its world_size is {state['world_size']}, where 1 to {n_batches} is possible")
+        raise _invalid(f"its world_size is {state['world_size']}, where 1 to {n_batches} is possible")
     return place
 
 
-def _no_state(why: str) -> StateError:
-    return StateError(f"this is no state of a loader: {why}; load one that state_dict() gave")
+def _invalid(why: str) -> StateError:
+    return StateError(f"this is no state of a loader: {why}; load one that state_dict() returned")
 
 
 def _plain(value: Any) -> str:
     return value[:100] if isinstance(value, str) else shown(value)
 
 
-def named(sites: Sequence[str]) -> list[str] | str:
-    """Site names as a state has them: as they are, or where that would be long their number and digest."""
+def sites_in_state(sites: Sequence[str]) -> list[str] | str:
+    """Site names as a state keeps them: the names, or their number and digest if that would be long."""
     if sum(map(len, sites)) <= _MOST_NAMES:
         return list(sites)
     return f"{len(sites)} sites, sha256 {digest_of(list(sites))[:32]}"
 
 
 def check_settings(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Raise StateError, with what differs, unless both settings are the same."""
+    """Raise `StateError` with the differences, unless both settings are the same."""
     if differ(mine.get("rows"), theirs.get("rows")):
         raise StateError(
-            f"the loader state was saved with {_choice(theirs)}, this loader has {_choice(mine)}; "
+            f"the loader state was saved with {_rows_of(theirs)}, this loader has {_rows_of(mine)}; "
             "give the rows= that it was saved with"
         )
     differences = [
@@ -126,21 +129,21 @@ def check_settings(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
 
 
 def differ(one: Any, other: Any) -> bool:
-    """Whether two values are not the same, or not of the same type: 20 is not 20.0, and 1 is not True."""
+    """Whether two values differ in value or in type: 20 is not 20.0, and 1 is not True."""
     return type(one) is not type(other) or bool(one != other)
 
 
-def _choice(settings: Mapping[str, Any]) -> str:
-    """Which rows a state's settings are for, in words."""
+def _rows_of(settings: Mapping[str, Any]) -> str:
+    """The selection of rows in a state's settings, in words."""
     return f"a choice of rows (digest {_plain(settings['rows'])})" if settings.get("rows") else "all rows"
 
 
 _DIGESTS, _DIGEST_CHARACTERS = ("fingerprint", "rows"), 16
-"""What has a digest for a value, and how much of it `packed` states have: 64 bits, which no two are going to share."""
+"""Fields whose value is a digest, and how much of it packed states keep: 64 bits, enough to tell stores apart."""
 
 
-def packed(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The states of several loaders as one: what is the same in all is said once, and of digests only the beginning."""
+def pack_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The states of several loaders as one dict, with equal values kept once and digests shortened."""
     flat = [{**state, **state["settings"]} for state in states]
     each = {name: [state.get(name) for state in flat] for name in sorted(set().union(*flat) - {"settings"})}
     for name in each.keys() & _DIGESTS:
@@ -149,11 +152,11 @@ def packed(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"all": same, "each": {name: values for name, values in each.items() if name not in same}}
 
 
-def unpacked(state: Any, mine: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The states that were `packed`, for loaders whose own states are `mine`: from those come the rests of digests.
+def unpack_states(state: Any, mine: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The states that `pack_states` packed, for loaders whose own states are `mine`: these complete the digests.
 
     Raises:
-        ValueError: it is no such thing; the message says why.
+        ValueError: `state` is not packed states; the message says why.
     """
     same, each = (state.get(part) if isinstance(state, Mapping) else None for part in ("all", "each"))
     if not isinstance(same, Mapping) or not isinstance(each, Mapping) or len(state) != 2 or same.keys() & each.keys():
@@ -177,5 +180,5 @@ State = Mapping[str, Any]
 
 
 def how_far(state: State) -> tuple[int, ...]:
-    """What of a loader's state grows with every batch."""
+    """The part of a loader's state that grows with every batch."""
     return (state["step"],) if "step" in state else (state["epoch"], state["batch"])

@@ -21,7 +21,7 @@ from actcache.errors import ActcacheError, ConfigError, ServingError, StateError
 from actcache.files import path_of, shown
 from actcache.load import Batch
 from actcache.load.arguments import device_of, dtype_of
-from actcache.load.batches.origin import ShardTables, lookup
+from actcache.load.batches.origin import ShardTables, look_up
 from actcache.load.state import State
 from actcache.share.copies import Copies
 from actcache.share.messages import PROTOCOL, Lines, Message
@@ -213,7 +213,7 @@ class _Origin:
     rows: NDArray[np.int64]
 
     def column(self, name: str) -> NDArray[np.int64]:
-        return lookup(self.tables(), self.rows_per_shard, self.rows, name)
+        return look_up(self.tables(), self.rows_per_shard, self.rows, name)
 
 
 def _tables_of(path: str) -> ShardTables:

@@ -21,7 +21,7 @@ from actcache.errors import ConfigError
 from actcache.files import path_of, shown
 from actcache.load import Batch, Loader
 from actcache.load.batches.batch_memory import BatchMemory
-from actcache.load.state import State, check_settings, checked_place, checked_state, how_far
+from actcache.load.state import State, check_settings, how_far, parse_place, parse_state
 from actcache.share.messages import PROTOCOL, Lines, Message
 from actcache.share.shared_memory import SharedMemory
 from actcache.spec import Progress, check_callable, check_positive, expand_names
@@ -316,9 +316,9 @@ class _Server:
 
     def _checked(self, state: Any) -> State:
         """A state that a consumer brings, if it is one of what is served from now on."""
-        found = checked_state(state, self._state["fingerprint"], self._loader.store.path)
+        found = parse_state(state, self._state["fingerprint"], self._loader.store.path)
         check_settings(found["settings"], self._state["settings"])
-        checked_place(found, self._loader.plan.n_batches)
+        parse_place(found, self._loader.plan.n_batches)
         if self._begun and how_far(found) < how_far(self._state):
             raise ValueError(
                 f"the state is that of epoch {found['epoch']}, batch {found['batch']}, and the others are past it; "

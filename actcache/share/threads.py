@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from actcache.errors import ConfigError, StateError
 from actcache.files import shown
 from actcache.load import Batch, Loader, MixedLoader
-from actcache.load.arguments import dtype_of, switch
+from actcache.load.arguments import check_switch, dtype_of
 from actcache.load.state import State, how_far
 from actcache.share.copies import Copies
 from actcache.spec import check_positive, expand_names
@@ -64,7 +64,7 @@ def share_batches(
     check_positive("share_batches", n_consumers=n_consumers, batches_ahead=batches_ahead)
     if not isinstance(loader, Loader | MixedLoader):
         raise ConfigError(f"share_batches: loader must be a Loader or a MixedLoader, got {shown(loader)}")
-    dtype, copy = dtype and dtype_of("share_batches", dtype), switch("share_batches", "copy", copy)
+    dtype, copy = dtype and dtype_of("share_batches", dtype), check_switch("share_batches", "copy", copy)
     for name, given in {"sites": sites, "states": states}.items():
         if given is not None and (isinstance(given, str) or not isinstance(given, Sequence)):
             raise ConfigError(f"share_batches: {name} must be a list with one for each consumer, got {shown(given)}")

@@ -1,4 +1,4 @@
-"""What a loader hands out: rows of several sites, and where they come from when somebody asks."""
+"""What a loader hands out: aligned rows of several sites, which know where they come from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Origin(Protocol):
     """Where some rows come from."""
 
     def column(self, name: str) -> NDArray[np.int64]:
-        """One of `tokens`, `sequences`, `positions`, `documents`, for all of them."""
+        """One of `tokens`, `sequences`, `positions`, `documents`, for all of these rows."""
 
 
 class Batch(Mapping[str, "torch.Tensor"]):
@@ -38,12 +38,12 @@ class Batch(Mapping[str, "torch.Tensor"]):
         self.rows = rows
         """`(B,)` int64 global row ids, on the CPU."""
         self.source = source
-        """Which of the loaders of a `MixedLoader` it comes from."""
+        """The number of the loader in a `MixedLoader` that made it."""
         self._origins = origins
         self._columns: dict[str, torch.Tensor] = {}
 
     def with_tensors(self, activations: dict[str, torch.Tensor], rows: torch.Tensor) -> Batch:
-        """The same rows in other tensors; it knows as much about where they come from."""
+        """The same rows in other tensors, with the same knowledge of where they come from."""
         return Batch(activations, rows, self._origins, self.source)
 
     def __repr__(self) -> str:
@@ -66,7 +66,7 @@ class Batch(Mapping[str, "torch.Tensor"]):
 
     @property
     def sequences(self) -> torch.Tensor:
-        """`(B,)` int64 number of the sequence that each row is from, on the CPU."""
+        """`(B,)` int64 number of the sequence of each row, on the CPU."""
         return self._column("sequences")
 
     @property
@@ -76,7 +76,7 @@ class Batch(Mapping[str, "torch.Tensor"]):
 
     @property
     def documents(self) -> torch.Tensor:
-        """`(B,)` int64 number of the text that each row is from, on the CPU."""
+        """`(B,)` int64 number of the document of each row, on the CPU."""
         return self._column("documents")
 
     def _column(self, name: str) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""Memory of batches, reused once the last tensor on it is gone."""
+"""Memory of batches, reused once the last tensor on it is gone.
+
+In: shapes and dtypes. Out: uninitialised tensors on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import torch
 
-
 _ALIGNMENT = 64
-"""Bytes: a cache line, and what JAX asks of memory that it takes over without a copy."""
+"""Bytes: a cache line, and what JAX requires of memory that it takes over without a copy."""
 
 
 def _aligned(shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -38,12 +40,12 @@ _STORED = {
 class BatchMemory:
     """Batch buffers, handed out as tensors and taken back when the last tensor or view on one is gone.
 
-    `torch.from_numpy` keeps the array alive for as long as any tensor shares its memory; each tensor gets an array
-    object of its own (a view of a kept buffer), whose end of life returns the buffer. So a consumer may keep or modify
-    whatever it got.
+    `torch.from_numpy` keeps its array alive for as long as any tensor shares the memory. Each tensor gets its own array
+    object, a view of a kept buffer, and the buffer is free again when that object dies. So a consumer may keep or
+    modify the tensors it gets.
 
     Args:
-        allocate: makes a buffer `(n_rows, width)`; by default in this process's own memory.
+        allocate: makes a buffer `(n_rows, width)`; by default in the memory of this process.
     """
 
     def __init__(self, allocate: Callable[[tuple[int, int], np.dtype[Any]], NDArray[Any]] = _aligned) -> None:
@@ -61,7 +63,7 @@ class BatchMemory:
         free = self._free.setdefault((n_rows, width, stored), [])
         kept = free.pop() if free else self._allocate((n_rows, width), np.dtype(stored))
         handed_out = kept[:]
-        # What is called then is no function of Python's: an interrupt in one would be lost, like all errors there.
+        # The callback is not a Python function: an interrupt inside one would be lost, like all errors there.
         lent = _Lent(handed_out, self._returned.append)
         lent.kept, lent.free = kept, free
         self._lent[id(lent)] = lent
@@ -69,14 +71,14 @@ class BatchMemory:
         return tensor.view(torch.bfloat16) if dtype == torch.bfloat16 else tensor
 
     def _take_back(self) -> None:
-        """Buffers of tensors that are gone are free again."""
+        """Free the buffers whose tensors are gone."""
         while self._returned:
             lent = self._lent.pop(id(self._returned.popleft()))
             lent.free.append(lent.kept)
 
 
 class _Lent(weakref.ref[NDArray[Any]]):
-    """A buffer that tensors lie in."""
+    """A weak reference to the array of a tensor, with the buffer below it."""
 
     kept: NDArray[Any]
     free: list[NDArray[Any]]

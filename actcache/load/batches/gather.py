@@ -1,4 +1,7 @@
-"""From windows to batches: rows gathered, widened, multiplied out and normalised, on the way into reused memory."""
+"""From windows to batches on the CPU: rows are gathered, widened, multiplied by their scales, and normalised.
+
+In: a window, a site and places in it. Out: rows in the memory of a batch. `device/rows.py` does the same on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.kernels import round_to_bfloat16, take_rows
+from actcache.kernels.bits import tensor_bits
+from actcache.load.normalize import Normalization
 from actcache.load.windows.window import Window
 from actcache.memory import Scratch
 from actcache.store.codecs import dequantise_rows
@@ -17,20 +22,17 @@ from actcache.store.codecs import dequantise_rows
 if TYPE_CHECKING:
     import torch
 
-from actcache.kernels.bits import tensor_bits as _bits
-from actcache.load.normalize import Normalization
-
 _GATHER_BYTES = 1 << 19
-"""Rows gathered at a time: they stay in a core's cache until they are widened."""
+"""Bytes of rows gathered at a time: they stay in a core's cache until they are widened."""
 
 
 class Gather:
-    """Copies rows of a window to a stretch of a batch, in another dtype and normalised if need be.
+    """Copies rows of a window to a stretch of a batch, converted and normalised as needed.
 
-    Done on the calling thread, in one pass over memory where there are compiled loops: torch would split each copy over
-    a thread team of its own, and two teams on the same cores (this one and the trainer's) wait for each other more than
-    they work. What is wider on the way than in the end goes block by block, in cache. Numpy does the same, more slowly,
-    and has nothing to load first.
+    It works on the calling thread, in one pass over memory if there are compiled loops: torch would split each copy
+    over its own team of threads, and two teams on the same cores (that one and the trainer's) spend more time waiting
+    for each other than working. Rows that are wider on the way than in the batch go block by block, in cache. Numpy
+    does the same more slowly, without anything to load first.
     """
 
     def __init__(
@@ -42,19 +44,19 @@ class Gather:
         self._is_bfloat16 = logical == torch.bfloat16
         self._scratch, self._wide = Scratch(), Scratch()
         self.loops_loaded = False
-        """Whether compiled loops are used, where there are any."""
+        """Whether compiled loops are used, if there are any."""
 
     def __call__(self, window: Window, site: str, places: NDArray[np.int64], target: torch.Tensor) -> None:
         """`target[i] = window row places[i]`."""
         if site not in window.scales and self.out == self.logical and site not in self.normalization:
-            np.take(window.values[site], places, axis=0, out=_bits(target), mode="clip")
+            np.take(window.values[site], places, axis=0, out=tensor_bits(target), mode="clip")
         elif (loop := self._compiled(window, site, str(self.out))) is not None:
-            loop(places, _bits(target))
+            loop(places, tensor_bits(target))
         else:
             self._block_by_block(window, site, places, target)
 
     def _block_by_block(self, window: Window, site: str, places: NDArray[np.int64], target: torch.Tensor) -> None:
-        """As float32 first, and from there to what is asked for."""
+        """Convert to float32 first, and from there to the dtype of the batch."""
         import torch
 
         in_place, width = self.out == torch.float32, target.shape[1]
@@ -63,13 +65,13 @@ class Gather:
         for start in range(0, len(places), block_rows):
             part = places[start : start + block_rows]
             here = target[start : start + len(part)]
-            wide = _bits(here) if in_place else self._float32(self._wide, (len(part), width))
+            wide = tensor_bits(here) if in_place else self._float32(self._wide, (len(part), width))
             widen(part, wide)
             if not in_place:
                 self._narrow(wide, here)
 
     def load_loops(self, window: Window) -> None:
-        """Use compiled loops from now on. In a process that has none yet, loading them takes half a second."""
+        """Use compiled loops from now on. The first time in a process, loading them takes half a second."""
         import torch
 
         self.loops_loaded = True
@@ -80,7 +82,7 @@ class Gather:
     def _compiled(
         self, window: Window, site: str, out: str
     ) -> Callable[[NDArray[np.int64], NDArray[Any]], None] | None:
-        """The compiled loop that gathers rows as `out`; None where there is none."""
+        """The compiled loop that gathers rows as `out`; None if there is none."""
         values, scales, done = window.values[site], window.scales.get(site), self.normalization.get(site)
         if (
             not self.loops_loaded
@@ -121,17 +123,17 @@ class Gather:
             np.multiply(wide, np.float32(done.scale), out=wide)
 
     def _narrow(self, wide: NDArray[np.float32], target: torch.Tensor) -> None:
-        """Round once, at the end; or widen further."""
+        """From float32 to the dtype of the batch, rounded once; float64 is wider."""
         import torch
 
         loop = round_to_bfloat16() if self.out == torch.bfloat16 else None
         if loop is None:
             target.copy_(torch.from_numpy(wide))
         else:
-            loop(wide.view(np.uint32), _bits(target))
+            loop(wide.view(np.uint32), tensor_bits(target))
 
     def _float32(self, memory: Scratch, shape: tuple[int, int]) -> NDArray[np.float32]:
-        """Reused memory, valid until it is asked for again."""
+        """Reused memory, valid until the next call."""
         return np.frombuffer(memory.take(4 * shape[0] * shape[1]), np.float32).reshape(shape)
 
 

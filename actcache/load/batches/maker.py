@@ -1,4 +1,7 @@
-"""One batch, from the windows that hold its rows."""
+"""One batch, from the windows that hold its rows.
+
+In: a lane of an epoch, the number of a batch, the lane's windows. Out: a `Batch`.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class BatchMaker:
-    """Makes batches of a store's sites in a dtype, on a device, normalised if need be.
+    """Makes batches of a store's sites in a dtype, on a device, and normalised.
 
     Raises:
         ConfigError: the device cannot be used.
@@ -43,34 +46,38 @@ class BatchMaker:
     ) -> None:
         import torch
 
-        self._store, self._sites, self._dtype, self._clock = store, sites, dtype, clock
+        self.store = store
+        self.clock = clock
+        self._sites = sites
+        self._dtype = dtype
         self._gather = Gather(getattr(torch, store.spec.dtype), dtype, normalization)
-        self._link, self._there = link_to(device), None
+        self._link = link_to(device)
+        self._there: DeviceGather | None = None
         if self._link is not None:
             self._there = DeviceGather(self._link, store.spec, sites, dtype, normalization)
         self.memory = BatchMemory()
-        """Where batches for the CPU are made."""
+        """Memory of the batches on the CPU."""
         self._tables = ShardTables(store)
         self._origin: dict[int, tuple[Window, int, int, Origin]] = {}
 
     def window(self, n_rows: int) -> Window:
-        """Room for a window, where batches can be made of it."""
-        return Window(self._store, self._sites, n_rows, None if self._there is None else self._there.window(n_rows))
+        """An empty window, in memory from which batches are made."""
+        return Window(self.store, self._sites, n_rows, None if self._there is None else self._there.window(n_rows))
 
     def load_loops(self, window: Window) -> None:
-        """Use compiled loops for the batches to come; after the first one, which is there sooner without."""
+        """Use compiled loops for the following batches; the first batch comes sooner without them."""
         if window.there is None and not self._gather.loops_loaded:
-            # In a thread that no interrupt reaches: a module that is half imported stays so.
+            # In a thread that interrupts do not reach: a half-imported module would stay half imported.
             with ThreadPoolExecutor(1, thread_name_prefix="actcache-loops") as apart:
                 apart.submit(self._gather.load_loops, window).result()
 
     def batch(self, lane: Lane, number: int, stream: LaneStream) -> tuple[Batch, Callable[[], None]]:
-        """A lane's batch of that number, and what its consumer's thread has to call before it is its own."""
+        """A batch of a lane, and what its consumer's thread must call before it uses the batch."""
         import torch
 
         began, waited = perf_counter(), 0.0
         begin, end = lane.batch_span(number)
-        acts = {site: self._batch_memory(end - begin, self._store.spec.site(site).width) for site in self._sites}
+        acts = {site: self._batch_memory(end - begin, self.store.spec.site(site).width) for site in self._sites}
         rows, origins = torch.empty(end - begin, dtype=torch.int64), []
         for wanted in lane.batch_windows(number):
             asked = perf_counter()
@@ -84,10 +91,10 @@ class BatchMaker:
             if window.there is None:
                 for site, target in targets.items():
                     self._gather(window, site, piece.places, target)
-            else:  # which has the order of its rows, too
+            else:  # the window on the device has the order of its rows
                 window.there.take(begin + piece.start - int(lane.starts[wanted]), targets)
         hand_over = _nothing if self._link is None else self._link.hand_over(acts.values())
-        self._clock.add("gather", perf_counter() - began - waited)
+        self.clock.add("gather", perf_counter() - began - waited)
         return Batch(acts, rows, origins), hand_over
 
     def _batch_memory(self, n_rows: int, width: int) -> torch.Tensor:
@@ -96,13 +103,13 @@ class BatchMaker:
         return self._link.gathers.empty((n_rows, width), self._dtype)
 
     def _origin_of(self, window: Window) -> Origin:
-        """Where a window's rows are from, one object for all its batches."""
+        """Where a window's rows come from; one object for all its batches."""
         kept = self._origin.get(window.lane.number)
         if kept is None or kept[:3] != (window, window.lane.epoch, window.number):
-            origin = Origin(self._tables, self._store.spec.rows_per_shard, window.row_ids)
+            origin = Origin(self._tables, self.store.spec.rows_per_shard, window.row_ids)
             kept = self._origin[window.lane.number] = (window, window.lane.epoch, window.number, origin)
         return kept[3]
 
 
 def _nothing() -> None:
-    """A batch in the memory of the CPU is its consumer's as it is."""
+    """A batch on the CPU can be used at once."""

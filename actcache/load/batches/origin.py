@@ -1,79 +1,70 @@
 """Where the rows of a batch come from: token, sequence, position and document, read when somebody asks.
 
-A window's rows are looked up together, each shard's row table once; tables are kept for the windows that follow, as
-many as fit.
+In: row ids. Out: a column for them. The rows of a window are looked up together, reading each shard's row table once;
+tables stay in memory for the windows that follow, as many as fit.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from actcache.memory import Kept
+
 if TYPE_CHECKING:
     from actcache.store import Store
 
-
 _COLUMN_OF = {"tokens": "token", "sequences": "sequence", "positions": "position"}
-
-
 _KEPT_BYTES = 128 << 20
-"""Of row tables, for the windows that follow."""
+"""Bytes of row tables that are kept."""
 
 
 class ShardTables:
-    """Columns of the row tables of a store's shards, the ones used last kept."""
+    """Columns of the row tables of a store's shards; the latest ones are kept."""
 
     def __init__(self, store: Store) -> None:
-        self._store, self._lock = store, threading.Lock()
-        self._kept: OrderedDict[tuple[str, int], NDArray[np.uint32]] = OrderedDict()
-        self._n_bytes = 0
+        self._store = store
+        self._kept = Kept[tuple[str, int], dict[str, NDArray[np.uint32]]](_KEPT_BYTES)
 
     def column(self, name: str, shard: int) -> NDArray[np.uint32]:
         """One of `tokens`, `sequences`, `positions`, `documents` for a shard's rows, in row order."""
-        with self._lock:
-            if (name, shard) not in self._kept:
-                self._read(name, shard)
-            self._kept.move_to_end((name, shard))
-            values = self._kept[name, shard]
-            while self._n_bytes > _KEPT_BYTES and len(self._kept) > 1:
-                self._n_bytes -= self._kept.popitem(last=False)[1].nbytes
-        return values
+        read = self._read_documents if name == "documents" else self._read_table
+        return self._kept.get((read.__name__, shard), lambda: read(shard))[name]
 
-    def _read(self, name: str, shard: int) -> None:
+    def _read_table(self, shard: int) -> tuple[dict[str, NDArray[np.uint32]], int]:
         table = self._store.shard_row_table(shard)
-        columns = {column: table[stored] for column, stored in _COLUMN_OF.items()}
-        if name == "documents":
-            first = self._store.spec.shard_sequences(shard).start
-            of_tokens = self._store.shard_documents(shard)
-            columns[name] = of_tokens[table["sequence"].astype(np.int64) - first, table["position"]]
-        for column, values in columns.items():
-            if (column, shard) not in self._kept:
-                self._kept[column, shard] = values
-                self._n_bytes += values.nbytes
+        columns = {name: table[stored] for name, stored in _COLUMN_OF.items()}
+        return columns, sum(column.nbytes for column in columns.values())
+
+    def _read_documents(self, shard: int) -> tuple[dict[str, NDArray[np.uint32]], int]:
+        sequences = self.column("sequences", shard).astype(np.int64) - self._store.spec.shard_sequences(shard).start
+        documents = self._store.shard_documents(shard)[sequences, self.column("positions", shard)]
+        return {"documents": documents}, documents.nbytes
 
 
 class Origin:
     """Where the rows of one window come from."""
 
     def __init__(self, tables: ShardTables, rows_per_shard: int, row_ids: NDArray[np.int64]) -> None:
-        self._tables, self._rows_per_shard, self._row_ids = tables, rows_per_shard, row_ids
+        self._tables = tables
+        self._rows_per_shard = rows_per_shard
+        self._row_ids = row_ids
         self._columns: dict[str, NDArray[np.int64]] = {}
         self._lock = threading.Lock()
 
     def column(self, name: str) -> NDArray[np.int64]:
-        """A column for all of the window's rows, in the order of its places."""
+        """A column for all rows of the window, in the order of its places."""
         with self._lock:
             if name not in self._columns:
-                self._columns[name] = lookup(self._tables, self._rows_per_shard, self._row_ids, name)
+                self._columns[name] = look_up(self._tables, self._rows_per_shard, self._row_ids, name)
             return self._columns[name]
 
 
-def lookup(tables: ShardTables, rows_per_shard: int, row_ids: NDArray[np.int64], name: str) -> NDArray[np.int64]:
-    """A column for some rows, each shard's table taken up once."""
+def look_up(tables: ShardTables, rows_per_shard: int, row_ids: NDArray[np.int64], name: str) -> NDArray[np.int64]:
+    """A column for some rows; each shard's table is read once."""
     shards, places = np.divmod(row_ids, rows_per_shard)
     by_shard = np.argsort(shards, kind="stable")
     present, firsts = np.unique(shards[by_shard], return_index=True)

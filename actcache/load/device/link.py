@@ -1,4 +1,7 @@
-"""The way of decoded chunks from host memory to a device."""
+"""How decoded chunks get from host memory to a device.
+
+In: a device. Out: its two streams, host memory to decode into, and the points at which one stream waits for another.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +15,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import ConfigError
+from actcache.load.device.streams import CudaStream, Event, PlainStream, Stream
 from actcache.store.codecs.chain import STORED_DTYPE
 
 if TYPE_CHECKING:
     import torch
 
-from actcache.load.device.streams import CudaStream, Event, PlainStream, Stream
-
 
 class DeviceLink:
-    """The way of a loader's rows to a device, and the order of what is done there.
+    """Brings a loader's rows to a device, and keeps the work there in order.
 
     Chunks are copied into windows on one stream, batches are gathered from windows on another, and the consumer works
-    on its own. The device itself waits for what one needs of another:
+    on a third. The device, not a thread, waits where one stream needs what another does:
 
-    - `before_filling` a window: copies wait for the gathers from what it held before;
+    - `before_filling` a window: copies wait for the gathers from its previous content;
     - `after_filling`: gathers wait for its copies;
     - `hand_over` of a batch: its consumer waits for its gathers.
 
     Threads wait in one place only: before they decode into memory from which an earlier chunk is still being copied.
-    Windows and batches are memory of the gathering stream, and the other one that uses them is registered with it.
+    Windows and batches are memory of the gathering stream; the other streams that use them are registered with it.
     """
 
     def __init__(self, device: torch.device, streams: type[Stream]) -> None:
@@ -40,21 +42,21 @@ class DeviceLink:
         self._of_thread = threading.local()
 
     def window_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Memory for rows of a window."""
+        """Memory on the device for rows of a window."""
         memory = self.gathers.empty(shape, dtype)
         self.copies.uses(memory)
         return memory
 
     def before_filling(self) -> None:
-        """Copies that are asked for from now on may write over what was gathered from until now."""
+        """Let later copies wait for the gathers so far: they may overwrite what was gathered from."""
         self.copies.wait(self.gathers.record())
 
     def after_filling(self) -> None:
-        """Gathers that are asked for from now on may read what was copied until now."""
+        """Let later gathers wait for the copies so far."""
         self.gathers.wait(self.copies.record())
 
     def hand_over(self, tensors: Iterable[torch.Tensor]) -> Callable[[], None]:
-        """A call that makes these tensors of the gathering stream, as now asked for, the calling thread's own."""
+        """A call by which a thread takes over tensors of the gathering stream, with all work on them so far."""
         ready, batch = self.gathers.record(), list(tensors)
 
         def call() -> None:
@@ -67,12 +69,12 @@ class DeviceLink:
 
     @contextmanager
     def sending(self, target: torch.Tensor) -> Iterator[NDArray[Any]]:
-        """Host memory of the calling thread for a contiguous target on the device, to which it is copied at the end.
+        """Host memory of the calling thread, which is copied to a contiguous target on the device in the end.
 
-        It has the target's shape and the dtype of stored values. A thread has memory for two chunks: one is decoded
-        while the other is copied. Windows have no memory on the CPU: page-locked memory is taken from everybody else,
-        torch rounds it up to a power of two (https://github.com/pytorch/pytorch/pull/171662), and a chunk that has just
-        been decoded is sent from the core's cache.
+        It has the target's shape and the dtype of stored values. A thread has memory for two chunks, so that one is
+        decoded while the other is copied. Windows have no memory on the CPU: page-locked memory is lost to everybody
+        else, torch rounds it up to a power of two (https://github.com/pytorch/pytorch/pull/171662), and a chunk that
+        has just been decoded is sent from the core's cache.
         """
         sent = self._next_sent()
         if sent.copied is not None:
@@ -92,12 +94,12 @@ class DeviceLink:
         return kept["turns"][0]
 
     def send(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy to the device; where the source is pinned it has to stay as it is until then."""
+        """Copy to the device. A pinned source must not change until the copy is done."""
         self.copies.run(lambda: target.copy_(source, non_blocking=source.is_pinned()))
 
 
 class _Sent:
-    """Host memory that a device copies from, and when it has done so."""
+    """Host memory that a device copies from, and the end of the last copy."""
 
     def __init__(self) -> None:
         import torch
@@ -107,7 +109,7 @@ class _Sent:
 
 
 def link_to(device: torch.device) -> DeviceLink | None:
-    """The link to a device; None to the CPU, where batches are made of windows in its own memory.
+    """The link to a device; None for the CPU, where windows and batches are ordinary memory.
 
     Raises:
         ConfigError: the device cannot be used.
@@ -117,7 +119,7 @@ def link_to(device: torch.device) -> DeviceLink | None:
     if device.type == "cpu":
         return None
     try:
-        # With its number: "cuda" means the calling thread's GPU, and other threads may be set to another one.
+        # With its number: "cuda" means the GPU of the calling thread, and other threads may use another one.
         device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         found = str(error).splitlines()[0]

@@ -1,7 +1,7 @@
-"""A loader's rows on a GPU or another device: windows lie there, and batches are made of them there.
+"""Windows on a GPU or another device, and batches made of them there.
 
-In: chunks as threads decode them, in the stored dtype. Out: batches, gathered, multiplied out, normalised and cast on
-the device; what left the CPU never comes back to it.
+In: chunks as threads decode them, in the stored dtype. Out: batches, gathered, multiplied by their scales, normalised
+and cast on the device. Nothing is copied back to the CPU.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from actcache.load.device.link import DeviceLink
+from actcache.load.device.streams import Step
 from actcache.store.format.site_arrays import arrays_of, exponents_of
 
 if TYPE_CHECKING:
@@ -19,16 +21,14 @@ if TYPE_CHECKING:
 
     from actcache.load.normalize import Normalization
     from actcache.spec import StoreSpec
-from actcache.load.device.link import DeviceLink
-from actcache.load.device.streams import Step
 
 
 class DeviceGather:
     """Takes rows of windows on a device, multiplied out, normalised and cast: to the same bits as `Gather` on the CPU.
 
-    Rows are gathered for each batch. The other way, to bring a window into its order once so that batches are slices,
-    moves no fewer bytes: rows would be read and written as stored for it, then read again for the batch, which has to
-    have memory of its own; and where nothing is done to the values, twice as many. It would take a third window, too.
+    Rows are gathered for each batch. The alternative, to permute a window once so that batches are slices of it, does
+    not move fewer bytes: rows are read and written for the permutation and read again for the batch, which needs its
+    own memory; that is twice as many bytes if nothing is done to the values. It also takes a third window.
 
     Each step rounds to float32, and the last one to the dtype of the batch, as on the CPU; torch's kernels for mixed
     dtypes widen what they read and narrow what they write in the same pass.
@@ -46,7 +46,7 @@ class DeviceGather:
         self._steps = {site: self._steps_of(site, normalization.get(site)) for site in sites}
 
     def window(self, n_rows: int) -> DeviceWindow:
-        """Room for a window of so many rows."""
+        """An empty window of `n_rows` rows."""
         return DeviceWindow(self, n_rows)
 
     def take(
@@ -111,13 +111,13 @@ class DeviceWindow:
                 self.rows[site.name, "scale"] = self.link.window_memory((n_rows,), torch.bfloat16)
 
     def send_order(self, order: NDArray[np.int64]) -> None:
-        """Send the places of the window's rows in the order in which batches take them."""
+        """Send the places of the rows, in the order in which batches take them."""
         import torch
 
         self.link.send(torch.from_numpy(order), self._places[: len(order)])
 
     def take(self, first: int, targets: Mapping[str, torch.Tensor]) -> None:
-        """Rows from place `first` of the order on, as many as each site's target `(B, D)` has."""
+        """Fill each site's target `(B, D)` with the rows from place `first` of the order on."""
 
         def work() -> None:
             for site, target in targets.items():

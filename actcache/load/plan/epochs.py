@@ -17,10 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import ConfigError
-from actcache.order import permutation
+from actcache.order import CHUNK_ORDER, ROW_ORDER, permutation
 from actcache.spec import check_positive
-
-_CHUNK_ORDER, _ROW_ORDER = 1, 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,7 +122,7 @@ class Plan:
     def epoch(self, epoch: int) -> Epoch:
         """The order of one epoch."""
         if self.reading is None:
-            chunks = permutation(self.n_chunks, self.seed, _CHUNK_ORDER, epoch)
+            chunks = permutation(self.n_chunks, self.seed, CHUNK_ORDER, epoch)
         else:
             chunks = np.arange(self.n_chunks)
         if self.chunk_table is None:
@@ -228,7 +226,7 @@ class Lane:
         """
         n = int(self.starts[window + 1] - self.starts[window])
         lane = () if self.plan.lanes == 1 else (self.number,)
-        return permutation(n, self.plan.seed, _ROW_ORDER, self.epoch, window, *lane)
+        return permutation(n, self.plan.seed, ROW_ORDER, self.epoch, window, *lane)
 
     def row_ids(self, window: int) -> NDArray[np.int64]:
         """Row id of each place of a window."""

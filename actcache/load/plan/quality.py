@@ -1,4 +1,7 @@
-"""How well a shuffle mixes, measured: what a report says, and the figures in it, from any batches of row ids."""
+"""How well a shuffle mixes, measured.
+
+In: row ids of batches, and the sequence of each row. Out: a report with figures that a true permutation would give.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ _RUNS = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShuffleReport:
-    """What batches of an epoch look like beside those of a true permutation of all rows.
+    """How batches of an epoch compare with those of a true permutation of all rows.
 
     Examples:
         >>> with ac.Loader(store, [site_out], batch_rows=128) as loader:
@@ -30,19 +33,19 @@ class ShuffleReport:
     n_batches: int
     """Batches that were looked at: some in a row, at ten places of the epoch."""
     batch_rows: int
-    """Rows of each."""
+    """Rows of each batch."""
     distinct_sequences: float
     """Mean number of distinct sequences in a batch."""
     expected_sequences: float
-    """That of a batch of a true permutation, by the hypergeometric distribution."""
+    """The same for a true permutation, by the hypergeometric distribution."""
     serial_correlation: float
-    """Of the ids of rows that follow each other: 0 of a true permutation."""
+    """Correlation of the ids of rows that follow each other: 0 for a true permutation."""
     chi_square: float
-    """Of the table of row deciles by places in the epoch, in units of clusters: chunks are permuted as a whole, and
-    their rows come together; so the statistic of rows is divided by the mean size of such clusters (the design effect
-    of Kish and of Rao and Scott)."""
+    """Statistic of the table of row deciles by places in the epoch, in units of clusters: chunks are permuted as a
+    whole, and their rows come together, so the statistic of rows is divided by the mean size of such clusters (the
+    design effect of Kish and of Rao and Scott)."""
     p_value: float
-    """Chance of a larger one, were each cluster as likely at any place."""
+    """Probability of a larger statistic if each cluster is equally likely at any place."""
 
     @property
     def ratio(self) -> float:
@@ -51,7 +54,7 @@ class ShuffleReport:
 
     @property
     def good(self) -> bool:
-        """Whether nothing tells the batches from those of a true permutation that a trainer would notice."""
+        """Whether the batches differ from those of a true permutation by nothing that a trainer would notice."""
         return (
             self.ratio >= GOOD_RATIO
             and abs(self.serial_correlation) <= MOST_CORRELATION
@@ -67,7 +70,7 @@ class ShuffleReport:
 
 
 def batches_to_look_at(n_batches: int, most: int) -> list[range]:
-    """Runs of batches in a row, at equal distances over the epoch."""
+    """Runs of consecutive batches, at equal distances over the epoch."""
     n_runs = min(_RUNS, n_batches)
     length = max(1, min(most // _RUNS, n_batches // n_runs))
     starts = [round(run * (n_batches - length) / max(1, n_runs - 1)) for run in range(n_runs)]
@@ -81,14 +84,14 @@ def shuffle_report(
     n_row_ids: int,
     rows_per_chunk: int,
 ) -> ShuffleReport:
-    """Figures of some batches.
+    """The report on some batches.
 
     Args:
-        runs: `(B,)` row ids of batches that follow each other, at several places of an epoch.
-        sequences_of: the sequence of each of some rows.
+        runs: `(B,)` row ids of consecutive batches, at several places of an epoch.
+        sequences_of: gives the sequence of each of some rows.
         rows_per_sequence: `(Q,)` rows that each sequence has in an epoch.
-        n_row_ids: row ids are below.
-        rows_per_chunk: of rows that may come together.
+        n_row_ids: all row ids are below this number.
+        rows_per_chunk: rows of a chunk, which may come together.
     """
     batches = [batch for run in runs for batch in run]
     batch_rows = len(batches[0])
@@ -105,9 +108,9 @@ def shuffle_report(
 
 
 def expected_sequences(rows_per_sequence: NDArray[np.int64], batch_rows: int) -> float:
-    """Distinct sequences in a sample of rows without replacement.
+    """Expected number of distinct sequences in a sample of rows without replacement.
 
-    A sequence of k of N rows is absent with chance `C(N - k, B) / C(N, B)`.
+    A sequence with k of N rows is absent with probability `C(N - k, B) / C(N, B)`.
     """
     n_rows, expected = int(rows_per_sequence.sum()), 0.0
     for size, count in zip(*(part.tolist() for part in np.unique(rows_per_sequence, return_counts=True)), strict=True):
@@ -121,7 +124,7 @@ def expected_sequences(rows_per_sequence: NDArray[np.int64], batch_rows: int) ->
 
 
 def _serial_correlation(runs: Sequence[Sequence[NDArray[np.int64]]]) -> float:
-    """Over pairs of rows in a row; rows of different runs are no pair."""
+    """Correlation over pairs of consecutive rows of a run."""
     orders = [np.concatenate(list(run)).astype(float) for run in runs]
     before, after = (np.concatenate(parts) for parts in zip(*((o[:-1], o[1:]) for o in orders), strict=True))
     if len(before) < 2 or before.std() == 0 or after.std() == 0:
@@ -132,7 +135,7 @@ def _serial_correlation(runs: Sequence[Sequence[NDArray[np.int64]]]) -> float:
 def _chi_square(
     runs: Sequence[Sequence[NDArray[np.int64]]], n_row_ids: int, rows_per_chunk: int
 ) -> tuple[float, float]:
-    """Statistic of row decile by run, per cluster of rows of one chunk in one run; and its p-value."""
+    """Statistic of row decile by run, in clusters (rows of one chunk in one run), and its p-value."""
     import torch
 
     table, squares, n_rows = np.zeros((len(runs), 10)), 0.0, 0

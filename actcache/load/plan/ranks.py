@@ -1,4 +1,4 @@
-"""Which batches of an order belong to one of several ranks."""
+"""Which batches, lanes and windows of an order one of several ranks needs: integers only."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ from actcache.load.plan.epochs import Epoch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Share:
-    """Which of an epoch's batches one of several processes gets: those whose number is its rank, modulo their number.
+class Rank:
+    """One of `world_size` processes that divide an epoch's batches: it gets those whose number is `rank` modulo that.
 
-    Every process gets as many: what is over at an epoch's end, fewer batches than there are processes, is left out.
+    Every process gets the same number: the batches left over at the end of an epoch, fewer than `world_size`, are left
+    out.
     """
 
     rank: int = 0
     world_size: int = 1
 
     def batches(self, n_batches: int, delivered: int) -> range:
-        """Numbers of this process's batches after the first `delivered`, which all of them together have had."""
+        """Numbers of this rank's batches, after all ranks together have had the first `delivered`."""
         first = delivered + (self.rank - delivered) % self.world_size
         rounds = (n_batches - delivered) // self.world_size
         return range(first, first + rounds * self.world_size, self.world_size)
 
     def lanes(self, n_lanes: int) -> range:
-        """The lanes that those batches come from."""
+        """The lanes that this rank's batches come from."""
         common = math.gcd(self.world_size, n_lanes)
         return range(self.rank % common, n_lanes, common)
 
     def windows(self, epoch: Epoch, lane: int, delivered: int) -> list[int]:
-        """Those windows of one of its lanes that it needs, in order."""
+        """The windows that this rank needs of one of its lanes, in order."""
         plan = epoch.plan
         numbers = self.batches(plan.n_batches, delivered)
         apart = math.lcm(self.world_size, plan.lanes)

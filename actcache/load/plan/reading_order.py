@@ -1,18 +1,15 @@
-"""Whole sequences in reading order, from a store whose rows are shuffled within their shards."""
+"""Whole sequences in reading order, from a store whose rows are shuffled within their shards.
+
+In: a plan and a store, whose row tables are read. Out: the plan in reading order; the places of rows in that order.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from actcache.load.plan.epochs import Plan
-    from actcache.store import Store
-
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from actcache.errors import ConfigError
 from actcache.load.plan.epochs import Plan, Reading
@@ -22,17 +19,17 @@ if TYPE_CHECKING:
     from actcache.store import Store
 
 
-def in_reading_order(plan: Plan, store: Store, row_bytes: int, memory_bytes: int) -> Plan:
-    """A plan's rows in reading order, as many whole sequences a batch as `batch_rows` has room for.
+def with_reading_order(plan: Plan, store: Store, row_bytes: int, memory_bytes: int) -> Plan:
+    """The plan with its rows in reading order; a batch is as many whole sequences as fit `batch_rows`.
 
     Raises:
-        ConfigError: not one sequence fits a batch, or two shards do not fit the memory.
+        ConfigError: a sequence does not fit in a batch, or two shards do not fit in the memory.
     """
     per_batch = plan.batch_rows // store.spec.rows_per_sequence
     if per_batch == 0:
         raise ConfigError(
             f'loader: order="sequence" gives whole sequences of {store.spec.rows_per_sequence} rows; batch_rows must '
-            f"be as many at least, got {plan.batch_rows}"
+            f"be at least that, got {plan.batch_rows}"
         )
     if plan.lanes != 1:
         raise ConfigError(f'loader: order="sequence" has one lane, the order of the store, got lanes={plan.lanes}')
@@ -43,24 +40,25 @@ def in_reading_order(plan: Plan, store: Store, row_bytes: int, memory_bytes: int
         starts = np.append(starts, plan.n_rows)
     per_shard = chunks_per_shard(store.spec)
     reading = Reading(chunks_per_shard=per_shard, batch_starts=starts)
-    found = replace(plan, reading=reading, chunks_per_window=per_shard)
-    if 2 * found.most_window_rows * row_bytes > memory_bytes:
+    in_order = replace(plan, reading=reading, chunks_per_window=per_shard)
+    if 2 * in_order.most_window_rows * row_bytes > memory_bytes:
         raise ConfigError(
-            'loader: order="sequence" holds two whole shards, whose rows are shuffled; give it '
-            f"memory={2 * found.most_window_rows * row_bytes} or more, or make a store with fewer sequences_per_shard"
+            'loader: order="sequence" holds two whole shards, because rows are shuffled within them; '
+            f"give it memory={2 * in_order.most_window_rows * row_bytes} or more, or make a store "
+            "with fewer sequences_per_shard"
         )
-    return found
+    return in_order
 
 
 def reading_order(store: Store, row_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The places of some rows of one shard in the order of their sequences and positions."""
+    """Places of `row_ids`, all of one shard, in the order of their sequences and positions."""
     shard = int(row_ids[0]) // store.spec.rows_per_shard
     table, within = store.shard_row_table(shard), row_ids - shard * store.spec.rows_per_shard
     return np.lexsort((table["position"][within], table["sequence"][within]))
 
 
 def rows_per_sequence(store: Store, plan: Plan) -> NDArray[np.int64]:
-    """`(Q,)` how many rows each sequence has in a plan; the row tables are read where it is not all of them."""
+    """`(Q,)` how many rows each sequence has in a plan; reads the row tables if rows are left out."""
     spec = store.spec
     if plan.n_rows == spec.n_rows:
         return np.full(spec.n_sequences, spec.rows_per_sequence, np.int64)

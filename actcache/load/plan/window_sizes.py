@@ -1,4 +1,5 @@
-"""How large windows are, from a memory budget; and how well such windows are going to shuffle. Integers only."""
+"""How large windows are, from a memory budget, and how well windows of a size shuffle. Only numbers; nothing is
+read."""
 
 from __future__ import annotations
 
@@ -11,24 +12,25 @@ from numpy.typing import NDArray
 
 from actcache.errors import ConfigError
 from actcache.files import shown
-from actcache.load.plan.chosen import Chosen
+from actcache.load.plan.chosen import ChosenRows
 from actcache.load.plan.epochs import Plan
 from actcache.spec import StoreSpec
 
 _WINDOWS_PER_EPOCH = 4
 _CHUNKS_THAT_SHUFFLE = 64
 _CHUNKS_ENOUGH = 1024
-"""Of a window; of more of them, which are small then, the first batch would only be later (`benchmarks/resume.py`)."""
+"""For a window. Chunks are small if there are more, and a larger window would only delay the first batch
+(`benchmarks/resume.py`)."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 GOOD_RATIO = 0.97
-"""Distinct sequences in a batch, over what a permutation of all rows would give, from which on a shuffle is good."""
+"""A shuffle is good if a batch has at least this share of the distinct sequences that a true permutation would give."""
 
 
 def memory_bytes(memory: int | str) -> int:
     """Bytes of a budget such as `"1GB"` (1e9), `"512MiB"` (2**29) or a number.
 
     Raises:
-        ConfigError: it is none, or nothing.
+        ConfigError: it cannot be read as a positive number of bytes.
     """
     if isinstance(memory, str):
         found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?)(i?)b?\s*", memory.lower())
@@ -44,12 +46,12 @@ def memory_bytes(memory: int | str) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
-    """What windows may take."""
+    """The memory that windows may take."""
 
     n_bytes: int
-    """For all windows of a process."""
+    """Bytes for all windows of a process."""
     row_bytes: int
-    """Of a row at all sites, as it is stored."""
+    """Bytes of a row at all sites, as stored."""
     lanes_here: int
     """Lanes that the process reads; each has two windows."""
 
@@ -58,19 +60,19 @@ class Budget:
         """Rows of a window that fit."""
         return self.n_bytes // (2 * self.lanes_here * self.row_bytes)
 
-    def most_chunks(self, rows_per_chunk: int, chosen: Chosen | None) -> int:
-        """Chunks of a window that fit, at least one; where rows are chosen, windows hold those alone."""
+    def most_chunks(self, rows_per_chunk: int, chosen: ChosenRows | None) -> int:
+        """Chunks of a window that fit, at least one. Windows hold selected rows only."""
         if chosen is None:
             return max(1, self.window_rows // rows_per_chunk)
         fullest_first = np.cumsum(np.sort(chosen.chunk_table[:, 1])[::-1])
         return max(1, int(np.searchsorted(fullest_first, self.window_rows, side="right")))
 
 
-def sized(plan: Plan, spec: StoreSpec, most_chunks: int) -> Plan:
-    """A plan with windows of at most so many chunks.
+def with_windows(plan: Plan, spec: StoreSpec, most_chunks: int) -> Plan:
+    """The plan with windows of at most `most_chunks` chunks.
 
-    There are several an epoch, so that one is read while another is in use; fewer and wider ones where batches of
-    those would shuffle badly, as far as the memory goes.
+    An epoch has several windows, so that one is read while another is in use. It gets fewer and wider ones, as far as
+    the memory goes, if batches of several would shuffle badly.
     """
     n_chunks, that_shuffle = -(-plan.n_rows // plan.rows_per_chunk), _CHUNKS_THAT_SHUFFLE
     if plan.wanted is not None:  # chunks have fewer rows each, so more of them are needed
@@ -87,7 +89,7 @@ def sized(plan: Plan, spec: StoreSpec, most_chunks: int) -> Plan:
 
 
 def chunks_of_lane(plan: Plan) -> int:
-    """Chunks that the longest lane takes rows from, one on a border included; of unequal ones nearly always fewer."""
+    """Chunks that the longest lane takes rows from, with one on a border; for unequal chunks, nearly always a bound."""
     if plan.lanes == 1:
         return plan.n_chunks
     sizes = np.array([plan.rows_per_chunk]) if plan.chunk_table is None else plan.chunk_table[:, 1]
@@ -97,10 +99,11 @@ def chunks_of_lane(plan: Plan) -> int:
 
 
 def expected_ratio(plan: Plan, spec: StoreSpec) -> float:
-    """Distinct sequences that a batch is going to have, over what a permutation of all rows would give; about.
+    """About how many distinct sequences a batch will have, as a share of what a permutation of all rows would give.
 
-    A batch that begins in one window and ends in the next is between one that is all of one window and one that takes
-    half of each, which is as if they were one: two thirds of the way, by the mean variance of what it has of a shard.
+    A batch that begins in one window and ends in the next lies between a batch of one window and a batch that takes
+    half of each of two, which shuffles as if they were one window: two thirds of the way, by the mean variance of its
+    number of rows from a shard.
     """
     rows_of_chunk, n_windows = plan.n_rows / plan.n_chunks, -(-chunks_of_lane(plan) // plan.chunks_per_window)
     in_window = -(-plan.n_chunks // (plan.lanes * n_windows))  # the windows of a lane are nearly equal
@@ -113,10 +116,10 @@ def expected_ratio(plan: Plan, spec: StoreSpec) -> float:
 
 
 def _share_found(plan: Plan, spec: StoreSpec, in_window: int) -> float:
-    """Share of all sequences that have a row in a batch from a window of so many chunks, taken at random from all.
+    """Share of all sequences that have a row in a batch from a window of `in_window` chunks drawn at random.
 
-    The batch has an equal share of their rows, and the rows of a sequence lie anywhere in its shard. Means are taken
-    for what differs from shard to shard.
+    The batch has an equal share of the rows of each chunk, and the rows of a sequence lie anywhere in its shard. What
+    differs from shard to shard enters by its mean.
     """
     of_shard, rows_of_sequence = round(plan.n_chunks / spec.n_shards) or 1, max(1.0, plan.n_rows / spec.n_sequences)
     taken = min(1.0, plan.batch_rows / (in_window * plan.n_rows / plan.n_chunks))
@@ -125,7 +128,7 @@ def _share_found(plan: Plan, spec: StoreSpec, in_window: int) -> float:
 
 
 def _hypergeometric(population: int, marked: int, draws: int) -> NDArray[np.float64]:
-    """`(marked + 1,)` chance that so many of the draws from a population are among the marked ones."""
+    """`(marked + 1,)` the probability that k of the draws from a population are marked, for each k."""
     low, high = max(0, draws + marked - population), min(marked, draws)
     ways = _log_choose(marked, low) + _log_choose(population - marked, draws - low) - _log_choose(population, draws)
     k = np.arange(low, high)

@@ -1,6 +1,7 @@
-"""The chunks of a window, taken in turn by the threads that decode them; a disk hears of them in advance.
+"""The chunks of a window, taken in turn by the threads that decode them, and announced to a disk in advance.
 
-A future for each chunk would cost as much as a tenth of its decoding, most of it in threads waiting for one another.
+In: a store and the chunks of a window. Out: each chunk, to one thread. A future for each chunk would cost up to a tenth
+of its decoding, mostly in threads that wait for one another.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ if TYPE_CHECKING:
     from actcache.store import Store
 
 _ANNOUNCED = 16
-"""Chunks that a disk is told of in advance: some megabytes, where it is as fast as it can be."""
+"""Chunks announced to a disk in advance: a few megabytes, enough for its full speed."""
 
 
 class Wanted(NamedTuple):
-    """Rows of a chunk that belong to a window."""
+    """The rows of a chunk that a window needs."""
 
     array: str
     """`acts`, or `scale` of a quantised site."""
@@ -28,28 +29,30 @@ class Wanted(NamedTuple):
 
 
 class ChunkQueue:
-    """What a window needs, each for one of the threads that iterate.
+    """The chunks that a window needs, each for one of the threads that iterate.
 
-    Once a read had to wait for the disk, the chunks that come are announced to it, and for a while thereafter: threads
-    that decode should not wait, and a store in the system's memory should not pay for it.
+    After a read had to wait for the disk, the next chunks are announced to it for a while, so that decoding threads do
+    not wait; a store in the page cache does not pay for announcements.
     """
 
     def __init__(self, store: Store, wanted: Sequence[Wanted]) -> None:
         self._store, self._wanted = store, wanted
         self._numbers = iter(range(len(wanted)))
-        self._waits, self._announced, self._announce_until = store.objects.n_waits, 0, 0
+        self._n_waits = store.objects.n_waits
+        self._announced = 0
+        self._announce_until = 0
 
     def __iter__(self) -> Iterator[Wanted]:
-        # The next of a range is taken by one thread at a time: the interpreter's lock sees to that.
+        # The interpreter's lock lets one thread at a time take the next number of a range.
         for number in self._numbers:
-            if self._store.objects.n_waits != self._waits:
-                self._waits, self._announce_until = self._store.objects.n_waits, number + 4 * _ANNOUNCED
+            if self._store.objects.n_waits != self._n_waits:
+                self._n_waits, self._announce_until = self._store.objects.n_waits, number + 4 * _ANNOUNCED
             if number < self._announce_until:
                 self._announce(number + 1, number + 1 + _ANNOUNCED)
             yield self._wanted[number]
 
     def _announce(self, first: int, until: int) -> None:
-        """Announce those that are not announced yet; that two threads announce one is no harm."""
+        """Announce chunks that are not announced yet; it is harmless if two threads announce the same one."""
         first, self._announced = max(first, self._announced), max(until, self._announced)
         per_shard = chunks_per_shard(self._store.spec)
         for array, site, part in self._wanted[first:until]:

@@ -1,4 +1,4 @@
-"""A lane's windows, one after the other, the next one filled while one is used."""
+"""A lane's windows one after the other; the next one is filled while one is in use."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from actcache.load.windows.window import Window
 
 
 class LaneStream:
-    """The windows of a lane, each decoded while the one before it is in use, across the ends of epochs too.
+    """The windows of a lane, each decoded while the one before it is in use, also across the ends of epochs.
 
-    `numbers` are (lane of an epoch, window) in order; the first begins to be decoded at once. A window that nobody
-    uses any more is filled anew before the one after it is done, so that the threads are never without work in between.
+    `numbers` are (lane of an epoch, window) in order; decoding of the first begins at once. When a window is no longer
+    in use, filling it with the one after the next begins before the next is done, so that threads always have work.
     """
 
     def __init__(self, numbers: Iterator[tuple[Lane, int]], buffers: list[Window], pools: Pools) -> None:
@@ -23,7 +23,7 @@ class LaneStream:
         self._begin(self._following)
 
     def window(self, lane: Lane, number: int) -> Window:
-        """A window, valid until a later one is asked for; those before it are passed by."""
+        """A window, valid until a later one is asked for; earlier ones are skipped."""
         while self._current is None or (self._current.lane.epoch, self._current.number) != (lane.epoch, number):
             self._current, self._following = self._following, self._current or self._unused
             self._begin(self._following)

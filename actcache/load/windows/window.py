@@ -1,7 +1,8 @@
-"""Bring a plan's rows into memory: windows of chunks, decoded by threads.
+"""One window of a lane: its chunks, decoded by threads into one memory.
 
-Fresh memory is dear (the first touch of a page costs several times a copy), so the large buffers here are reused: two
-windows a lane for the whole run. They lie where batches are going to be made of them: here, or on another device.
+In: a lane and the number of a window. Out: rows by site, their ids, and their order. Fresh memory is expensive (the
+first touch of a page costs several times a copy), so windows are reused, two a lane for the whole run. They are in the
+memory from which batches are made: the CPU's, or that of another device.
 """
 
 from __future__ import annotations
@@ -20,26 +21,26 @@ from actcache.load.device.rows import DeviceWindow
 from actcache.load.plan.epochs import Lane
 from actcache.load.plan.reading_order import reading_order
 from actcache.load.windows.chunk_queue import ChunkQueue, Wanted
+from actcache.load.windows.pools import Pools
 from actcache.memory import Scratch
 from actcache.store.codecs.presets import chain_of
 from actcache.store.format.site_arrays import array_dtype, arrays_of, chunks_per_shard, exponents_of
 
 if TYPE_CHECKING:
     from actcache.store import Store
-from actcache.load.windows.pools import Pools
 
 
 class Window:
     """The decoded chunks of one window, for all sites: `values[site]` is `(rows, D)` in stored dtype.
 
     Of quantised sites the values are int8, and `scales[site]` are the `(rows,)` bits of their bfloat16 scales. With
-    `there`, a window on another device, that has both, and the CPU's memory nothing of that size.
+    `there`, a window on another device, both are on that device, and the CPU holds nothing of that size.
     """
 
     lane: Lane
-    """The lane of an epoch that it belongs to."""
+    """The lane of an epoch whose window is in the buffers."""
     number: int
-    """Its number in that lane."""
+    """The window's number in that lane."""
 
     def __init__(self, store: Store, sites: list[str], n_rows: int, there: DeviceWindow | None = None) -> None:
         self.store, self.sites, self.there = store, sites, there
@@ -61,7 +62,7 @@ class Window:
         self._local = threading.local()
 
     def begin(self, lane: Lane, number: int, pools: Pools) -> None:
-        """Start decoding a window into these buffers."""
+        """Start to decode a window into these buffers."""
         self.lane, self.number = lane, number
         if self.there is not None:
             self.there.link.before_filling()
@@ -71,7 +72,7 @@ class Window:
             for site in self.sites
             for array in arrays_of(self.store.spec.site(site))
         ]
-        # The order first: whoever waits for the window waits for it too, while threads may be at the next one already.
+        # The order first: the window is not ready without it, and threads may be at the next window already.
         self.pending = [pools.decode.submit(self._shuffle, lane, number)]
         if pools.fetch is None:
             queue = ChunkQueue(self.store, wanted)
@@ -80,10 +81,10 @@ class Window:
             self.pending += [pools.fetch.submit(self._fetch, pools, chunk) for chunk in wanted]
 
     def wait(self) -> None:
-        """Until everything is decoded, and asked to be sent; raises what went wrong."""
+        """Wait until everything is decoded and on its way to the device; raise what went wrong."""
         pending, self.pending = self.pending, []
         for future in pending:
-            # What was fetched from afar gives the future of its decoding.
+            # The future of a fetched chunk gives the future of its decoding.
             if (decoding := future.result()) is not None:
                 decoding.result()
         if self.there is not None:
@@ -97,7 +98,7 @@ class Window:
             self.there.send_order(self.order)
 
     def _decode_all(self, pools: Pools, queue: ChunkQueue) -> None:
-        """Decode the chunks that no other thread takes."""
+        """Decode the chunks that other threads do not take."""
         began, worked = perf_counter(), thread_time()
         for chunk in queue:
             if pools.closing:
@@ -113,11 +114,11 @@ class Window:
         pools.clock.add("decode", thread_time() - worked)
 
     def _decode(self, chunk: Wanted, stored: memoryview | None = None) -> None:
-        """Decode a chunk's rows into their place of the window; `stored` if the chunk is fetched."""
+        """Decode a chunk's rows into their place in the window; `stored` are its bytes if it was fetched."""
         with self._place_of(chunk) as target:
             spec, part = self.store.spec, chunk.part
             place = divmod(part.chunk, chunks_per_shard(spec))
-            # Of a chunk that is not full, or not all wanted, the rows do not lie as they do on disk.
+            # A chunk that is not full, or not all wanted, is decoded elsewhere first: its rows on disk are others.
             whole = target if len(target) == spec.rows_per_chunk else self._whole_chunk(target)
             if stored is not None:
                 self.store.decode_chunk(chunk.site, *place, stored, whole, array=chunk.array)
@@ -128,7 +129,7 @@ class Window:
                 np.take(whole, ids - part.chunk * spec.rows_per_chunk, axis=0, out=target, mode="clip")
 
     def _place_of(self, chunk: Wanted) -> AbstractContextManager[NDArray[Any]]:
-        """Memory for a chunk's rows: their own in the window, or what is sent to it in the end."""
+        """Memory for a chunk's rows: their place in the window, or memory that is sent there in the end."""
         array, site, part = chunk
         rows = slice(part.start, part.stop)
         if self.there is not None:
@@ -136,7 +137,7 @@ class Window:
         return nullcontext((self.values[site] if array == "acts" else self.scales[site])[rows])
 
     def _whole_chunk(self, target: NDArray[Any]) -> NDArray[Any]:
-        """Room for all rows of a chunk, this thread's own, valid until it decodes the next one."""
+        """This thread's memory for all rows of a chunk, valid until it decodes the next one."""
         shape = self.store.spec.rows_per_chunk, *target.shape[1:]
         n_bytes = math.prod(shape) * target.itemsize
         return np.frombuffer(self._scratch("whole").take(n_bytes), target.dtype).reshape(shape)
@@ -147,7 +148,7 @@ class Window:
         return kept.setdefault(use, Scratch())
 
     def _fetch(self, pools: Pools, chunk: Wanted) -> Future[None]:
-        """Fetch a chunk's bytes and have them decoded; as many are on their way as there are threads to wait."""
+        """Fetch a chunk's bytes and have them decoded; as many are on their way as there are fetching threads."""
         began, place = perf_counter(), divmod(chunk.part.chunk, chunks_per_shard(self.store.spec))
         stored = self.store.fetch_chunk(chunk.site, *place, array=chunk.array)
         pools.clock.add("read", perf_counter() - began)
