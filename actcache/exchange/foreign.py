@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from actcache.errors import ActcacheError, ConfigError
 from actcache.files import path_of, shown
+from actcache.kernels.bits import bits_tensor
 from actcache.spec import (
     DTYPES,
     Dtype,
@@ -33,7 +34,7 @@ from actcache.spec import (
 )
 from actcache.store import ShardBuffers, Store, StoreWriter, to_write
 from actcache.store.codecs.chain import STORED_DTYPE
-from actcache.store.codecs.fit import codec_of, fitted, given, needs_trial
+from actcache.store.codecs.fit import codec_for, fit_codec, needs_trial, with_codec
 from actcache.store.format.sizes import default_sizes
 
 TORCH_DTYPES = {name: getattr(torch, name) for name in (*DTYPES, "float64")}
@@ -226,9 +227,9 @@ def _sample_digest(origin: Origin) -> str:
 
 
 def _with_codec(origin: Origin, spec: StoreSpec, site: Site, codec: str | Mapping[str, str]) -> Site:
-    asked = codec_of(site.name, codec) or "lossless"
+    asked = codec_for(site.name, codec) or "lossless"
     if not needs_trial(asked):
-        return given(site, asked)
+        return with_codec(site, asked)
     n_rows = max(_ROWS_TO_TRY, spec.rows_per_chunk)
     first = range(min(spec.n_sequences, -(-n_rows // spec.rows_per_sequence)))
     rows = origin.read(site.name, first.start, first.stop)[:, spec.skip_first :].flatten(0, 1)
@@ -239,7 +240,7 @@ def _with_codec(origin: Origin, spec: StoreSpec, site: Site, codec: str | Mappin
     rows = rows[: len(rows) // spec.rows_per_chunk * spec.rows_per_chunk or None]
     stored = np.empty(rows.shape, STORED_DTYPE[spec.dtype])
     _store_rows(rows, stored, spec.dtype, site.name)
-    return fitted(site, asked, stored, spec.dtype, spec.rows_per_chunk)
+    return fit_codec(site, asked, stored, spec.dtype, spec.rows_per_chunk)
 
 
 def _kept(origin: Origin, spec: StoreSpec, sequences: range) -> NDArray[np.bool_] | None:
@@ -273,9 +274,7 @@ def _store_rows(rows: torch.Tensor, out: NDArray[Any], dtype: Dtype, hook: str) 
     Raises:
         ConfigError: finite values that the dtype cannot hold.
     """
-    target = torch.from_numpy(out)
-    if dtype == "bfloat16":
-        target = target.view(torch.bfloat16)
+    target = bits_tensor(out, dtype)
     target.copy_(rows)
     narrower = torch.finfo(target.dtype).max < torch.finfo(rows.dtype).max
     if narrower and bool((target.isinf() & ~rows.isinf()).any()):

@@ -17,7 +17,7 @@ from actcache.extraction.sink import Sink
 from actcache.memory import is_out_of_memory
 from actcache.spec import Dtype, Site, StoreSpec, TokenBlocks, check_positive
 from actcache.store import Objects, ShardBuffers, open_store
-from actcache.store.codecs.fit import codec_of, fitted, given, is_result_of, needs_trial
+from actcache.store.codecs.fit import codec_for, fit_codec, is_offered, is_result_of, needs_trial, with_codec
 from actcache.store.format.sizes import default_sizes
 
 if TYPE_CHECKING:
@@ -90,16 +90,16 @@ def with_codecs(
     spec: StoreSpec,
 ) -> tuple[Site, ...]:
     """The sites with their codecs. What was found out for the store that is there is not found out again."""
-    asked = {site.site.name: codec_of(site.site.name, codec) or "lossless" for site in resolved}
+    asked = {site.site.name: codec_for(site.site.name, codec) or "lossless" for site in resolved}
     known: dict[str, Site] = {}
-    if any(map(needs_trial, asked.values())):
+    if any(needs_trial(name) or not is_offered(name) for name in asked.values()):
         with suppress(StoreError):
             known = {site.name: site for site in open_store(path).spec.sites}
     known = {name: site for name, site in known.items() if is_result_of(site, asked.get(name, ""))}
     to_try = [site for site in resolved if needs_trial(asked[site.site.name]) and site.site.name not in known]
     if to_try:
         known |= _tried(lm, blocks, to_try, asked, spec)
-    found = (known.get(site.site.name) or given(site.site, asked[site.site.name]) for site in resolved)
+    found = (known.get(site.site.name) or with_codec(site.site, asked[site.site.name]) for site in resolved)
     # What a name means is the model's to say, whatever the store says that the codec is known from.
     return tuple(replace(site, meaning=own.site.meaning) for site, own in zip(found, resolved, strict=True))
 
@@ -164,7 +164,7 @@ def _tried(
     whole = max(1, sink.n_rows // spec.rows_per_chunk) * spec.rows_per_chunk
     rows = {site.name: buffers.rows[site.name][: min(whole, sink.n_rows)] for site in trial.sites}
     return {
-        site.name: fitted(site, asked[site.name], rows[site.name], spec.dtype, spec.rows_per_chunk)
+        site.name: fit_codec(site, asked[site.name], rows[site.name], spec.dtype, spec.rows_per_chunk)
         for site in trial.sites
     }
 

@@ -35,7 +35,7 @@ from actcache.load.windows.pools import Pools
 from actcache.load.windows.stream import LaneStream
 from actcache.load.windows.window import Window
 from actcache.spec import DTYPE_BYTES, check_positive, expand_names, integer
-from actcache.store.format.site_arrays import array_dtype
+from actcache.store.format.site_arrays import arrays_of
 
 if TYPE_CHECKING:
     import torch
@@ -153,9 +153,9 @@ class Loader:
 
     @property
     def _row_bytes(self) -> int:
-        """Of a row at all sites, as it is stored."""
+        """Of a row at all sites, as their first arrays store it."""
         spec = self.store.spec
-        return sum(site.width * array_dtype(spec, site, "acts").itemsize for site in map(spec.site, self.sites))
+        return sum(arrays_of(spec, spec.site(name))[0].row_bytes for name in self.sites)
 
     def _most_chunks(self, lanes: int) -> int:
         """Chunks of a window that the memory has room for."""

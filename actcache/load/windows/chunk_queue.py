@@ -22,7 +22,7 @@ class Wanted(NamedTuple):
     """Rows of a chunk that belong to a window."""
 
     array: str
-    """`acts`, or `scale` of a quantised site."""
+    """Which of the site's arrays."""
     site: str
     part: Part
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from actcache.errors import ConfigError, StoreIncompleteError
 from actcache.spec import Progress, Site, StoreSpec, expand_names
 from actcache.store.backends.objects import Objects, to_write
-from actcache.store.codecs.fit import codec_of, fitted, given, needs_trial
+from actcache.store.codecs.fit import codec_for, fit_codec, needs_trial, with_codec
 from actcache.store.format.sizes import default_sizes
 from actcache.store.reading.rows import Rows
 from actcache.store.store import Store
@@ -145,10 +145,10 @@ def _spec(
 
 
 def _with_codec(store: Store, site: Site, codec: str | Mapping[str, str] | None, rows_per_chunk: int) -> Site:
-    asked = codec_of(site.name, codec or {})
+    asked = codec_for(site.name, codec or {})
     if asked is None:
         return site
     if not needs_trial(asked):
-        return given(site, asked)
+        return with_codec(site, asked)
     rows = store.read_stored(site.name, store.row_ids()[: max(4096, rows_per_chunk)])
-    return fitted(site, asked, rows, store.spec.dtype, rows_per_chunk)
+    return fit_codec(site, asked, rows, store.spec.dtype, rows_per_chunk)
