@@ -2,14 +2,13 @@
 
     python benchmarks/chunk_codecs.py --out docs/codecs.md [--models FOLDER]
 
-Takes about two minutes on two cores. What is tried and is no preset is kept in the tables: that is why it is none.
+Takes about two minutes on two cores. What was tried and is not a preset is kept in the tables, which show why.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.util
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,10 +22,10 @@ from activations import Activations, available
 from measure import machine
 from numpy.typing import NDArray
 
+from actcache.kernels.bits import widen_bits
 from actcache.store import codecs
-from actcache.store.codecs.chain import Chain
-from actcache.store.codecs.presets import chain_of, parse_codec
-from actcache.store.codecs.quantise import dequantise_rows, feature_exponents, quantise_rows
+from actcache.store.codecs.int8 import Int8, feature_exponents
+from actcache.store.codecs.presets import offered, parse_codec
 
 METHOD = """\
 Each table is one site, in bfloat16, in chunks of 512 KiB with their rows in random order, as a store has them. "Of raw"
@@ -44,21 +43,18 @@ FINDINGS = """\
   encode and more than half as long again to decode, and is larger on most sites; it is smaller where rows repeat with
   the tokens, as in a model's first residual streams. With Blosc's own choice of 32 KiB blocks zstd compresses high and
   low bytes mixed: a larger result again, decoded a third as fast.
-- `fast`, lz4 behind a bit shuffle, misses the goal on residual streams, most on models with outlier features. It was
-  made for runs where encoding is what takes the time. Since `lossless` has frames of its own, it encodes at 0.9 to 1.6
-  of their speed and decodes at 0.9 to 1.1: hardly worth a sixth more bytes. Where time matters more than room, take
-  `raw`.
+- lz4 behind a bit shuffle misses the goal on residual streams, most on models with outlier features. Since `lossless`
+  has frames of its own, it encodes at 0.9 to 1.6 of their speed and decodes at 0.9 to 1.1: hardly worth a sixth more
+  bytes, so it is not a preset. Where time matters more than room, take `raw`.
 - `sparse` is plain zstd-1. On ReLU activations level 6 saves nothing and encodes at a quarter of the speed, and any
   shuffle only breaks up the zeros. `auto` takes the smaller of `lossless` and `sparse`.
-- pcodec is the smallest on most sites. It is no preset because it encodes at a fifth of the speed, needs a package more
-  and is a `numcodecs.*` extension, which tensorstore cannot open. It can be given by hand.
 - Chunks turned to lie feature by feature save one percent at most of dense values and take longer both ways.
 - int8 with one scale a row and nothing else loses the small features of a model with outlier features, whose size sets
   the scale of every row: it misses the goal on SmolLM2. So `int8` also has one power of two for each feature, fixed on
   the first rows of a site, and meets the goal on every residual stream, MLP input and ReLU site. What it misses are the
   gated SiLU activations of SmolLM2, and 0.51 of raw where a scale of two bytes is shared by as few as 64 values.
 - fp8 (e4m3 with one scale a row) keeps more of SmolLM2's typical features than int8 with nothing but row scales, and
-  less than `int8` on every site, for the same bytes; it meets the goal nowhere. So it is no preset."""
+  less than `int8` on every site, for the same bytes; it meets the goal nowhere. So it is not a preset."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +104,7 @@ def _named(name: str, **configuration: Any) -> dict[str, Any]:
 
 
 TRIED: dict[str, list[dict[str, Any]]] = {
+    "blosc lz4-5, bit shuffle": [_named("blosc", cname="lz4", clevel=5, shuffle="bitshuffle")],
     "blosc zstd-1, byte shuffle, one block": [_named("blosc", cname="zstd", clevel=1, blocksize=1 << 19)],
     "blosc zstd-1, byte shuffle, 32 KiB blocks": [_named("blosc", cname="zstd", clevel=1, blocksize=1 << 15)],
     "blosc zstd-1, bit shuffle, one block": [
@@ -120,24 +117,21 @@ TRIED: dict[str, list[dict[str, Any]]] = {
         _named("transpose", order=[1, 0]),
         _named("blosc", cname="zstd", clevel=1, blocksize=1 << 19),
     ],
-    "pcodec": [_named("numcodecs.pcodec")],
 }
 
 
 def trials(activations: Activations) -> list[Trial]:
     """The presets, and what else was tried."""
-    found = [_lossless(name, chain) for name, chain in codecs.PRESETS.items() if not chain.quantised]
-    found += [
-        _lossless(name, chain_of(parse_codec(listed)))
-        for name, listed in TRIED.items()
-        if name != "pcodec" or importlib.util.find_spec("pcodec")
-    ]
+    found = [_lossless(preset.name, preset.name) for preset in offered() if preset.lossless]
+    found += [_lossless(name, parse_codec(listed)) for name, listed in TRIED.items()]
     # Of other rows than those that are measured, as in a store, where they come from the first shard.
     exponents = feature_exponents(activations.values[-len(activations.values) // 3 :], "bfloat16")
     return [*found, _int8("int8", exponents), _int8("int8, row scales only", None), _fp8()]
 
 
-def _lossless(name: str, chain: Chain) -> Trial:
+def _lossless(name: str, codec: str) -> Trial:
+    chain = codecs.stored_arrays(codec, "bfloat16", 1)[0].chain
+
     def encode(chunk: NDArray[np.uint16]) -> tuple[Any, int]:
         payload, crc = chain.encode(chunk)
         return (payload, crc), len(payload) + codecs.CRC_BYTES
@@ -152,18 +146,18 @@ def _lossless(name: str, chain: Chain) -> Trial:
 
 def _int8(name: str, exponents: NDArray[np.int8] | None) -> Trial:
     """One scale a row and, when given, one exponent a feature."""
-    chain = codecs.PRESETS["int8"]
+    quantiser, powers = Int8(), None if exponents is None else np.ldexp(np.float32(1), exponents.astype(np.int32))
 
     def encode(chunk: NDArray[np.uint16]) -> tuple[Any, int]:
         q, scale = np.empty(chunk.shape, np.int8), np.empty(len(chunk), np.uint16)
-        quantise_rows(chunk, "bfloat16", q, scale, exponents)
-        return (q, scale, chain.encode(q)[1]), q.nbytes + scale.nbytes + 2 * codecs.CRC_BYTES
+        quantiser.encode(chunk, "bfloat16", powers, (q, scale))
+        return (q, scale, codecs.RAW.encode(q)[1]), q.nbytes + scale.nbytes + 2 * codecs.CRC_BYTES
 
     def decode(stored: Any, out: NDArray[np.float32]) -> None:
         q, scale, crc = stored
         if not codecs.matches(q.reshape(-1).view(np.uint8).data, crc):
             raise RuntimeError("the codes do not match their checksum")
-        dequantise_rows(q, scale, out, exponents)
+        codecs.decode_rows(quantiser, (q, scale), powers, out)
 
     return Trial(name=name, encode=encode, decode=decode, lossy=True)
 
@@ -251,7 +245,7 @@ def _no_loss(chunks: Sequence[NDArray[np.uint16]], back: Sequence[NDArray[Any]])
 
 
 def _unexplained(chunks: Sequence[NDArray[np.uint16]], back: Sequence[NDArray[Any]]) -> tuple[float, float]:
-    values = (np.concatenate(chunks).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    values = widen_bits(np.concatenate(chunks)).astype(np.float64)
     errors = ((np.concatenate(back) - values) ** 2).sum(axis=0)
     variances = ((values - values.mean(axis=0)) ** 2).sum(axis=0)
     alive = variances > 0

@@ -39,11 +39,11 @@ from numpy.typing import NDArray
 from store_bounds import MEASURED_HEADER, THREADS, bounds, part_rows
 from store_data import Data, compressor_of, expander_of, of_shard, recorded
 
-from actcache.memory import keep_freed_memory
+from actcache.memory import Scratch, keep_freed_memory
 from actcache.spec import StoreSpec
-from actcache.store import Store, StoreWriter, codecs, open_store, to_write
+from actcache.store import Store, StoreWriter, open_store, to_write
 from actcache.store.format.keys import sharded_key
-from actcache.store.format.site_arrays import array_chain, chunks_per_shard
+from actcache.store.format.site_arrays import arrays_of, chunks_per_shard
 from actcache.store.maintenance.verify import verify
 
 _CHECKSUM_BYTES = 4
@@ -87,14 +87,14 @@ def write_zarr(data: Data, spec: StoreSpec, path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
     group = zarr.open_group(path, mode="w")
     for site in spec.sites:
-        chain, dtype = array_chain(site, "acts"), np.dtype("<u2")
+        first = arrays_of(spec, site)[0]
         array = group.create_array(
             site.name,
             shape=(spec.n_rows, site.width),
             chunks=(spec.rows_per_chunk, site.width),
             shards=(spec.rows_per_shard, site.width),
-            dtype=dtype,
-            **chain.zarr_codecs(dtype),
+            dtype=first.dtype,
+            **first.chain.zarr_codecs(first.dtype),
         )
         array[:] = data.rows[site.name]
 
@@ -138,7 +138,7 @@ def read_figures(store: Store, theirs: Path, codec: str, pairs: int) -> list[Fig
     amount = len(places) * int(np.prod(shape)) * 2 / 1e9
 
     def ours(mine: Iterable[Place]) -> None:
-        out, scratch = np.empty(shape, np.uint16), codecs.Scratch()
+        out, scratch = np.empty(shape, np.uint16), Scratch()
         for place in mine:
             store.read_chunk(*place, out, scratch)
 
@@ -153,7 +153,7 @@ def read_figures(store: Store, theirs: Path, codec: str, pairs: int) -> list[Fig
     with _opened_shards(store) as shards:
 
         def ceiling(mine: Iterable[Place]) -> None:
-            out, scratch, codec = np.empty(shape, np.uint16), codecs.Scratch(), expander_of(spec)
+            out, scratch, codec = np.empty(shape, np.uint16), Scratch(), expander_of(spec)
             for name, shard, chunk in mine:
                 descriptor, index = shards[name, shard]
                 offset, size = index[chunk].tolist()

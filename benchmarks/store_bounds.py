@@ -24,12 +24,13 @@ from store_data import Data, compressor_of, of_shard
 from actcache.memory import keep_freed_memory
 from actcache.order import permutation
 from actcache.spec import Site, StoreSpec, TokenBlocks
-from actcache.store import StoreWriter, codecs, open_store
+from actcache.store import StoreWriter, open_store
 from actcache.store.backends.objects import Objects
 from actcache.store.format import metadata
 from actcache.store.format.keys import columns_of, commit_key, stats_key, total_key
 from actcache.store.format.records import HEAD_BYTES, Record, record_length, stats_place
 from actcache.store.format.root import Root, write_root
+from actcache.store.format.site_arrays import arrays_of
 from actcache.store.format.stats import LineBuilder, line_length
 from actcache.store.format.table_objects import encode_table, put_table
 from actcache.store.writing.seal import sealed_root
@@ -62,7 +63,7 @@ def parts(data: Data, codec: str, folder: Path) -> list[tuple[str, float]]:
     """Seconds of one thread's processor time for a gigabyte, part by part of what the writer does."""
     spec = data.spec(codec)
     name, site = spec.sites[0].name, spec.sites[0]
-    rows, chain = of_shard(data, spec, name, 0), codecs.chain_of(codec)
+    rows, chain = of_shard(data, spec, name, 0), arrays_of(spec, site)[0].chain
     order = permutation(len(rows), 0, 0)
     starts = range(0, len(rows) - spec.rows_per_chunk + 1, spec.rows_per_chunk)
     chunk = np.empty((spec.rows_per_chunk, site.width), np.uint16)

@@ -15,8 +15,8 @@ from measure import embedded
 from numpy.typing import NDArray
 
 from actcache.spec import Site, StoreSpec, TokenBlocks
-from actcache.store import codecs
-from actcache.store.codecs.compressors import Compressor
+from actcache.store.codecs.steps import Compressor
+from actcache.store.format.site_arrays import arrays_of
 from actcache.store.format.sizes import default_sizes
 
 SITES = ["blocks.*.hook_resid_mid", "blocks.*.hook_resid_post"]
@@ -72,7 +72,7 @@ def of_shard(data: Data, spec: StoreSpec, site: str, shard: int) -> NDArray[np.u
 
 def compressor_of(spec: StoreSpec) -> Compressor:
     """The preset's one compressor, as the store calls it."""
-    return codecs.chain_of(spec.sites[0].codec).compressors[0]
+    return arrays_of(spec, spec.sites[0])[0].chain.compressors[0]
 
 
 def expander_of(spec: StoreSpec) -> Any:

@@ -21,7 +21,7 @@ from actcache.errors import ActcacheError, AuditError, ConfigError, SiteError, S
 from actcache.lm import LanguageModel
 from actcache.lm.inputs import Inputs
 from actcache.spec import TokenBlocks
-from actcache.store import codecs
+from actcache.store.codecs import int8
 
 SITES = ["blocks.*.mlp.hook_in", "blocks.*.hook_mlp_out"]
 LENGTH = SMALL.n_ctx
@@ -186,14 +186,14 @@ def test_a_faulty_capture_path_is_found_before_the_store_is_sealed(
 
 def test_an_int8_site_with_a_wrong_exponent_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = open_small()
-    quantise = codecs.quantise_rows
+    quantise = int8.quantise_rows
 
-    def wrong(values: Any, logical: str, q: Any, scale: Any, exponents: Any = None) -> None:
-        exponents = np.zeros(values.shape[1], np.int8) if exponents is None else exponents.copy()
-        exponents[3] += 1
-        quantise(values, logical, q, scale, exponents)
+    def wrong(values: Any, logical: str, q: Any, scale: Any, powers: Any = None) -> None:
+        powers = np.ones(values.shape[1], np.float32) if powers is None else powers.copy()
+        powers[3] *= 2
+        quantise(values, logical, q, scale, powers)
 
-    monkeypatch.setattr(codecs, "quantise_rows", wrong)
+    monkeypatch.setattr(int8, "quantise_rows", wrong)
     with pytest.raises(AuditError, match="a few features carry the difference"):
         extracted(lm, tmp_path, ["blocks.1.hook_mlp_out"], codec="int8")
 

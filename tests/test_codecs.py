@@ -1,10 +1,10 @@
-"""Chunk codecs: what goes in comes out bit by bit, zarr-python agrees on every byte, and hostile bytes do nothing."""
+"""Chunk codecs: what goes in comes out bit by bit, others agree on every byte, and hostile bytes do nothing."""
 
 from __future__ import annotations
 
 import json
-import warnings
 
+import google_crc32c
 import numcodecs
 import numpy as np
 import pytest
@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from zarr.core.buffer import default_buffer_prototype
-from zarr.storage import MemoryStore
+from zarr.storage import LocalStore, MemoryStore
 
 from actcache.errors import ConfigError
 from actcache.store import codecs
 from actcache.store.codecs.planes import compress_planes
 
-LOSSLESS = [name for name, chain in codecs.PRESETS.items() if not chain.quantised]
+LOSSLESS = [name for name, preset in codecs.PRESETS.items() if preset.lossless]
 STORED = ["<u2", "<f2", "<f4", "<u4", "|i1", "|u1"]
 
 
@@ -31,19 +31,19 @@ BY_HAND = {
     "blosc": [named("blosc", cname="lz4hc", clevel=9, shuffle="noshuffle")],
     "zstd": [named("zstd", level=3, checksum=True)],
     "gzip": [named("gzip", level=1)],
-    "shuffle zstd": [named("numcodecs.shuffle"), named("zstd", level=1)],
-    "delta bz2": [named("numcodecs.delta"), named("numcodecs.bz2")],
-    "transpose zlib": [named("transpose", order=[1, 0]), named("numcodecs.zlib")],
-    "lz4 gzip": [named("numcodecs.lz4"), named("gzip")],
-    "lzma": [named("bytes", endian="little"), named("numcodecs.lzma", preset=1), named("crc32c")],
-    "blosc zstd lz4": [named("blosc"), named("zstd"), named("numcodecs.lz4")],
+    "transpose gzip": [named("transpose", order=[1, 0]), named("gzip")],
+    "transpose": [named("transpose", order=[1, 0])],
+    "all": [named("transpose", order=[1, 0]), named("bytes", endian="little"), named("blosc"), named("crc32c")],
+    "blosc zstd gzip": [named("blosc", cname="blosclz", shuffle="bitshuffle"), named("zstd"), named("gzip")],
     "nothing": [],
-}
-LOSSY = {
-    "bitround": [named("numcodecs.bitround", keepbits=5), named("zstd")],
-    "quantize": [named("numcodecs.quantize", digits=2), named("blosc")],
-    "scale": [named("numcodecs.fixedscaleoffset", offset=0.5, scale=20, astype="|i1"), named("numcodecs.zlib")],
-}
+}  # fmt: skip
+
+
+REFUSED = [
+    "bitround", "zlib", "lz4", "numcodecs.bitround", "numcodecs.bz2", "numcodecs.delta", "numcodecs.fixedscaleoffset",
+    "numcodecs.lz4", "numcodecs.lzma", "numcodecs.pcodec", "numcodecs.quantize", "numcodecs.shuffle", "numcodecs.zlib",
+]  # fmt: skip
+"""Steps that zarr-python has and tensorstore does not open."""
 
 
 def stored_form(chain, chunk):
@@ -52,11 +52,15 @@ def stored_form(chain, chunk):
 
 
 def with_crc(payload):
-    return memoryview(bytes(payload) + codecs.crc_bytes(codecs.google_crc32c.value(bytes(payload))))
+    return memoryview(bytes(payload) + codecs.crc_bytes(google_crc32c.value(bytes(payload))))
 
 
 def chain_by_hand(listed):
-    return codecs.chain_of(codecs.parse_codec(listed))
+    return codecs.resolve_codec(codecs.parse_codec(listed))
+
+
+def chain_named(name):
+    return codecs.PRESETS[name].codec if name in codecs.PRESETS else chain_by_hand(BY_HAND[name])
 
 
 def some_values(dtype, shape=(64, 24), seed=0):
@@ -73,8 +77,8 @@ def some_values(dtype, shape=(64, 24), seed=0):
 @given(data=st.data())
 @settings(max_examples=30, deadline=None)
 def test_any_bits_come_back(name, data):
-    chain = codecs.PRESETS[name] if name in codecs.PRESETS else chain_by_hand(BY_HAND[name])
-    dtype = np.dtype(data.draw(st.sampled_from(["<u2", "|i1"] if name == "delta bz2" else STORED)))
+    chain = chain_named(name)
+    dtype = np.dtype(data.draw(st.sampled_from(STORED)))
     shape = data.draw(hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=40))
     bits = data.draw(hnp.arrays(f"<u{dtype.itemsize}", shape))
     out = np.empty(shape, dtype)
@@ -86,7 +90,7 @@ def test_any_bits_come_back(name, data):
 def test_every_bfloat16_comes_back(name):
     every = np.arange(1 << 16, dtype="<u2").reshape(256, 256)  # -0, subnormals and every NaN payload among them
     out = np.empty_like(every)
-    assert codecs.PRESETS[name].decode_into(stored_form(codecs.PRESETS[name], every), out) is None
+    assert chain_named(name).decode_into(stored_form(chain_named(name), every), out) is None
     np.testing.assert_array_equal(out, every)
 
 
@@ -94,8 +98,7 @@ def test_equal_values_give_equal_bytes_whenever_and_wherever_they_are_encoded():
     from concurrent.futures import ThreadPoolExecutor
 
     chunk = some_values("<u2", (1024, 512))
-    chains = [*(codecs.PRESETS[name] for name in LOSSLESS), *(chain_by_hand(c) for c in BY_HAND.values())]
-    for chain in chains:
+    for chain in map(chain_named, [*LOSSLESS, *BY_HAND]):
         with ThreadPoolExecutor(1) as pool:
             elsewhere = pool.submit(stored_form, chain, chunk).result()
         assert bytes(elsewhere) == bytes(stored_form(chain, chunk))
@@ -119,58 +122,63 @@ def test_frames_of_lossless_are_read_by_every_blosc(itemsize, n_bytes, kind, mon
     assert compress_planes(data, itemsize, 1 << 19) == frame
 
 
-def test_pcodec_comes_back():
-    chain = chain_by_hand([named("numcodecs.delta"), named("numcodecs.pcodec", level=4), named("zstd")])
-    chunk, out = some_values("<u2"), np.zeros((64, 24), "<u2")
-    stored = stored_form(chain, chunk)
-    assert chain.decode_into(stored, out) is None
-    np.testing.assert_array_equal(out, chunk)
-    assert chain.decode_into(stored, np.empty((65, 24), "<u2"))
-    assert chain.decode_into(stored, np.empty((63, 24), "<u2"))
-
-
 # Parity with zarr-python
 
 PARITY = (
-    [(name, codecs.PRESETS[name], dtype) for name in codecs.PRESETS for dtype in ("<u2", "<f4")]
+    [(name, chain_named(name), dtype) for name in LOSSLESS for dtype in ("<u2", "<f4")]
+    + [("int8", codecs.RAW, "|i1")]
     + [("table", codecs.TABLE, dtype) for dtype in ("<u4", "<f8", "|u1")]
-    + [(name, chain_by_hand(listed), "<u2") for name, listed in BY_HAND.items()]
-    + [(name, chain_by_hand(listed), "<f4") for name, listed in LOSSY.items()]
+    + [(name, chain_named(name), dtype) for name in BY_HAND for dtype in ("<u2", "<f4")]
 )
+
+
+def array_by_zarr(store, chain, dtype):
+    return zarr.open_group(store, mode="w").create_array(
+        "a", shape=(64, 24), chunks=(16, 24), shards=(64, 24), dtype=dtype, fill_value=0,
+        **chain.zarr_codecs(np.dtype(dtype)),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "chain", "dtype"), PARITY)
 def test_zarr_writes_the_same_bytes_and_reads_the_same_values(name, chain, dtype):
-    values = some_values("|i1" if chain.quantised else dtype)
-    store = MemoryStore()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)  # numcodecs.* names are not in the specification
-        array = zarr.open_group(store, mode="w").create_array(
-            "a", shape=(64, 24), chunks=(16, 24), shards=(64, 24), dtype=values.dtype, fill_value=0,
-            **chain.zarr_codecs(values.dtype),
-        )  # fmt: skip
-        array[:] = values
-        theirs = store._store_dict["a/c/0/0"].to_bytes()
-        ours = [bytes(stored_form(chain, values[start : start + 16])) for start in range(0, 64, 16)]
-        # The bytes of zarr's gzip hold the time; our frames of lossless are smaller than zarr's, of the same format.
-        if "gzip" not in name and name != "lossless":
-            assert theirs.startswith(b"".join(ours))
-        index = np.frombuffer(theirs[-68:-4], "<u8").reshape(4, 2).tolist()
-        out = np.empty((16, 24), values.dtype)
-        for number, (offset, size) in enumerate(index):
-            assert chain.decode_into(memoryview(theirs)[offset : offset + size], out) is None
-            np.testing.assert_array_equal(out, array[16 * number : 16 * number + 16])
-        if name not in LOSSY:
-            np.testing.assert_array_equal(array[:], values)
-        assert read_by_zarr(store, ours, values.dtype).tobytes() == array[:].tobytes()
+    values, store = some_values(dtype), MemoryStore()
+    array = array_by_zarr(store, chain, dtype)
+    array[:] = values
+    theirs = store._store_dict["a/c/0/0"].to_bytes()
+    ours = [bytes(stored_form(chain, values[start : start + 16])) for start in range(0, 64, 16)]
+    # The bytes of zarr's gzip hold the time; our frames of lossless are smaller than zarr's, of the same format.
+    if "gzip" not in name and name != "lossless":
+        assert theirs.startswith(b"".join(ours))
+    index = np.frombuffer(theirs[-68:-4], "<u8").reshape(4, 2).tolist()
+    out = np.empty((16, 24), values.dtype)
+    for number, (offset, size) in enumerate(index):
+        assert chain.decode_into(memoryview(theirs)[offset : offset + size], out) is None
+        np.testing.assert_array_equal(out, values[16 * number : 16 * number + 16])
+    assert read_by_zarr(store, ours, values.dtype).tobytes() == array[:].tobytes() == values.tobytes()
+
+
+@pytest.mark.parametrize("name", [*LOSSLESS, *BY_HAND])
+def test_tensorstore_opens_every_chain_that_can_be_named(tmp_path, name):
+    tensorstore = pytest.importorskip("tensorstore", reason="needs tensorstore: pip install tensorstore")
+    chain, values = chain_named(name), some_values("<u2")
+    array_by_zarr(LocalStore(tmp_path), chain, "<u2")
+    chunks = [bytes(stored_form(chain, values[start : start + 16])) for start in range(0, 64, 16)]
+    (tmp_path / "a/c/0").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "a/c/0/0").write_bytes(shard_of(chunks))
+    place = {"driver": "file", "path": f"{tmp_path}/a/"}
+    opened = tensorstore.open({"driver": "zarr3", "kvstore": place}, read=True).result()
+    np.testing.assert_array_equal(opened.read().result(), values)
+
+
+def shard_of(chunks):
+    sizes = [len(chunk) for chunk in chunks]
+    index = np.column_stack([np.cumsum([0, *sizes[:-1]]), sizes]).astype("<u8").tobytes()
+    return b"".join(chunks) + bytes(with_crc(index))
 
 
 def read_by_zarr(store, chunks, dtype):
     """What zarr reads from a shard made of our chunks, as the same array."""
-    sizes = [len(chunk) for chunk in chunks]
-    index = np.column_stack([np.cumsum([0, *sizes[:-1]]), sizes]).astype("<u8").tobytes()
-    shard = b"".join(chunks) + bytes(with_crc(index))
-    store._store_dict["a/c/0/0"] = default_buffer_prototype().buffer.from_bytes(shard)
+    store._store_dict["a/c/0/0"] = default_buffer_prototype().buffer.from_bytes(shard_of(chunks))
     return zarr.open_array(store, path="a", mode="r")[:].astype(dtype)
 
 
@@ -179,7 +187,7 @@ def read_by_zarr(store, chunks, dtype):
 
 @pytest.mark.parametrize("name", [*LOSSLESS, *BY_HAND])
 def test_what_is_cut_or_changed_is_noticed_with_its_checksum(name):
-    chain = codecs.PRESETS[name] if name in codecs.PRESETS else chain_by_hand(BY_HAND[name])
+    chain = chain_named(name)
     chunk, out = some_values("<u2"), np.empty((64, 24), "<u2")
     stored = bytes(stored_form(chain, chunk))
     for cut in (0, 1, 3, 4, 7, len(stored) // 2, len(stored) - 1):
@@ -192,7 +200,7 @@ def test_what_is_cut_or_changed_is_noticed_with_its_checksum(name):
 
 @pytest.mark.parametrize("name", [*LOSSLESS, *BY_HAND])
 def test_forged_payloads_never_reach_outside_or_come_back_short(name):
-    chain = codecs.PRESETS[name] if name in codecs.PRESETS else chain_by_hand(BY_HAND[name])
+    chain = chain_named(name)
     chunk, rng = some_values("<u2"), np.random.default_rng(0)
     payload = bytes(stored_form(chain, chunk))[:-4]
     room = np.empty(3 * 64 * 24, "<u2")
@@ -220,16 +228,14 @@ def test_a_header_that_announces_more_is_refused_before_anything_is_made():
     assert "announces" in codecs.TABLE.decode_into(with_crc(blosc), out)
     blosc[4:8], blosc[12:16] = (32).to_bytes(4, "little"), huge
     assert "announces" in codecs.TABLE.decode_into(with_crc(blosc), out)
-    assert "announces" in chain_by_hand([named("numcodecs.lz4")]).decode_into(with_crc(huge + b"0" * 40), out)
     frame = b"\x28\xb5\x2f\xfd\xe0" + (1 << 40).to_bytes(8, "little") + b"\x01\0\0"
-    assert "announces" in codecs.PRESETS["sparse"].decode_into(with_crc(frame), out)
+    assert "announces" in chain_named("sparse").decode_into(with_crc(frame), out)
     unsized = b"\x28\xb5\x2f\xfd\x00\x58" + b"\x01\0\0"
-    assert "no content size" in codecs.PRESETS["sparse"].decode_into(with_crc(unsized), out)
+    assert "no content size" in chain_named("sparse").decode_into(with_crc(unsized), out)
 
 
-@pytest.mark.parametrize("name", ["gzip", "numcodecs.zlib", "numcodecs.bz2", "numcodecs.lzma"])
-def test_bombs_stop_at_the_size_of_the_chunk(name):
-    chain = chain_by_hand([named(name)])
+def test_bombs_stop_at_the_size_of_the_chunk():
+    chain = chain_by_hand([named("gzip")])
     bomb = stored_form(chain, np.zeros((1 << 22, 2), "<u2"))
     assert "more than" in chain.decode_into(bomb, np.empty((4, 4), "<u2"))
 
@@ -238,23 +244,30 @@ def test_bombs_stop_at_the_size_of_the_chunk(name):
 
 
 def test_presets_are_their_own_text():
-    for name in codecs.PRESETS:
-        assert codecs.parse_codec(name) == name
-        assert codecs.chain_of(name) is codecs.PRESETS[name]
+    for name, preset in codecs.PRESETS.items():
+        assert preset.name == name
+        assert codecs.resolve_codec(name) is preset.codec
+        if preset.offered:
+            assert codecs.parse_codec(name) == name
 
 
-@pytest.mark.parametrize("listed", [*BY_HAND.values(), *LOSSY.values()])
+def test_a_preset_that_is_no_longer_offered_is_named_with_those_that_are():
+    with pytest.raises(
+        ConfigError, match="'fast' is no longer offered; there are raw, lossless, sparse, int8, or a list"
+    ):
+        codecs.parse_codec("fast")
+
+
+@pytest.mark.parametrize("listed", BY_HAND.values())
 def test_canonical_text_is_a_fixed_point(listed):
     text = codecs.parse_codec(listed)
     assert codecs.parse_codec(text) == text
     assert codecs.parse_codec(json.dumps(listed)) == text
-    assert codecs.chain_of(text) == codecs.chain_of(codecs.parse_codec(text))
+    assert codecs.resolve_codec(text) == codecs.resolve_codec(codecs.parse_codec(text))
     spelled_out = [*listed, named("crc32c")] if listed[-1:] != [named("crc32c")] else listed
     assert codecs.parse_codec(spelled_out) == text
     if listed:
-        assert codecs.chain_of(text).zarr_codecs(np.dtype("<f4" if listed in LOSSY.values() else "<u2"))["compressors"][
-            -1
-        ] == {"name": "crc32c"}
+        assert codecs.resolve_codec(text).zarr_codecs(np.dtype("<u2"))["compressors"][-1] == {"name": "crc32c"}
 
 
 @pytest.mark.parametrize(
@@ -263,8 +276,8 @@ def test_canonical_text_is_a_fixed_point(listed):
         ("nonsense", "no codec preset"),
         ("", "no codec preset"),
         ("{}", "no codec preset"),
-        ("[", "no JSON"),
-        ("[" * 3000, "no JSON"),
+        ("[", "not a JSON"),
+        ("[" * 3000, "not a JSON"),
         ("[" + " " * 5000 + "]", "characters"),
         ('["zstd"]', "a codec is"),
         ([{"name": "zstd", "config": {}}], "a codec is"),
@@ -290,12 +303,9 @@ def test_canonical_text_is_a_fixed_point(listed):
         ([named("transpose")], "does not take"),
         ([named("bytes", endian="big")], "little-endian"),
         ([named("zstd"), named("bytes")], "that late"),
-        ([named("zstd"), named("numcodecs.delta")], "that late"),
-        ([named("zstd"), named("numcodecs.shuffle")], "must come before"),
-        ([named("transpose", order=[1, 0]), named("numcodecs.delta")], "cannot be combined"),
-        ([named("numcodecs.delta", dtype="O")], "dtype must be"),
-        ([named("numcodecs.fixedscaleoffset", offset=0, scale=float("nan"))], "scale must be"),
-        ([named("numcodecs.fixedscaleoffset", offset=0, scale=0)], "scale must be"),
+        ([named("zstd"), named("transpose", order=[1, 0])], "that late"),
+        ([named("transpose", order=[1, 0]), named("transpose", order=[1, 0])], "once only"),
+        *(([named(name)], "there are blosc, bytes, crc32c, gzip, transpose, zstd") for name in REFUSED),
     ],
 )
 def test_what_cannot_be_a_codec_is_refused(codec, reason):
@@ -303,44 +313,7 @@ def test_what_cannot_be_a_codec_is_refused(codec, reason):
         codecs.parse_codec(codec)
     if isinstance(codec, str):
         with pytest.raises(ConfigError, match=reason):
-            codecs.chain_of(codec)
-
-
-@pytest.mark.parametrize(
-    ("listed", "works", "fails"),
-    [
-        (LOSSY["bitround"], ["float16", "float32"], ["bfloat16"]),
-        (LOSSY["quantize"], ["float16", "float32"], ["bfloat16"]),
-        (LOSSY["scale"], ["float16", "float32"], ["bfloat16"]),
-        (BY_HAND["delta bz2"], ["bfloat16"], ["float16", "float32"]),
-        ([named("numcodecs.delta", dtype="<u4")], [], ["bfloat16", "float32"]),
-        ([named("numcodecs.bitround", keepbits=12)], ["float32"], ["float16", "bfloat16"]),
-        (BY_HAND["blosc"], list(codecs.STORED_DTYPE), []),
-    ],
-)
-def test_filters_work_on_the_dtypes_they_are_made_for(listed, works, fails):
-    chain = chain_by_hand(listed)
-    for logical in works:
-        assert chain.stored_dtype(logical) == codecs.STORED_DTYPE[logical]
-    for logical in fails:
-        with pytest.raises(ConfigError, match=listed[0]["name"]):
-            chain.stored_dtype(logical)
-
-
-@pytest.mark.parametrize("strange", [np.nan, np.inf, 1e30])
-def test_lossy_filters_refuse_what_would_come_back_as_another_number(strange):
-    values = some_values("<f4")
-    values[3, 3] = strange
-    with pytest.raises(ValueError, match="cannot hold"):
-        chain_by_hand(LOSSY["scale"]).encode(values)
-
-
-def test_lossy_filters_stay_within_their_rounding():
-    values, out = some_values("<f4"), np.empty((64, 24), "<f4")
-    for name, bound in (("bitround", 2**-6 * np.abs(values).max()), ("quantize", 0.005), ("scale", 0.0251)):
-        chain = chain_by_hand(LOSSY[name])
-        assert chain.decode_into(stored_form(chain, values), out) is None
-        assert 0 < np.abs(out - values).max() <= bound
+            codecs.resolve_codec(codec)
 
 
 def test_auto_goes_by_size():

@@ -18,7 +18,8 @@ from golden import make_store
 from actcache.load import Loader
 from actcache.spec import TokenBlocks
 from actcache.store import Store, StoreWriter, delete_sites, export, open_store, verify
-from actcache.store.codecs import dequantise_rows
+from actcache.store.codecs.int8 import Int8
+from actcache.store.codecs.quantiser import decode_rows
 
 GOLDEN = Path(__file__).parent / "golden" / "v1.zarr"
 
@@ -144,5 +145,5 @@ def test_its_int8_rows_are_code_times_scale(golden):
     exponents = np.array(site["acts"].attrs["feature_exponents"])
     values = codes * scale[:, None] * np.exp2(exponents).astype(np.float32)
     ours = np.empty(codes.shape, np.float32)
-    dequantise_rows(codes, bits, ours, exponents.astype(np.int8))
+    decode_rows(Int8(), (codes, bits), np.exp2(exponents, dtype=np.float32), ours)
     np.testing.assert_array_equal(values, ours)

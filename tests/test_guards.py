@@ -224,7 +224,7 @@ def test_a_record_without_its_data_is_noticed_in_every_kind_of_place(place, plan
     blocks, asked, bits = plan
     objects = writable(place)
     write_shards(objects, asked, blocks, bits, shards=[0, 1, 3])
-    objects.delete(sharded_key(TWO, "scale", 1))
+    objects.delete(sharded_key(TWO, "scale", 1, 0))
     objects.delete(stats_key(ONE, 3))
     with StoreWriter(objects, asked, blocks) as writer:
         assert writer.pending() == [1, 2, 3]
@@ -283,7 +283,7 @@ def test_a_sealed_store_that_lacks_an_object_gets_no_site_more(sealed, plan, whe
 def take_over(path: Path, other: Path, site: str, shard: int) -> None:
     """A site's shard of another store, data and record together."""
     keys = [stats_key(site, shard), commit_key(site, shard), sharded_key(site, "acts", shard)]
-    keys += [sharded_key(site, "scale", shard)] if site == TWO else []
+    keys += [sharded_key(site, "scale", shard, 0)] if site == TWO else []
     for key in keys:
         shutil.copy(other / key, path / key)
 

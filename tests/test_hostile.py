@@ -318,7 +318,7 @@ def put_sharded(path: Path, site: str, chunks: list[bytes], index: Any = None) -
     data = b"".join(with_crc) + raw + crc.to_bytes(4, "little")
     (path / sharded_key(site, "acts", 0)).write_bytes(data)
     checksums = {i: google_crc32c.value(chunk) for i, chunk in enumerate(chunks)}
-    recommit(path, site, 0, checksums={**checksums, checksum_place(spec, "acts", len(index)): crc})
+    recommit(path, site, 0, checksums={**checksums, checksum_place(spec, 0, len(index)): crc})
 
 
 # --- the root ---------------------------------------------------------------------------------------------------------

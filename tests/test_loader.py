@@ -14,13 +14,13 @@ from conftest import random_bits, random_blocks, spec_of, write_shards
 
 from actcache.errors import ConfigError, CorruptShardError, SiteError, StoreIncompleteError
 from actcache.load import Loader, Plan
-from actcache.load.batches import gather
 from actcache.load.batches.batch_memory import BatchMemory
 from actcache.load.mix import turn
 from actcache.load.plan.epochs import chunk_table
 from actcache.order import permutation
 from actcache.spec import Site
 from actcache.store import open_store
+from actcache.store.codecs import int8
 
 pytestmark = pytest.mark.filterwarnings("ignore:batches of .* rows are going to have")
 GOLDEN = Path(__file__).parent / "golden" / "order.json"
@@ -94,7 +94,7 @@ def quantised_store(tmp_path_factory):
 def test_quantised_sites_are_delivered_close_to_what_was_written(quantised_store, monkeypatch, dtype, compiled):
     store, written = quantised_store
     if not compiled:
-        monkeypatch.setattr(gather, "take_rows", lambda **_: None)
+        monkeypatch.setattr(int8, "take_int8", lambda **_: None)
     exact = {site: (bits.astype(np.uint32) << 16).view(np.float32) for site, bits in written.items()}
     read = {site: store.read(site, slice(None)).float() for site in store.sites}
     with small_loader(store, dtype=dtype) as loader:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 import pickle
@@ -28,6 +27,7 @@ from actcache.load.batches.gather import Gather
 from actcache.load.plan.window_sizes import memory_bytes
 from actcache.spec import Site
 from actcache.store import RowFilter, Store, export
+from actcache.store.codecs import int8
 
 SITES = (
     Site(name="a", shape=(12,)),
@@ -94,8 +94,9 @@ def test_each_row_table_is_read_once_and_only_when_it_is_asked_for(stores, monke
 
 
 def without_compiled_loops(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("take_rows", "round_to_bfloat16"):
+    for name in ("take_widened", "round_to_bfloat16"):
         monkeypatch.setattr(gather, name, lambda **_: None)
+    monkeypatch.setattr(int8, "take_int8", lambda **_: None)
 
 
 def normalised(values: np.ndarray, kind: str) -> np.ndarray:
@@ -143,8 +144,9 @@ def test_the_first_batch_does_not_wait_for_compiled_loops_to_be_loaded(stores, m
 @pytest.mark.parametrize("kind", [None, "center-rms"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_compiled_and_plain_loops_give_the_same_bits(stores, monkeypatch, kind, dtype):
-    ways = [way for way in itertools.product([False, True], repeat=3) if way != (False, False, True)]
-    names = {kernels.take_rows(quantised=q, normalised=n, rounded=r).__name__ for q, n, r in ways}
+    ways = [(normalised, rounded) for normalised in (False, True) for rounded in (False, True)]
+    names = {kernels.take_int8(normalised=n, rounded=r).__name__ for n, r in ways}
+    names |= {kernels.take_widened(normalised=n, rounded=r).__name__ for n, r in ways if (n, r) != (False, True)}
     assert names == {name for name in vars(loops) if name.startswith("take_")} - {"take_and_measure"}
     fast = [dict(batch) for batch in loader_of(stores["bfloat16"], normalize=kind, dtype=dtype)]
     without_compiled_loops(monkeypatch)

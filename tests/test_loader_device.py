@@ -248,8 +248,8 @@ def test_windows_are_on_the_device_and_the_cpu_holds_two_chunks_a_thread(stores,
     batches_of(loader)
     (windows,) = loader._production.windows.values()
     for window in windows:
-        assert not window.values
-        assert not window.scales
+        assert not window.stored
+        assert not window._rows
         assert window.there.rows["a", "acts"].shape == (loader.plan.most_window_rows, 12)
     largest = store.spec.rows_per_chunk * 12 * 4
     assert max(asked) <= largest

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from actcache.kernels.bits import NAN
 from actcache.store.codecs.chain import STORED_DTYPE
-from actcache.store.codecs.quantise import NAN_SCALE, dequantise_rows, feature_exponents, quantise_rows
+from actcache.store.codecs.int8 import Int8, feature_exponents, quantise_rows
+from actcache.store.codecs.quantiser import decode_rows
 
 
 def some_values(shape):
@@ -22,8 +24,9 @@ def quantised(values, logical, exponents=None):
     """Values as stored to what comes back, with the scales as numbers."""
     q, bits = np.full(values.shape, 99, np.int8), np.empty(len(values), np.uint16)
     out = np.empty(values.shape, np.float32)
-    quantise_rows(values, logical, q, bits, exponents)
-    dequantise_rows(q, bits, out, exponents)
+    powers = None if exponents is None else np.ldexp(np.float32(1), exponents.astype(np.int32))
+    quantise_rows(values, logical, q, bits, powers)
+    decode_rows(Int8(), (q, bits), powers, out)
     return q, (bits.astype(np.uint32) << 16).view(np.float32), out
 
 
@@ -72,7 +75,7 @@ def test_int8_of_rows_at_the_edges(logical):
     assert np.isnan(out[4:]).all()
     _, bits = np.empty(values.shape, np.int8), np.empty(7, np.uint16)
     quantise_rows(values, logical, _, bits)
-    assert (bits[4:] == NAN_SCALE).all()
+    assert (bits[4:] == NAN).all()
 
 
 def test_int8_does_not_depend_on_how_rows_are_grouped():
@@ -92,8 +95,8 @@ def test_dequantised_bfloat16_is_the_rounded_float32():
     q, bits, wide = np.empty(values.shape, np.int8), np.empty(100, np.uint16), np.empty(values.shape, np.float32)
     narrow = np.empty(values.shape, np.uint16)
     quantise_rows(values, "bfloat16", q, bits)
-    dequantise_rows(q, bits, wide)
-    dequantise_rows(q, bits, narrow)
+    decode_rows(Int8(), (q, bits), None, wide)
+    decode_rows(Int8(), (q, bits), None, narrow)
     expected = torch.from_numpy(wide).bfloat16().view(torch.int16).numpy().view(np.uint16)
     np.testing.assert_array_equal(np.delete(narrow, 7, 0), np.delete(expected, 7, 0))
     assert np.isnan(as_float32(narrow[7], "bfloat16")).all()

@@ -20,9 +20,10 @@ from conftest import random_bits, random_blocks, spec_of, write_shards
 from numpy.typing import NDArray
 from zarr_digests import array_paths, digest
 
+from actcache.memory import Scratch
 from actcache.spec import Site
 from actcache.store import PRESETS, Store, export, open_store
-from actcache.store.codecs import Scratch
+from actcache.store.codecs import StoredArray
 from actcache.store.format.keys import (
     ABSENT_ROW,
     ROW_ARRAYS,
@@ -33,7 +34,7 @@ from actcache.store.format.keys import (
     site_prefix,
 )
 from actcache.store.format.records import read_total, record_length
-from actcache.store.format.site_arrays import array_dtype, arrays_of, chunks_per_shard
+from actcache.store.format.site_arrays import arrays_of, chunks_per_shard
 
 ROOT = Path(__file__).resolve().parents[1]
 LATEST = ("zarr>=3.4,<4", "numpy")
@@ -81,20 +82,19 @@ def our_arrays(store: Store) -> dict[str, NDArray[Any]]:
         prefix = site_prefix(site.name)
         arrays[f"{prefix}/stats"] = np.stack([store.shard_line(site.name, shard) for shard in shards])
         arrays[f"{prefix}/total"] = read_total(store.objects, site)
-        arrays |= {f"{prefix}/{array}": sharded_values(store, site, array) for array in arrays_of(site)}
+        arrays |= {f"{prefix}/{array.name}": sharded_values(store, site, array) for array in arrays_of(spec, site)}
     return {**arrays, "ledger": store.ledger}
 
 
-def sharded_values(store: Store, site: Site, array: str) -> NDArray[Any]:
+def sharded_values(store: Store, site: Site, array: StoredArray) -> NDArray[Any]:
     """A sharded array from its chunks; those that a shard does not have are zeros to every reader."""
     spec, scratch = store.spec, Scratch()
-    width = (site.width,) if array == "acts" else ()
-    values = np.zeros((spec.n_shards * spec.rows_per_shard, *width), array_dtype(spec, site, array))
-    chunks = values.reshape(-1, spec.rows_per_chunk, *width)
+    values = np.zeros((spec.n_shards * spec.rows_per_shard, *array.row_shape), array.dtype)
+    chunks = values.reshape(-1, spec.rows_per_chunk, *array.row_shape)
     for shard in range(spec.n_shards):
         for chunk in range(-(-int(store.shard_n_rows[shard]) // spec.rows_per_chunk)):
             out = chunks[shard * chunks_per_shard(spec) + chunk]
-            store.read_chunk(site.name, shard, chunk, out, scratch, array=array)
+            store.read_chunk(site.name, shard, chunk, out, scratch, array=array.name)
     return values[: spec.n_rows]
 
 

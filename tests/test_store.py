@@ -30,7 +30,7 @@ from actcache.store.codecs.chain import STORED_DTYPE
 from actcache.store.format.keys import sharded_key
 from actcache.store.format.stats import LineBuilder, merge, stats_of
 
-LOSSLESS = sorted(name for name, chain in PRESETS.items() if not chain.quantised)
+LOSSLESS = sorted(name for name, preset in PRESETS.items() if preset.lossless)
 
 
 @settings(max_examples=25, deadline=None)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from numpy.typing import NDArray
 
 from actcache.errors import ConfigError
+from actcache.kernels.bits import tensor_bits
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,7 @@ def as_numpy(tensor: torch.Tensor, bfloat16: Bfloat16 = "ml_dtypes") -> NDArray[
     if tensor.dtype != torch.bfloat16:
         plain: NDArray[Any] = tensor.numpy()
         return plain
-    bits: NDArray[Any] = tensor.view(torch.uint16).numpy()
+    bits = tensor_bits(tensor)
     return bits if bfloat16 == "uint16" else bits.view(_bfloat16_dtype())
 
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from actcache.lm import LanguageModel
 from actcache.spec import Site, StoreSpec
-from actcache.store.codecs.presets import chain_of
+from actcache.store.codecs import quantiser_of
+from actcache.store.format.site_arrays import powers_of
 
 FloatRows = NDArray[np.float64]
 """`(n, D)`."""
@@ -54,7 +55,7 @@ def tolerance_of(lm: LanguageModel, spec: StoreSpec, site: Site, measured: float
     A quantised value is rounded twice: before it is quantised, and when it is read. `measured` is the largest error of
     a row of the same model from one batch to another.
     """
-    stored = _STORED[spec.dtype] * (2 if chain_of(site.codec).quantised else 1)
+    stored = _STORED[spec.dtype] * (2 if quantiser_of(site.codec) else 1)
     return stored + max(computed_tolerance(lm), _MARGIN * measured)
 
 
@@ -68,20 +69,22 @@ def relative_errors(model: FloatRows, other: FloatRows, allowed: NDArray[np.floa
 
 def row_errors(spec: StoreSpec, site: Site, model: FloatRows, stored: FloatRows) -> NDArray[np.float64]:
     """`(n,)` relative error of each row; infinite where other values than the model's are not finite."""
-    chain = chain_of(site.codec)
-    exponents = np.array(site.feature_exponents) if site.feature_exponents else None
-    alike = _not_finite_alike(model, stored, whole_rows=chain.quantised)
+    quantiser = quantiser_of(site.codec)
+    alike = _not_finite_alike(model, stored, by_row=quantiser is not None)
     finite = np.isfinite(model) & np.isfinite(stored)
     model, stored = np.where(finite, model, 0.0), np.where(finite, stored, 0.0)
-    allowed = chain.largest_error(model, exponents)
+    allowed = 0.0 if quantiser is None else quantiser.largest_error(model, powers_of(site))
     allowed = allowed + (_SMALLEST_HALF_STEP_OF_FLOAT16 if spec.dtype == "float16" else 0.0)
     errors = relative_errors(model, stored, allowed)
     return np.where(alike, errors, np.inf)
 
 
-def _not_finite_alike(model: FloatRows, stored: FloatRows, *, whole_rows: bool) -> NDArray[np.bool_]:
-    """`(n,)` whether the values that are not finite are the same; quantised rows with one are NaN as a whole."""
-    if whole_rows:
+def _not_finite_alike(model: FloatRows, stored: FloatRows, *, by_row: bool) -> NDArray[np.bool_]:
+    """`(n,)` whether the values that are not finite are the same, or only whether the row has any.
+
+    A quantiser may give back a whole row as NaN if one of its values is not finite.
+    """
+    if by_row:
         alike: NDArray[np.bool_] = np.isfinite(model).all(axis=1) == np.isfinite(stored).all(axis=1)
         return alike
     both = [np.where(np.isfinite(values), 0.0, values) for values in (model, stored)]

@@ -52,7 +52,7 @@ class Plan:
     memory: Memory
     """Of one worker."""
     presets: Mapping[str, PresetPlan]
-    """By preset: `raw`, `fast`, `lossless`, `sparse`, `int8`, `auto`."""
+    """By preset, and `auto`."""
     terms: Terms
     """What was said of prices."""
     measured: Measured

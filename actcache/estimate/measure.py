@@ -24,9 +24,9 @@ from actcache.estimate.sample import FEWEST_BATCHES, Sample, sequences_wanted, w
 from actcache.memory import Scratch, keep_freed_memory
 from actcache.order import permutation
 from actcache.spec import Site, StoreSpec, TokenBlocks
-from actcache.store import PRESETS, Objects, Store, StoreWriter
+from actcache.store import Objects, Store, StoreWriter
 from actcache.store.codecs.fit import AUTO, fit_to_first_rows
-from actcache.store.codecs.presets import chain_of
+from actcache.store.codecs.presets import offered
 from actcache.store.format.keys import stats_key, token_sequences_per_chunk
 from actcache.store.format.site_arrays import arrays_of, index_bytes
 from actcache.store.format.table_objects import UINT32, encode_table
@@ -66,7 +66,7 @@ class SiteCosts:
     read_s_range: tuple[float, float]
     """The same in the fastest and in the slowest of the measurements."""
     n_arrays: int
-    """Sharded objects in a shard: one, and one more for the scales of a quantised site."""
+    """Sharded objects in a shard: one, and those that a quantiser keeps beside it, such as scales."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,7 +146,7 @@ def measure(
         sample.run_for(0.0)
     chosen = _fit_sites(sample)
     with tempfile.TemporaryDirectory(prefix="actcache-plan-") as folder:
-        costs = {name: _costs(sample, chosen[name], Path(folder) / name) for name in PRESETS}
+        costs = {name: _costs(sample, chosen[name], Path(folder) / name) for name in _preset_names()}
         left_s = 0.0
         if sample_sequences is None:
             left_s = max(2 * batch_s, min(0.2 * time_budget_s, time_budget_s - (perf_counter() - began)))
@@ -171,6 +171,10 @@ def measure(
     )
 
 
+def _preset_names() -> list[str]:
+    return [preset.name for preset in offered()]
+
+
 def _fit_sites(sample: Sample) -> dict[str, tuple[Site, ...]]:
     """The sites with every preset, and with `auto`; fitted to as many rows as an extraction would fit them to."""
     spec = sample.spec
@@ -179,7 +183,7 @@ def _fit_sites(sample: Sample) -> dict[str, tuple[Site, ...]]:
         rows = sample.rows(site.name)
         return fit_to_first_rows(site, asked, lambda n_rows: rows[:n_rows], spec.dtype, spec.rows_per_chunk)
 
-    return {asked: tuple(with_codec(asked, site) for site in spec.sites) for asked in (*PRESETS, AUTO)}
+    return {asked: tuple(with_codec(asked, site) for site in spec.sites) for asked in (*_preset_names(), AUTO)}
 
 
 def _costs(sample: Sample, sites: tuple[Site, ...], folder: Path) -> PresetCosts:
@@ -189,10 +193,9 @@ def _costs(sample: Sample, sites: tuple[Site, ...], folder: Path) -> PresetCosts
     encoder, order = ShardEncoder(Objects(folder, read_only=False), spec), sample.order
     found = {}
     for site in sites:
-        arrays = arrays_of(site)
+        arrays = arrays_of(spec, site)
         per_shard = len(arrays) * index_bytes(spec) + store.objects.size(stats_key(site.name, 0))
-        chain = chain_of(site.codec)
-        pads = chain.is_raw or chain.quantised
+        pads = all(array.chain.is_raw for array in arrays)
         n_rows = -(-sample.n_rows // spec.rows_per_chunk) * spec.rows_per_chunk if pads else sample.n_rows
         bytes_per_row = (store.info()["sites"][site.name]["bytes"] - per_shard) / n_rows
         encode_s = _seconds(partial(encoder.write, site, 0, sample.rows(site.name), order), sample.n_rows)
@@ -222,7 +225,7 @@ def _bytes_range(sample: Sample, encoder: ShardEncoder, site: Site, bytes_per_ro
     """
     batches = list(sample.batches_of_rows(_BATCHES_ENCODED))
     fewest = min(map(len, batches))
-    besides = len(arrays_of(site)) * index_bytes(sample.spec)
+    besides = len(arrays_of(sample.spec, site)) * index_bytes(sample.spec)
     sizes = np.empty(len(batches))
     for i, rows in enumerate(batches):
         record, _ = encoder.write(site, 0, sample.rows(site.name), rows[:fewest])
@@ -244,17 +247,15 @@ def _stored(sample: Sample, spec: StoreSpec, path: Path) -> Store:
 
 def _read(store: Store, site: Site) -> None:
     """Every chunk of a site, checked and decoded as a loader has it done."""
-    spec, chain = store.spec, chain_of(site.codec)
+    spec, arrays = store.spec, arrays_of(store.spec, site)
     n_chunks, n_threads = -(-store.n_rows // spec.rows_per_chunk), _cores()
 
     def read_some(thread: int) -> None:
         scratch = Scratch()
-        values = np.empty((spec.rows_per_chunk, site.width), chain.stored_dtype(spec.dtype))
-        scale = np.empty(spec.rows_per_chunk, "<u2")
+        parts = [np.empty((spec.rows_per_chunk, *array.row_shape), array.dtype) for array in arrays]
         for chunk in range(thread, n_chunks, n_threads):
-            store.read_chunk(site.name, 0, chunk, values, scratch)
-            if chain.quantised:
-                store.read_chunk(site.name, 0, chunk, scale, scratch, array="scale")
+            for array, part in zip(arrays, parts, strict=True):
+                store.read_chunk(site.name, 0, chunk, part, scratch, array=array.name)
 
     with ThreadPoolExecutor(n_threads) as pool:
         list(pool.map(read_some, range(n_threads)))

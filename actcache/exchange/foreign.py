@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from actcache.errors import ActcacheError, ConfigError
 from actcache.files import path_of
+from actcache.kernels.bits import bits_tensor
 from actcache.spec import (
     DTYPES,
     Dtype,
@@ -32,7 +33,7 @@ from actcache.spec import (
 )
 from actcache.store import ShardBuffers, Store, StoreWriter, to_write
 from actcache.store.codecs.chain import STORED_DTYPE
-from actcache.store.codecs.fit import codec_of, fit_to_first_rows
+from actcache.store.codecs.fit import codec_for, fit_to_first_rows
 from actcache.store.format.sizes import default_sizes
 from actcache.store_options import StoreOptions
 
@@ -204,7 +205,7 @@ def _with_codec(origin: Origin, spec: StoreSpec, site: Site, codec: str | Mappin
         return stored
 
     return fit_to_first_rows(
-        site, codec_of(site.name, codec) or "lossless", first_rows, spec.dtype, spec.rows_per_chunk
+        site, codec_for(site.name, codec) or "lossless", first_rows, spec.dtype, spec.rows_per_chunk
     )
 
 
@@ -239,9 +240,7 @@ def _store_rows(rows: torch.Tensor, out: NDArray[Any], dtype: Dtype, hook: str) 
     Raises:
         ConfigError: finite values that the dtype cannot hold.
     """
-    target = torch.from_numpy(out)
-    if dtype == "bfloat16":
-        target = target.view(torch.bfloat16)
+    target = bits_tensor(out, dtype)
     target.copy_(rows)
     narrower = torch.finfo(target.dtype).max < torch.finfo(rows.dtype).max
     if narrower and bool((target.isinf() & ~rows.isinf()).any()):

@@ -25,6 +25,7 @@ from actcache.addresses import shown as shown_address
 from actcache.errors import ConfigError, StoreError, StoreIncompleteError
 from actcache.exchange.foreign import TORCH_DTYPES, Origin, checked_ids, damage_explained, write
 from actcache.files import explained, path_of, read_json, shown, whole_file, write_whole
+from actcache.kernels.bits import widen
 from actcache.spec import Dtype, Progress, check_callable, check_positive, expand_names
 from actcache.store import Store, refuse_inside_store
 from actcache.store.store import checked_store
@@ -316,7 +317,7 @@ def _in_order(store: Store, site: str, shard: int, dtype: np.dtype[Any], threads
     stored = store.read_stored(site, slice(rows.start, rows.stop), threads=threads)
     ordered = np.empty(stored.shape, dtype)
     for part in np.array_split(np.arange(len(rows)), max(1, stored.nbytes // _BATCH_BYTES)):
-        wide = (stored[part].astype(np.uint32) << 16).view(np.float32) if spec.dtype == "bfloat16" else stored[part]
+        wide = widen(stored[part], spec.dtype)
         try:
             with np.errstate(over="raise"):
                 ordered[place[part] - rows.start] = wide.astype(dtype, copy=False)

@@ -20,7 +20,7 @@ from actcache.memory import is_out_of_memory
 from actcache.provenance import _versions
 from actcache.spec import DTYPES, Site, StoreSpec, TokenBlocks, check_positive
 from actcache.store import Objects, ShardBuffers, Store, open_store
-from actcache.store.codecs.fit import codec_of, fit_to_first_rows, is_result_of, needs_trial
+from actcache.store.codecs.fit import codec_for, fit_to_first_rows, is_offered, is_result_of, needs_trial
 from actcache.store.format.sizes import sizes_of
 from actcache.store_options import StoreOptions
 
@@ -79,11 +79,11 @@ def with_codecs(
     spec: StoreSpec,
 ) -> tuple[Site, ...]:
     """The sites with their codecs; what was fitted for the store that is `found` is not fitted again."""
-    asked = {site.site.name: codec_of(site.site.name, codec) or "lossless" for site in resolved}
+    asked = {site.site.name: codec_for(site.site.name, codec) or "lossless" for site in resolved}
     fitted = {
         site.name: site
         for site in (found.spec.sites if found else ())
-        if needs_trial(asked.get(site.name, "raw")) and is_result_of(site, asked[site.name])
+        if site.name in asked and _goes_on(asked[site.name]) and is_result_of(site, asked[site.name])
     }
     new = [site for site in resolved if site.site.name not in fitted]
     first_rows = _first_rows(lm, blocks, [site for site in new if needs_trial(asked[site.site.name])], spec)
@@ -93,6 +93,11 @@ def with_codecs(
         fitted[name] = fit_to_first_rows(site.site, asked[name], rows, spec.dtype, spec.rows_per_chunk)
     # What a name means is the model's to say, whatever the store says that the codec is known from.
     return tuple(replace(fitted[site.site.name], meaning=site.site.meaning) for site in resolved)
+
+
+def _goes_on(codec: str) -> bool:
+    """Whether the codec of a store that is there goes on: it was fitted, or is a preset of earlier versions."""
+    return needs_trial(codec) or not is_offered(codec)
 
 
 def _first_rows(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actcache.kernels.bits import bits_tensor
 from actcache.memory import is_out_of_memory
 from actcache.store import ShardBuffers
 
@@ -40,7 +41,7 @@ class Sink:
         self._kept_QR = there if kept is None else there & kept.reshape(there.shape)
         self._starts = np.concatenate([[0], np.cumsum(self._kept_QR.sum(axis=1))])
         self._all = bool(self._kept_QR.all())
-        self._targets = {name: _as_tensor(rows, spec.dtype) for name, rows in buffers.rows.items()}
+        self._targets = {name: bits_tensor(rows, spec.dtype) for name, rows in buffers.rows.items()}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @property
@@ -166,13 +167,6 @@ def pinned_for(device: torch.device) -> Callable[[tuple[int, int], np.dtype[Any]
 
     dtypes = {"uint16": torch.uint16, "float16": torch.float16, "float32": torch.float32}
     return lambda shape, dtype: torch.empty(shape, dtype=dtypes[dtype.name], pin_memory=True).numpy()
-
-
-def _as_tensor(rows: NDArray[Any], dtype: str) -> Tensor:
-    import torch
-
-    tensor = torch.from_numpy(rows)
-    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 
 def _as_mask(kept: NDArray[np.bool_], like: Tensor) -> Tensor:

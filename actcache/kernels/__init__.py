@@ -11,6 +11,19 @@ from typing import Any
 
 Kernel = Callable[..., Any]
 
+_WIDENED = {
+    (False, False): "take_widened",
+    (True, False): "take_widened_normalised",
+    (True, True): "take_widened_normalised_rounded",
+}
+_INT8 = {
+    (False, False): "take_dequantised",
+    (False, True): "take_dequantised_rounded",
+    (True, False): "take_dequantised_normalised",
+    (True, True): "take_dequantised_normalised_rounded",
+}
+"""Loops that gather rows, by (normalised, rounded)."""
+
 
 def take_and_measure() -> Kernel | None:
     """Rows of bfloat16 bits gathered and measured."""
@@ -22,13 +35,17 @@ def split_planes() -> Kernel | None:
     return _loop("split_planes")
 
 
-def take_rows(*, quantised: bool, normalised: bool, rounded: bool) -> Kernel | None:
-    """Rows gathered as float32, of bfloat16 bits or of int8; a mean taken from them, multiplied; rounded to bfloat16.
+def take_widened(*, normalised: bool = False, rounded: bool = False) -> Kernel | None:
+    """Rows of bfloat16 bits gathered as float32; a mean subtracted, multiplied; rounded to bfloat16 again.
 
-    There is none for bfloat16 that are nothing but rounded: they are gathered as they are.
+    Rows that are only rounded would be what they were, so there is no loop for them: gather them as they are.
     """
-    name = "take_dequantised" if quantised else "take_widened"
-    return _loop(name + "_normalised" * normalised + "_rounded" * rounded)
+    return _loop(_WIDENED[normalised, rounded])
+
+
+def take_int8(*, normalised: bool, rounded: bool) -> Kernel | None:
+    """Rows of int8 with a scale each gathered as float32; a mean subtracted, multiplied; rounded to bfloat16."""
+    return _loop(_INT8[normalised, rounded])
 
 
 def round_to_bfloat16() -> Kernel | None:

@@ -31,7 +31,7 @@ from actcache.load.production import Made, Production
 from actcache.load.speed import Clock, LoaderStats
 from actcache.load.state import STATE_VERSION, Place, check_settings, parse_place, parse_state, sites_in_state
 from actcache.spec import DTYPE_BYTES, check_positive, expand_names, integer
-from actcache.store.format.site_arrays import array_dtype
+from actcache.store.format.site_arrays import arrays_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -181,9 +181,9 @@ class Loader:
 
     @property
     def _row_bytes(self) -> int:
-        """Bytes of a row at all sites, as stored."""
+        """Bytes of a row at all sites, as their first arrays store it."""
         spec = self.store.spec
-        return sum(site.width * array_dtype(spec, site, "acts").itemsize for site in map(spec.site, self.sites))
+        return sum(arrays_of(spec, spec.site(name))[0].row_bytes for name in self.sites)
 
     def _most_chunks(self, lanes: int) -> int:
         """How many chunks a window may have within the memory."""

@@ -25,7 +25,7 @@ from actcache.load.state import State, check_settings, how_far, parse_place, par
 from actcache.share.messages import PROTOCOL, Lines, Message
 from actcache.share.shared_memory import SharedMemory
 from actcache.spec import Progress, check_callable, check_positive, expand_names
-from actcache.store.codecs.presets import chain_of
+from actcache.store.codecs import quantiser_of
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +118,7 @@ def exact_dtype(store: Store, sites: Sequence[str], normalize: str | None = None
     import torch
 
     of_sites = [store.spec.site(name) for name in expand_names(sites, store.sites)]
-    computed = normalize is not None or any(chain_of(site.codec).quantised for site in of_sites)
+    computed = normalize is not None or any(quantiser_of(site.codec) for site in of_sites)
     stored: torch.dtype = getattr(torch, store.spec.dtype)
     return torch.float32 if computed else stored
 

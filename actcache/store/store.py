@@ -18,6 +18,7 @@ from actcache.errors import (
     StoreNotFoundError,
 )
 from actcache.files import shown
+from actcache.kernels.bits import bits_tensor
 from actcache.store.backends.objects import Objects
 from actcache.store.format.root import read_root
 from actcache.store.format.stats import SiteStats
@@ -80,10 +81,7 @@ class Store(Chunks):
         Raises:
             SiteError: no such site. IndexError: a row is out of range. CorruptShardError: a shard is damaged.
         """
-        import torch
-
-        tensor = torch.from_numpy(self.read_stored(site, rows, threads=threads))
-        return tensor.view(torch.bfloat16) if self.spec.dtype == "bfloat16" else tensor
+        return bits_tensor(self.read_stored(site, rows, threads=threads), self.spec.dtype)
 
     def read_stored(self, site: str, rows: Rows, *, threads: int = 2) -> NDArray[Any]:
         """What `read` gives, as a numpy array; numpy has no bfloat16, so those are given as the bits of uint16."""

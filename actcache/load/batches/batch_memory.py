@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actcache.kernels.bits import bits_tensor
+
 if TYPE_CHECKING:
     import torch
 
@@ -56,8 +58,6 @@ class BatchMemory:
 
     def take(self, n_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised `(n_rows, width)` tensor."""
-        import torch
-
         self._take_back()
         stored = _STORED[str(dtype)]
         free = self._free.setdefault((n_rows, width, stored), [])
@@ -67,8 +67,7 @@ class BatchMemory:
         lent = _Lent(handed_out, self._returned.append)
         lent.kept, lent.free = kept, free
         self._lent[id(lent)] = lent
-        tensor = torch.from_numpy(handed_out)
-        return tensor.view(torch.bfloat16) if dtype == torch.bfloat16 else tensor
+        return bits_tensor(handed_out, str(dtype).removeprefix("torch."))
 
     def _take_back(self) -> None:
         """Free the buffers whose tensors are gone."""

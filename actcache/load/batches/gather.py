@@ -5,6 +5,7 @@ In: a window, a site and places in it. Out: rows in the memory of a batch. `devi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.kernels import round_to_bfloat16, take_rows
-from actcache.kernels.bits import tensor_bits
+from actcache.kernels import round_to_bfloat16, take_widened
+from actcache.kernels.bits import tensor_bits, widen_bits
 from actcache.load.normalize import Normalization
-from actcache.load.windows.window import Window
+from actcache.load.windows.window import StoredRows, Window
 from actcache.memory import Scratch
-from actcache.store.codecs import dequantise_rows
 
 if TYPE_CHECKING:
     import torch
@@ -48,19 +48,20 @@ class Gather:
 
     def __call__(self, window: Window, site: str, places: NDArray[np.int64], target: torch.Tensor) -> None:
         """`target[i] = window row places[i]`."""
-        if site not in window.scales and self.out == self.logical and site not in self.normalization:
-            np.take(window.values[site], places, axis=0, out=tensor_bits(target), mode="clip")
-        elif (loop := self._compiled(window, site, str(self.out))) is not None:
+        stored = window.stored[site]
+        if stored.quantiser is None and self.out == self.logical and site not in self.normalization:
+            np.take(stored.parts[0], places, axis=0, out=tensor_bits(target), mode="clip")
+        elif (loop := self._compiled(stored, site, str(self.out))) is not None:
             loop(places, tensor_bits(target))
         else:
-            self._block_by_block(window, site, places, target)
+            self._block_by_block(stored, site, places, target)
 
-    def _block_by_block(self, window: Window, site: str, places: NDArray[np.int64], target: torch.Tensor) -> None:
+    def _block_by_block(self, stored: StoredRows, site: str, places: NDArray[np.int64], target: torch.Tensor) -> None:
         """Convert to float32 first, and from there to the dtype of the batch."""
         import torch
 
         in_place, width = self.out == torch.float32, target.shape[1]
-        widen = self._compiled(window, site, "torch.float32") or partial(self._as_float32, window, site)
+        widen = self._compiled(stored, site, "torch.float32") or partial(self._as_float32, stored, site)
         block_rows = max(1, _GATHER_BYTES // (4 * width))
         for start in range(0, len(places), block_rows):
             part = places[start : start + block_rows]
@@ -75,46 +76,42 @@ class Gather:
         import torch
 
         self.loops_loaded = True
-        for site, values in window.values.items():
-            if self._compiled(window, site, "torch.float32"):
-                self(window, site, np.zeros(1, np.int64), torch.empty((1, values.shape[1]), dtype=self.out))
+        for site, stored in window.stored.items():
+            if self._compiled(stored, site, "torch.float32"):
+                self(window, site, np.zeros(1, np.int64), torch.empty((1, stored.width), dtype=self.out))
 
     def _compiled(
-        self, window: Window, site: str, out: str
+        self, stored: StoredRows, site: str, out: str
     ) -> Callable[[NDArray[np.int64], NDArray[Any]], None] | None:
         """The compiled loop that gathers rows as `out`; None if there is none."""
-        values, scales, done = window.values[site], window.scales.get(site), self.normalization.get(site)
-        if (
-            not self.loops_loaded
-            or out not in ("torch.float32", "torch.bfloat16")
-            or not (scales is not None or self._is_bfloat16)
-        ):
+        if not self.loops_loaded or out not in ("torch.float32", "torch.bfloat16"):
             return None
-        rounded = out == "torch.bfloat16"
-        loop = take_rows(quantised=scales is not None, normalised=done is not None, rounded=rounded)
+        done, rounded = self.normalization.get(site), out == "torch.bfloat16"
+        if stored.quantiser is not None:
+            loop = stored.quantiser.loop(stored.parts, stored.powers, normalised=done is not None, rounded=rounded)
+        elif self._is_bfloat16:
+            kernel = take_widened(normalised=done is not None, rounded=rounded)
+            loop = None if kernel is None else partial(kernel, stored.parts[0])
+        else:
+            loop = None
         if loop is None:
             return None
-        after = () if done is None else (_shift(done, values.shape[1]), np.float32(done.scale))
+        if done is not None:
+            after = _shift(done, stored.width), np.float32(done.scale)
+            return lambda places, target: loop(places, target, *after)
+        # Without a normalisation, rows of bfloat16 are only moved, as the bits of float32.
+        return loop if stored.quantiser is not None else lambda places, target: loop(places, target.view(np.uint32))
 
-        def gather(places: NDArray[np.int64], out: NDArray[Any]) -> None:
-            if scales is not None:
-                row_scales = (scales[places].astype(np.uint32) << 16).view(np.float32)
-                loop(values, row_scales, window.weights[site], places, out, *after)
-            else:
-                loop(values, places, out if after else out.view(np.uint32), *after)
-
-        return gather
-
-    def _as_float32(self, window: Window, site: str, places: NDArray[np.int64], wide: NDArray[np.float32]) -> None:
+    def _as_float32(self, stored: StoredRows, site: str, places: NDArray[np.int64], wide: NDArray[np.float32]) -> None:
         """What the compiled loops do, with numpy."""
-        values, scales, done = window.values[site], window.scales.get(site), self.normalization.get(site)
-        rows = np.frombuffer(self._scratch.take(wide.size * values.itemsize), values.dtype).reshape(wide.shape)
-        np.take(values, places, axis=0, out=rows, mode="clip")
-        if scales is not None:
-            dequantise_rows(rows, scales[places], wide, window.exponents[site])
+        done, (first, *others) = self.normalization.get(site), stored.parts
+        shape = len(places), *first.shape[1:]
+        rows = np.frombuffer(self._scratch.take(math.prod(shape) * first.itemsize), first.dtype).reshape(shape)
+        np.take(first, places, axis=0, out=rows, mode="clip")
+        if stored.quantiser is not None:
+            stored.quantiser.decode([rows, *(part[places] for part in others)], stored.powers, wide)
         elif self._is_bfloat16:
-            # bfloat16 bits are the upper half of the float32.
-            np.left_shift(rows, 16, out=wide.view(np.uint32), dtype=np.uint32)
+            widen_bits(rows, wide)
         else:
             np.copyto(wide, rows, casting="same_kind")
         if done is not None:

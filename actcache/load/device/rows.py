@@ -6,7 +6,7 @@ and cast on the device. Nothing is copied back to the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from actcache.load.device.link import DeviceLink
 from actcache.load.device.streams import Step
-from actcache.store.format.site_arrays import arrays_of, exponents_of
+from actcache.store.codecs import quantiser_of
+from actcache.store.format.site_arrays import arrays_of, powers_of
 
 if TYPE_CHECKING:
     import torch
@@ -44,24 +45,25 @@ class DeviceGather:
     ) -> None:
         self.link, self.spec, self.sites, self._out = link, spec, sites, out
         self._steps = {site: self._steps_of(site, normalization.get(site)) for site in sites}
+        self._quantisers = {site: quantiser_of(spec.site(site).codec) for site in sites}
 
     def window(self, n_rows: int) -> DeviceWindow:
         """An empty window of `n_rows` rows."""
         return DeviceWindow(self, n_rows)
 
-    def take(
-        self, values: torch.Tensor, scales: torch.Tensor | None, places: torch.Tensor, site: str, target: torch.Tensor
-    ) -> None:
-        """`target[i] = values[places[i]]`, `(B, D)`, with what is done to that site; `scales` are those of all rows."""
+    def take(self, parts: Sequence[torch.Tensor], places: torch.Tensor, site: str, target: torch.Tensor) -> None:
+        """`target[i]` = row `places[i]` of the site, `(B, D)`, with what is done to it; `parts` are its arrays."""
         import torch
 
-        steps = self._steps[site]
-        if scales is not None:
-            steps = [(torch.mul, scales.index_select(0, places).float()[:, None]), *steps]
-        elif not steps and values.dtype == self._out:
-            torch.index_select(values, 0, places, out=target)
+        steps, quantiser = self._steps[site], self._quantisers[site]
+        if quantiser is not None:
+            rows, joining = quantiser.device_steps([part.index_select(0, places) for part in parts])
+            steps = [*joining, *steps]
+        elif not steps and parts[0].dtype == self._out:
+            torch.index_select(parts[0], 0, places, out=target)
             return
-        rows = values.index_select(0, places)
+        else:
+            rows = parts[0].index_select(0, places)
         for operation, operand in steps[:-1]:
             rows = operation(rows, operand)
         if steps:
@@ -71,12 +73,12 @@ class DeviceGather:
             target.copy_(rows)
 
     def _steps_of(self, site: str, done: Normalization | None) -> list[Step]:
-        """What is done to the rows of a site, after the multiplication with their scales."""
+        """What is done to the rows of a site, once a quantiser has joined them."""
         import torch
 
-        steps, exponents = [], exponents_of(self.spec.site(site))
-        if exponents is not None:
-            steps.append((torch.mul, self._sent(np.ldexp(np.float32(1), exponents.astype(np.int32)))))
+        steps, powers = [], powers_of(self.spec.site(site))
+        if powers is not None:
+            steps.append((torch.mul, self._sent(powers)))
         if done is not None and done.mean is not None:
             steps.append((torch.sub, self._sent(done.mean)))
         if done is not None:
@@ -92,10 +94,7 @@ class DeviceGather:
 
 
 class DeviceWindow:
-    """A window's rows on a device: stored values, the scales of quantised sites, and the order in which they are taken.
-
-    `rows[site, "acts"]` is `(n_rows, D)`, `rows[site, "scale"]` `(n_rows,)`.
-    """
+    """A window's rows on a device: `rows[site, array]`, as stored, and the order in which they are taken."""
 
     def __init__(self, gather: DeviceGather, n_rows: int) -> None:
         import torch
@@ -103,12 +102,13 @@ class DeviceWindow:
         self._gather, self.link = gather, gather.link
         self._places = self.link.window_memory((n_rows,), torch.int64)
         self.rows: dict[tuple[str, str], torch.Tensor] = {}
+        self._parts: dict[str, list[torch.Tensor]] = {}
         for site in map(gather.spec.site, gather.sites):
-            quantised = "scale" in arrays_of(site)
-            dtype: torch.dtype = torch.int8 if quantised else getattr(torch, gather.spec.dtype)
-            self.rows[site.name, "acts"] = self.link.window_memory((n_rows, site.width), dtype)
-            if quantised:
-                self.rows[site.name, "scale"] = self.link.window_memory((n_rows,), torch.bfloat16)
+            arrays = arrays_of(gather.spec, site)
+            for array in arrays:
+                shape, dtype = (n_rows, *array.row_shape), getattr(torch, array.element)
+                self.rows[site.name, array.name] = self.link.window_memory(shape, dtype)
+            self._parts[site.name] = [self.rows[site.name, array.name] for array in arrays]
 
     def send_order(self, order: NDArray[np.int64]) -> None:
         """Send the places of the rows, in the order in which batches take them."""
@@ -122,6 +122,6 @@ class DeviceWindow:
         def work() -> None:
             for site, target in targets.items():
                 places = self._places[first : first + len(target)]
-                self._gather.take(self.rows[site, "acts"], self.rows.get((site, "scale")), places, site, target)
+                self._gather.take(self._parts[site], places, site, target)
 
         self.link.gathers.run(work)

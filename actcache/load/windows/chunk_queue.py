@@ -23,7 +23,7 @@ class Wanted(NamedTuple):
     """The rows of a chunk that a window needs."""
 
     array: str
-    """`acts`, or `scale` of a quantised site."""
+    """Which of the site's arrays."""
     site: str
     part: Part
 

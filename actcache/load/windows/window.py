@@ -11,6 +11,7 @@ import math
 import threading
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from time import perf_counter, thread_time
 from typing import TYPE_CHECKING, Any
 
@@ -23,18 +24,30 @@ from actcache.load.plan.reading_order import reading_order
 from actcache.load.windows.chunk_queue import ChunkQueue, Wanted
 from actcache.load.windows.pools import Pools
 from actcache.memory import Scratch
-from actcache.store.codecs.presets import chain_of
-from actcache.store.format.site_arrays import array_dtype, arrays_of, chunks_per_shard, exponents_of
+from actcache.spec import Site
+from actcache.store.codecs import Powers, Quantiser, quantiser_of
+from actcache.store.format.site_arrays import arrays_of, chunks_per_shard, powers_of
 
 if TYPE_CHECKING:
     from actcache.store import Store
 
 
-class Window:
-    """The decoded chunks of one window, for all sites: `values[site]` is `(rows, D)` in stored dtype.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredRows:
+    """A site's rows in a window, as they are stored."""
 
-    Of quantised sites the values are int8, and `scales[site]` are the `(rows,)` bits of their bfloat16 scales. With
-    `there`, a window on another device, both are on that device, and the CPU holds nothing of that size.
+    parts: tuple[NDArray[Any], ...]
+    """`(rows, ...)` of each of the site's arrays."""
+    width: int
+    quantiser: Quantiser | None
+    """What joins the arrays to values; None: the only array has the values."""
+    powers: Powers | None
+
+
+class Window:
+    """The decoded chunks of one window, for all sites.
+
+    With `there`, a window on another device, the rows are there, and nothing of that size is in the CPU's memory.
     """
 
     lane: Lane
@@ -44,34 +57,32 @@ class Window:
 
     def __init__(self, store: Store, sites: list[str], n_rows: int, there: DeviceWindow | None = None) -> None:
         self.store, self.sites, self.there = store, sites, there
-        self.values: dict[str, NDArray[Any]] = {}
-        self.scales: dict[str, NDArray[np.uint16]] = {}
-        self.exponents: dict[str, NDArray[np.int8] | None] = {}
-        self.weights: dict[str, NDArray[np.float32]] = {}
-        for name in sites if there is None else ():
-            site = store.spec.site(name)
-            self.values[name] = np.empty((n_rows, site.width), array_dtype(store.spec, site, "acts"))
-            if chain_of(site.codec).quantised:
-                self.scales[name] = np.empty(n_rows, np.uint16)
-                self.exponents[name] = exponents_of(site)
-                powers = site.feature_exponents or np.zeros(site.width)
-                self.weights[name] = np.exp2(powers, dtype=np.float32)
+        self.stored: dict[str, StoredRows] = {}
+        self._rows: dict[tuple[str, str], NDArray[Any]] = {}
+        self._arrays = [(name, array) for name in sites for array in arrays_of(store.spec, store.spec.site(name))]
+        if there is None:
+            for name, array in self._arrays:
+                self._rows[name, array.name] = np.empty((n_rows, *array.row_shape), array.dtype)
+            self.stored = {site.name: self._stored_rows(site) for site in map(store.spec.site, sites)}
         self.order: NDArray[np.int64] = np.empty(0, np.int64)
         self.row_ids: NDArray[np.int64] = np.empty(0, np.int64)
         self.pending: list[Future[Any]] = []
         self._local = threading.local()
+
+    def _stored_rows(self, site: Site) -> StoredRows:
+        return StoredRows(
+            parts=tuple(self._rows[name, array.name] for name, array in self._arrays if name == site.name),
+            width=site.width,
+            quantiser=quantiser_of(site.codec),
+            powers=powers_of(site),
+        )
 
     def begin(self, lane: Lane, number: int, pools: Pools) -> None:
         """Start to decode a window into these buffers."""
         self.lane, self.number = lane, number
         if self.there is not None:
             self.there.link.before_filling()
-        wanted = [
-            Wanted(array, site, part)
-            for part in lane.parts(number)
-            for site in self.sites
-            for array in arrays_of(self.store.spec.site(site))
-        ]
+        wanted = [Wanted(array.name, site, part) for part in lane.parts(number) for site, array in self._arrays]
         # The order first: the window is not ready without it, and threads may be at the next window already.
         self.pending = [pools.decode.submit(self._shuffle, lane, number)]
         if pools.fetch is None:
@@ -134,7 +145,7 @@ class Window:
         rows = slice(part.start, part.stop)
         if self.there is not None:
             return self.there.link.sending(self.there.rows[site, array][rows])
-        return nullcontext((self.values[site] if array == "acts" else self.scales[site])[rows])
+        return nullcontext(self._rows[site, array][rows])
 
     def _whole_chunk(self, target: NDArray[Any]) -> NDArray[Any]:
         """This thread's memory for all rows of a chunk, valid until it decodes the next one."""

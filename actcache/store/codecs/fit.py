@@ -1,4 +1,4 @@
-"""Codecs that are fitted to a site's own activations, on the first of them, before its store is begun."""
+"""Which codec a site gets, fitted to the first of its own activations where that decides, before its store is begun."""
 
 from __future__ import annotations
 
@@ -11,26 +11,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.spec import Site
-from actcache.store.codecs.presets import PRESETS, chain_of, parse_codec
-from actcache.store.codecs.quantise import feature_exponents
+from actcache.store.codecs.chain import Chain
+from actcache.store.codecs.presets import PRESETS, offered, parse_codec, quantiser_of, stored_arrays
 
 AUTO = "auto"
 
 
-def codec_of(name: str, codec: str | Mapping[str, str]) -> str | None:
+def codec_for(name: str, codec: str | Mapping[str, str]) -> str | None:
     """The codec that is asked for a site: one for all, or that of the first pattern that its name matches."""
     by_pattern = {"*": codec} if isinstance(codec, str) else codec
     return next((asked for pattern, asked in by_pattern.items() if fnmatchcase(name, pattern)), None)
 
 
-def given(site: Site, codec: str) -> Site:
+def with_codec(site: Site, codec: str) -> Site:
     """The site with a codec that does not depend on its activations."""
     return replace(site, codec=parse_codec(codec), codec_reason="", feature_exponents=())
 
 
 def needs_trial(codec: str) -> bool:
     """True when a codec depends on the activations: `auto`, and those that quantise."""
-    return codec == AUTO or chain_of(codec).quantised
+    return codec == AUTO or quantiser_of(codec) is not None
+
+
+def is_offered(codec: str) -> bool:
+    """False for a preset that only stores from earlier versions have."""
+    return codec not in PRESETS or PRESETS[codec].offered
 
 
 def is_result_of(site: Site, asked: str) -> bool:
@@ -38,22 +43,22 @@ def is_result_of(site: Site, asked: str) -> bool:
     return bool(site.codec_reason) if asked == AUTO else site.codec == asked and not site.codec_reason
 
 
-def fitted(site: Site, asked: str, rows: NDArray[Any], logical: str, rows_per_chunk: int) -> Site:
+def fit_codec(site: Site, asked: str, rows: NDArray[Any], logical: str, rows_per_chunk: int) -> Site:
     """The site with the codec that is asked for, fitted to `rows (n, D)` of stored dtype."""
     if asked == AUTO:
         chunks = [rows[start : start + rows_per_chunk] for start in range(0, len(rows), rows_per_chunk)]
         codec, reason = choose_codec(chunks)
         return replace(site, codec=codec, codec_reason=reason, feature_exponents=())
-    site = given(site, asked)
-    if not chain_of(site.codec).quantised:
+    site = with_codec(site, asked)
+    quantiser = quantiser_of(site.codec)
+    if quantiser is None:
         return site
-    exponents = feature_exponents(rows, logical)
+    exponents = quantiser.fit(rows, logical)
     return replace(site, feature_exponents=tuple(exponents.tolist()) if exponents.any() else ())
 
 
-_LOSSLESS = ("lossless", "sparse")
-
-
+_SAVES = 0.95
+"""What is smaller than this is worth it."""
 _TRIAL_BYTES = 1 << 19
 """Size of the pieces that `choose_codec` tries: that of chunks, by default."""
 
@@ -61,21 +66,33 @@ _TRIAL_BYTES = 1 << 19
 def choose_codec(chunks: Sequence[NDArray[Any]]) -> tuple[str, str]:
     """The lossless preset for values like these (C-contiguous arrays of stored dtype), and why in one sentence.
 
-    Decided by sizes alone, so the same values always give the same choice: `sparse` when it is at least 5 % smaller
-    than `lossless`, and `raw` when nothing saves 5 %. Of many values, pieces at equal distances are tried.
+    Decided by sizes alone, so the same values always give the same choice: the first that compresses (`lossless`),
+    unless another is at least 5 % smaller, and `raw` when nothing saves 5 %. Of many values, pieces at equal distances
+    are tried.
     """
+    first, *others = chains = _lossless_chains()
     pieces = [flat[start : start + _TRIAL_BYTES] for flat in map(_flat_bytes, chunks) for start in _starts(len(flat))]
     n_bytes = sum(map(len, pieces))
     if not n_bytes:
-        return "lossless", "lossless: there are no values to try"
+        return first, f"{first}: there are no values to try"
     size = chunks[0].itemsize
-    sizes = {name: sum(len(PRESETS[name].encode(p.view(f"u{size}"))[0]) for p in pieces) for name in _LOSSLESS}
+    sizes = {name: sum(len(chain.encode(p.view(f"u{size}"))[0]) for p in pieces) for name, chain in chains.items()}
     tried = {name: found / n_bytes for name, found in sizes.items()}
-    best = "sparse" if tried["sparse"] <= 0.95 * tried["lossless"] else "lossless"
-    if tried[best] > 0.95:
-        return "raw", f"raw: lossless {tried['lossless']:.2f} of it, sparse {tried['sparse']:.2f}"
-    other = "lossless" if best == "sparse" else "sparse"
-    return best, f"{best}: {tried[best]:.2f} of raw, {other} {tried[other]:.2f}"
+    best = min(others, key=tried.__getitem__, default=first)
+    best = best if tried[best] <= _SAVES * tried[first] else first
+    if tried[best] > _SAVES:
+        return "raw", f"raw: {first} {tried[first]:.2f} of it" + _shares(tried, others)
+    return best, f"{best}: {tried[best]:.2f} of raw" + _shares(tried, [name for name in chains if name != best])
+
+
+def _lossless_chains() -> dict[str, Chain]:
+    """What `auto` tries: the chains of the presets that are lossless and compress, by name."""
+    found = {preset.name: preset.codec for preset in offered() if preset.lossless}
+    return {name: codec for name, codec in found.items() if isinstance(codec, Chain) and not codec.is_raw}
+
+
+def _shares(tried: Mapping[str, float], names: Sequence[str]) -> str:
+    return "".join(f", {name} {tried[name]:.2f}" for name in names)
 
 
 def _flat_bytes(chunk: NDArray[Any]) -> NDArray[np.uint8]:
@@ -88,15 +105,14 @@ def _starts(n_bytes: int) -> range:
     return range(0, n_bytes if n_bytes < _TRIAL_BYTES else n_pieces * _TRIAL_BYTES, _TRIAL_BYTES * -(-n_pieces // 16))
 
 
-def expected_bytes_per_value(codec: str, logical: str) -> float:
-    """About what a value takes on disk, for a look at the free space before a run; rather too little than too much.
+def expected_row_bytes(codec: str, logical: str, width: int) -> float:
+    """About what a row takes on disk, for a look at the free space before a run; rather too little than too much.
 
-    What a store really takes depends on its values: these are the smallest of the measured figures, so that nobody is
-    refused who has room.
+    What a store really takes depends on its values: shares are the smallest of the measured figures, so that nobody is
+    refused who has room. Of a chain given by hand nothing is known.
     """
-    chain = chain_of(codec)
-    share = 1.0 if chain.is_raw else 0.02 if codec == "sparse" else 0.6 if codec in PRESETS else 0.0
-    return share * chain.stored_dtype(logical).itemsize
+    share = PRESETS[codec].least_share if codec in PRESETS else 0.0
+    return share * sum(array.row_bytes for array in stored_arrays(codec, logical, width))
 
 
 ROWS_TO_FIT = 4096
@@ -112,5 +128,5 @@ def fit_to_first_rows(
     are needed.
     """
     if not needs_trial(asked):
-        return given(site, asked)
-    return fitted(site, asked, first_rows(max(ROWS_TO_FIT, rows_per_chunk)), dtype, rows_per_chunk)
+        return with_codec(site, asked)
+    return fit_codec(site, asked, first_rows(max(ROWS_TO_FIT, rows_per_chunk)), dtype, rows_per_chunk)

@@ -38,9 +38,9 @@ def column_prefix(column: str) -> str:
     return ROWS if column == ROWS else site_prefix(column)
 
 
-def sharded_key(site: str, array: str, shard: int) -> str:
-    """The sharded object of a site's shard; `array` is `acts` or `scale`."""
-    return f"{site_prefix(site)}/{array}/c.{shard}" + (".0" if array == "acts" else "")
+def sharded_key(site: str, array: str, shard: int, row_axes: int = 1) -> str:
+    """The sharded object of a shard of one of a site's arrays, whose rows have so many axes."""
+    return f"{site_prefix(site)}/{array}/c.{shard}" + ".0" * row_axes
 
 
 def stats_key(site: str, shard: int) -> str:

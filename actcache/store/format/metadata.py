@@ -32,7 +32,7 @@ from actcache.store.format.keys import (
 )
 from actcache.store.format.records import HEAD_BYTES, record_length
 from actcache.store.format.root import Root
-from actcache.store.format.site_arrays import array_chain, array_dtype, arrays_of
+from actcache.store.format.site_arrays import arrays_of
 from actcache.store.format.table_objects import FLOAT64, UINT8, UINT32, put_table
 
 _MOST_BYTES = 1 << 20
@@ -95,8 +95,9 @@ def differences(objects: Objects, spec: StoreSpec, site: Site) -> Iterator[tuple
 
     Nothing where there is no such metadata, or where it is damaged. How many rows there are may differ: stores grow.
     """
-    key = f"{site_prefix(site.name)}/acts/zarr.json"
-    found, wanted = _parsed(_stored(objects, key)), _sharded(spec, site, "acts")
+    first = arrays_of(spec, site)[0]
+    key = f"{site_prefix(site.name)}/{first.name}/zarr.json"
+    found, wanted = _parsed(_stored(objects, key)), _sharded(spec, first, _about(spec, site))
     try:
         about = {"feature_exponents": [], "meaning": None, **found["attributes"]}
         about["rows of a shard"] = found["chunk_grid"]["configuration"]["chunk_shape"][0]
@@ -226,26 +227,30 @@ def _arrays(spec: StoreSpec) -> Iterator[tuple[str, dict[str, Any]]]:
         prefix = site_prefix(site.name)
         yield f"{prefix}/stats", table((n_shards, line), (1, line), FLOAT64, attributes=fields)
         yield f"{prefix}/total", table((line,), (line,), FLOAT64, attributes=fields)
-        for array in arrays_of(site):
-            yield f"{prefix}/{array}", _sharded(spec, site, array)
+        for number, array in enumerate(arrays_of(spec, site)):
+            attributes = {"dtype": array.element} if number else _about(spec, site)
+            yield f"{prefix}/{array.name}", _sharded(spec, array, attributes)
 
 
 def _table(shape: tuple[int, ...], chunks: tuple[int, ...], dtype: np.dtype[Any], **more: Any) -> dict[str, Any]:
     return {"shape": shape, "chunks": chunks, "dtype": dtype, **codecs.TABLE.zarr_codecs(dtype), **more}
 
 
-def _sharded(spec: StoreSpec, site: Site, array: str) -> dict[str, Any]:
-    width = (site.width,) if array == "acts" else ()
-    chain, dtype = array_chain(site, array), array_dtype(spec, site, array)
+def _about(spec: StoreSpec, site: Site) -> dict[str, Any]:
+    """What a site is, as attributes of its first array."""
     about: dict[str, Any] = {"dtype": spec.dtype, "hook": site.name, "shape": list(site.shape), "codec": site.codec}
     about |= {"feature_exponents": list(site.feature_exponents)} if site.feature_exponents else {}
     about |= {"meaning": site.meaning.to_dict()} if site.meaning else {}
+    return about
+
+
+def _sharded(spec: StoreSpec, array: codecs.StoredArray, attributes: dict[str, Any]) -> dict[str, Any]:
     return {
-        "shape": (spec.n_rows, *width),
-        "chunks": (spec.rows_per_chunk, *width),
-        "shards": (spec.rows_per_shard, *width),
-        "dtype": dtype,
-        **chain.zarr_codecs(dtype),
-        "attributes": about if array == "acts" else {"dtype": "bfloat16"},
-        "dimension_names": ("row", "feature")[: 1 + len(width)],
+        "shape": (spec.n_rows, *array.row_shape),
+        "chunks": (spec.rows_per_chunk, *array.row_shape),
+        "shards": (spec.rows_per_shard, *array.row_shape),
+        "dtype": array.dtype,
+        **array.chain.zarr_codecs(array.dtype),
+        "attributes": attributes,
+        "dimension_names": ("row", "feature")[: 1 + len(array.row_shape)],
     }

@@ -16,7 +16,7 @@ from actcache.store.format import stats
 from actcache.store.format.binding import binding_in, frame_of
 from actcache.store.format.keys import LEDGER_KEY, ROW_ARRAYS, ROWS, column_prefix, commit_key, total_key
 from actcache.store.format.site_arrays import arrays_of, chunks_per_shard
-from actcache.store.format.table_objects import FLOAT64, UINT8, _get_stored_table, encode_table, get_table
+from actcache.store.format.table_objects import FLOAT64, UINT8, encode_table, get_stored_table, get_table
 
 HEAD_BYTES = 48
 """A record's head: sha256 (32), rows (8), stored bytes (8)."""
@@ -32,18 +32,21 @@ def committed_shards(objects: Objects, column: str) -> set[int]:
 def record_length(spec: StoreSpec, column: str) -> int:
     """L, bytes of a commit record: its head, then the crc32c of each stored piece.
 
-    For a site those of `acts` (each chunk, then the index), of the statistics line, and of `scale` (likewise) if it is
-    quantised; for the row table those of its three arrays.
+    For a site those of its first array (each chunk, then the index), of the statistics line, and of its other arrays
+    (likewise); for the row table those of its three arrays.
     """
     if column == ROWS:
         return HEAD_BYTES + codecs.CRC_BYTES * len(ROW_ARRAYS)
-    arrays = arrays_of(spec.site(column))
+    arrays = arrays_of(spec, spec.site(column))
     return HEAD_BYTES + codecs.CRC_BYTES * (1 + len(arrays) * (chunks_per_shard(spec) + 1))
 
 
-def checksum_place(spec: StoreSpec, array: str, chunk: int) -> int:
-    """Which of a record's checksums is that of a sharded array's chunk, or (`chunks_per_shard`) of its index."""
-    return chunk if array == "acts" else chunks_per_shard(spec) + 2 + chunk
+def checksum_place(spec: StoreSpec, array: int, chunk: int) -> int:
+    """Which of a record's checksums is that of a chunk of a site's array, or (`chunks_per_shard`) of its index.
+
+    `array` is its number among the site's arrays.
+    """
+    return array * (chunks_per_shard(spec) + 1) + bool(array) + chunk
 
 
 def stats_place(spec: StoreSpec) -> int:
@@ -83,7 +86,7 @@ def record_object(spec: StoreSpec, column: str, shard: int, record: Record) -> t
     if not record.binding:
         return commit_key(column, shard), encode_table(np.frombuffer(data, np.uint8)[None])[1]
     frame = frame_of(data, record.binding)
-    crc = codecs.chain_of("raw").encode(np.frombuffer(frame, np.uint8))[1]
+    crc = codecs.RAW.encode(np.frombuffer(frame, np.uint8))[1]
     return commit_key(column, shard), frame + codecs.crc_bytes(crc)
 
 
@@ -94,7 +97,7 @@ def read_record(objects: Objects, spec: StoreSpec, column: str, shard: int) -> R
         CorruptShardError: it is missing or damaged.
     """
     key, length = commit_key(column, shard), record_length(spec, column)
-    values, stored = _get_stored_table(objects, key, (1, length), UINT8)
+    values, stored = get_stored_table(objects, key, (1, length), UINT8)
     try:
         binding = b"" if column == ROWS else binding_in(stored[: -codecs.CRC_BYTES], length)
         record = replace(Record.from_bytes(values.tobytes()), binding=binding)

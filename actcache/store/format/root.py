@@ -53,7 +53,7 @@ def read_root(objects: Objects) -> Root:
     Raises:
         StoreNotFoundError: nothing is there.
         NotAStoreError: something else is there.
-        StoreVersionError: a newer version wrote it.
+        StoreVersionError: a newer version wrote it, or an older one with a codec that is not known here.
     """
     data = objects.get("zarr.json") if objects.size("zarr.json") <= _MOST_ROOT_BYTES else memoryview(b"")
     if data is None:
@@ -72,6 +72,10 @@ def read_root(objects: Objects) -> Root:
         )
     try:
         return _root(attributes)
+    except codecs.UnknownStepError as error:
+        raise StoreVersionError(
+            f"{objects} has a site that this actcache cannot decode: {error}; read it with the version that wrote it"
+        ) from None
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptShardError(f"the attributes of {objects} are damaged: {str(error)[:300]}") from None
 
@@ -101,7 +105,7 @@ def _root(attributes: dict[str, Any]) -> Root:
     if root.state == "sealed" and len(root.digests) != len(columns(root.spec)):
         raise ValueError(f"{len(columns(root.spec))} digests belong there, it has {len(root.digests)}")
     for site in root.spec.sites:
-        codecs.chain_of(site.codec).stored_dtype(root.spec.dtype)
+        codecs.resolve_codec(site.codec)
     return root
 
 

@@ -1,14 +1,13 @@
-"""The sharded arrays of a site: which there are, of what dtype, with which codecs, and where their chunks lie."""
+"""The sharded arrays of a site: which there are, under which keys, and where their chunks lie."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actcache.spec import Site, StoreSpec
 from actcache.store import codecs
+from actcache.store.format.keys import sharded_key
 
 _INDEX_ENTRY_BYTES = 16
 
@@ -17,29 +16,26 @@ ABSENT_CHUNK = np.iinfo(np.uint64).max
 """Offset and size of a chunk that a shard does not have, as the sharding codec defines it."""
 
 
-def arrays_of(site: Site) -> tuple[str, ...]:
-    """The sharded arrays of a site."""
-    return ("acts", "scale") if codecs.chain_of(site.codec).quantised else ("acts",)
+def arrays_of(spec: StoreSpec, site: Site) -> tuple[codecs.StoredArray, ...]:
+    """The sharded arrays of a site; the first says in its metadata what the site is."""
+    return codecs.stored_arrays(site.codec, spec.dtype, site.width)
 
 
-def exponents_of(site: Site) -> NDArray[np.int8] | None:
-    """`(D,)` powers of two that the features of a quantised site are multiplied by; None for none."""
-    return np.array(site.feature_exponents, np.int8) if site.feature_exponents else None
+def powers_of(site: Site) -> codecs.Powers | None:
+    """`(D,)` powers of two that the features of a quantised site are multiplied by; None where there are none."""
+    if not site.feature_exponents:
+        return None
+    return np.ldexp(np.float32(1), np.array(site.feature_exponents, np.int32))
+
+
+def object_key(site: Site, array: codecs.StoredArray, shard: int) -> str:
+    """The sharded object of a site's shard."""
+    return sharded_key(site.name, array.name, shard, len(array.row_shape))
 
 
 def chunks_per_shard(spec: StoreSpec) -> int:
     """Inner chunks of a shard."""
     return spec.rows_per_shard // spec.rows_per_chunk
-
-
-def array_chain(site: Site, array: str) -> codecs.Chain:
-    """The codecs of a sharded array's chunks; scales are stored as they are."""
-    return codecs.chain_of(site.codec if array == "acts" else "raw")
-
-
-def array_dtype(spec: StoreSpec, site: Site, array: str) -> np.dtype[Any]:
-    """The dtype in a sharded array; scales are the bits of bfloat16 numbers."""
-    return array_chain(site, array).stored_dtype(spec.dtype if array == "acts" else "bfloat16")
 
 
 def index_of(sizes: list[int], n_chunks: int) -> NDArray[np.uint64]:

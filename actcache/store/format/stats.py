@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.kernels import take_and_measure
+from actcache.kernels.bits import PATTERNS, widen_bits
 
 _BLOCK_VALUES = 1 << 18
 """Values that numpy works on at a time: so many that its calls cost little beside them."""
@@ -62,22 +63,6 @@ class SiteStats:
         return {name: getattr(self, name) for name in names}
 
 
-@dataclass(frozen=True, slots=True)
-class _Bits:
-    """How a dtype's bits are read as integers, whose order without the sign bit is that of absolute values."""
-
-    unsigned: type[np.unsignedinteger[Any]]
-    magnitude: int
-    infinity: int
-
-
-_BITS = {
-    "bfloat16": _Bits(np.uint16, 0x7FFF, 0x7F80),
-    "float16": _Bits(np.uint16, 0x7FFF, 0x7C00),
-    "float32": _Bits(np.uint32, 0x7FFF_FFFF, 0x7F80_0000),
-}
-
-
 class LineBuilder:
     """Accumulates one line over blocks of `(rows, D)` stored values.
 
@@ -88,7 +73,7 @@ class LineBuilder:
     """
 
     def __init__(self, width: int, logical: str) -> None:
-        self.width, self.logical, self._kind = width, logical, _BITS[logical]
+        self.width, self.logical, self._kind = width, logical, PATTERNS[logical]
         self.block_rows = max(1, _BLOCK_VALUES // width)
         self._shift: NDArray[np.float64] | None = None if logical == "float32" else np.zeros(width)
         self._sums = np.zeros(2 * width)
@@ -119,7 +104,7 @@ class LineBuilder:
         deviations = np.maximum(squares - sums * sums / n, 0.0)
         return np.concatenate([mean, deviations, self._widen(self._largest[None])[0], self._scalars])
 
-    # Buffers of the numpy way, made when it is first gone.
+    # Buffers for the numpy code, made when it first needs them.
 
     @cached_property
     def _wide(self) -> NDArray[np.float64]:
@@ -130,8 +115,8 @@ class LineBuilder:
         return np.empty((self.block_rows, self.width))
 
     @cached_property
-    def _bits(self) -> NDArray[np.uint32]:
-        return np.empty((self.block_rows, self.width), np.uint32)
+    def _floats(self) -> NDArray[np.float32]:
+        return np.empty((self.block_rows, self.width), np.float32)
 
     @cached_property
     def _magnitudes(self) -> NDArray[np.unsignedinteger[Any]]:
@@ -167,12 +152,10 @@ class LineBuilder:
         self._scalars[2] = max(self._scalars[2], norms.max())
 
     def _widen(self, stored: NDArray[Any]) -> NDArray[np.float64]:
-        """Stored values as float64 in a buffer of ours; bfloat16 bits are the upper half of a float32."""
+        """Stored values as float64 in a buffer of ours."""
         wide = self._wide[: len(stored)]
         if self.logical == "bfloat16":
-            bits = self._bits[: len(stored)]
-            np.left_shift(stored, 16, out=bits, dtype=np.uint32)
-            stored = bits.view(np.float32)
+            stored = widen_bits(stored, self._floats[: len(stored)])
         elif stored.dtype.kind == "u":
             stored = stored.view(self.logical)
         np.copyto(wide, stored)

@@ -37,11 +37,11 @@ def get_table(
     Raises:
         CorruptShardError: the object is missing or damaged; never answered with fill values.
     """
-    values, stored = _get_stored_table(objects, key, shape, dtype, at_least=at_least)
+    values, stored = get_stored_table(objects, key, shape, dtype, at_least=at_least)
     return values, codecs.checksum_of(stored)
 
 
-def _get_stored_table(
+def get_stored_table(
     objects: Objects, key: str, shape: tuple[int, ...], dtype: np.dtype[Any], *, at_least: int = 0
 ) -> tuple[NDArray[Any], memoryview]:
     """See `get_table`; with the stored bytes."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from actcache.errors import ConfigError, StoreIncompleteError
 from actcache.spec import Progress, Site, StoreSpec, expand_names
 from actcache.store.backends.objects import Objects, to_write
-from actcache.store.codecs.fit import codec_of, fit_to_first_rows
+from actcache.store.codecs.fit import codec_for, fit_to_first_rows
 from actcache.store.format.sizes import default_sizes
 from actcache.store.reading.rows import Rows
 from actcache.store.store import Store
@@ -151,7 +151,7 @@ def _spec(
 
 
 def _with_codec(store: Store, site: Site, codec: str | Mapping[str, str] | None, rows_per_chunk: int) -> Site:
-    asked = codec_of(site.name, codec or {})
+    asked = codec_for(site.name, codec or {})
     if asked is None:
         return site
 

@@ -185,8 +185,8 @@ def _check_column(store: Store, column: str, shard: int) -> None:
         store.shard_row_table(shard)
         return
     store.shard_line(column, shard)
-    for array in arrays_of(store.spec.site(column)):
-        store.check_sharded(column, array, shard)
+    for array in arrays_of(store.spec, store.spec.site(column)):
+        store.check_sharded(column, array.name, shard)
 
 
 def _check_home(store: Store, homes: Homes | None, column: str, shard: int) -> None:

@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.memory import Kept
+from actcache.memory import Kept, Scratch
 from actcache.store import codecs
 from actcache.store.backends.objects import Objects
 from actcache.store.format.keys import ROWS, sharded_key
-from actcache.store.format.records import (
-    checksum_place,
-)
+from actcache.store.format.records import checksum_place
 from actcache.store.format.root import Root
-from actcache.store.format.site_arrays import ABSENT_CHUNK, array_chain, array_dtype, chunks_per_shard, index_bytes
+from actcache.store.format.site_arrays import ABSENT_CHUNK, arrays_of, chunks_per_shard, index_bytes
 from actcache.store.reading.tables import Tables
 
 _INDEX_BYTES = 64 << 20
@@ -45,23 +43,27 @@ class Chunks(Tables):
         self, objects: Objects, root: Root, *, lies_there: bool = True, held_against_ledger: bool = True
     ) -> None:
         super().__init__(objects, root, lies_there=lies_there, held_against_ledger=held_against_ledger)
-        self._sites = {site.name: site for site in self.spec.sites}
+        self._arrays = {
+            (site.name, array.name): (array, number)
+            for site in self.spec.sites
+            for number, array in enumerate(arrays_of(self.spec, site))
+        }
         self._indexes = Kept[tuple[str, str, int], Index](_INDEX_BYTES)
 
     def read_chunk(
-        self, site: str, shard: int, chunk: int, out: NDArray[Any], scratch: codecs.Scratch, *, array: str = "acts"
+        self, site: str, shard: int, chunk: int, out: NDArray[Any], scratch: Scratch, *, array: str = codecs.ACTS
     ) -> None:
         """Decode one inner chunk, checked, into the C-contiguous `(rows_per_chunk, D)` array `out`.
 
-        `scratch` receives the stored bytes and is kept by the caller for the next call (one per thread). Of a quantised
-        site, `array="scale"` gives the `(rows_per_chunk,)` scales.
+        `scratch` receives the stored bytes and is kept by the caller for the next call (one per thread). A quantised
+        site has other arrays too: `array="scale"` gives the `(rows_per_chunk,)` scales of an int8 site.
 
         Raises:
             CorruptShardError: anything about the chunk is not as it was written.
         """
         index = self.index(site, array, shard)
         offset, size = index.spans[chunk].tolist()
-        key, chain = sharded_key(site, array, shard), array_chain(self._sites[site], array)
+        key, chain = self._key(site, array, shard), self._arrays[site, array][0].chain
         if chain.is_raw and size == out.nbytes + codecs.CRC_BYTES:
             # Nothing to decode: the values are read where they belong, their checksum beside them.
             payload, stored = out.reshape(-1).view(np.uint8).data, scratch.take(codecs.CRC_BYTES)
@@ -76,6 +78,9 @@ class Chunks(Tables):
             raise self.corrupt(site, shard, f"is missing or too short to hold chunk {chunk} of {array}")
         self.check_chunk(site, array, shard, chunk, stored, index, problem)
 
+    def _key(self, site: str, array: str, shard: int) -> str:
+        return sharded_key(site, array, shard, len(self._arrays[site, array][0].row_shape))
+
     def index(self, site: str, array: str, shard: int) -> Index:
         """Where the chunks of a sharded object lie; CorruptShardError when it is not as written."""
 
@@ -86,60 +91,57 @@ class Chunks(Tables):
         return self._indexes.get((site, array, shard), read)
 
     def _read_index(self, site: str, array: str, shard: int) -> Index:
-        record, n_chunks = self.record(site, shard), chunks_per_shard(self.spec)
-        key, n_bytes = sharded_key(site, array, shard), index_bytes(self.spec)
+        record, n_chunks, number = self.record(site, shard), chunks_per_shard(self.spec), self._arrays[site, array][1]
+        key, n_bytes = self._key(site, array, shard), index_bytes(self.spec)
         stored = self.objects.tail(key, n_bytes)
         if stored is None:
             raise self.corrupt(site, shard, f"is missing: there is no {key}")
         if len(stored) != n_bytes:
             raise self.corrupt(site, shard, f"is truncated: {key} has {len(stored):,} bytes")
         index = np.empty((n_chunks, 2), "<u8")
-        problem = codecs.chain_of("raw").decode_into(stored, index)
-        place = checksum_place(self.spec, array, n_chunks)
+        problem = codecs.RAW.decode_into(stored, index)
+        place = checksum_place(self.spec, number, n_chunks)
         if problem is None and codecs.checksum_of(stored) != record.checksums[place]:
             problem = "is not the one that was committed"
         problem = problem or self._implausible(index, record.n_rows, site, array, shard)
         if problem:
             raise self.corrupt(site, shard, f"is damaged: the index of {array} {problem}")
-        first = checksum_place(self.spec, array, 0)
+        first = checksum_place(self.spec, number, 0)
         return Index(spans=index, checksums=np.array(record.checksums[first:place], np.uint32))
 
-    def _implausible(
-        self, index: NDArray[np.uint64], n_rows: int, site_name: str, array: str, shard: int
-    ) -> str | None:
-        """What about an index cannot be: a hostile one must not make us read or allocate more than there is."""
-        spec, site = self.spec, self.spec.site(site_name)
+    def _implausible(self, index: NDArray[np.uint64], n_rows: int, site: str, array: str, shard: int) -> str | None:
+        """What cannot be right about an index: a hostile one must not make us read or allocate more than there is."""
+        spec = self.spec
         if n_rows != (self.shard_n_rows[shard] if self.held_against_ledger else self.record(ROWS, shard).n_rows):
             return "is for another number of rows than the row table"
         n_chunks = -(-n_rows // spec.rows_per_chunk)
         there, absent = index[:n_chunks], index[n_chunks:]
-        key = sharded_key(site_name, array, shard)
+        key = self._key(site, array, shard)
         end = self.objects.size(key) if self.objects.is_local else 1 << 62
-        width = site.width if array == "acts" else 1
-        decoded = spec.rows_per_chunk * width * array_dtype(spec, site, array).itemsize
+        decoded = spec.rows_per_chunk * self._arrays[site, array][0].row_bytes
         # No codec that can be named makes a chunk four times as large.
         least_most = ((0, end), (codecs.CRC_BYTES, min(end, 4 * decoded + (1 << 16))))
         within = (((least <= there[:, i]) & (there[:, i] <= most)).all() for i, (least, most) in enumerate(least_most))
         return None if all(within) and (absent == ABSENT_CHUNK).all() else "lists other chunks than there can be"
 
-    def expect_chunk(self, site: str, shard: int, chunk: int, *, array: str = "acts") -> None:
+    def expect_chunk(self, site: str, shard: int, chunk: int, *, array: str = codecs.ACTS) -> None:
         """Say that an inner chunk is going to be read soon, so that a disk can begin to."""
         offset, size = self.index(site, array, shard).spans[chunk].tolist()
-        self.objects.expect(sharded_key(site, array, shard), offset, size)
+        self.objects.expect(self._key(site, array, shard), offset, size)
 
-    def fetch_chunk(self, site: str, shard: int, chunk: int, *, array: str = "acts") -> memoryview:
+    def fetch_chunk(self, site: str, shard: int, chunk: int, *, array: str = codecs.ACTS) -> memoryview:
         """The stored bytes of one inner chunk, not yet checked: the part of `read_chunk` that waits for the storage."""
         offset, size = self.index(site, array, shard).spans[chunk].tolist()
-        stored = self.objects.span(sharded_key(site, array, shard), offset, size)
+        stored = self.objects.span(self._key(site, array, shard), offset, size)
         if stored is None or len(stored) != size:
             raise self.corrupt(site, shard, f"is missing or too short to hold chunk {chunk} of {array}")
         return stored
 
     def decode_chunk(
-        self, site: str, shard: int, chunk: int, stored: memoryview, out: NDArray[Any], *, array: str = "acts"
+        self, site: str, shard: int, chunk: int, stored: memoryview, out: NDArray[Any], *, array: str = codecs.ACTS
     ) -> None:
         """Check and decode what `fetch_chunk` gave: the part of `read_chunk` that works the processor."""
-        problem = array_chain(self._sites[site], array).decode_into(stored, out)
+        problem = self._arrays[site, array][0].chain.decode_into(stored, out)
         self.check_chunk(site, array, shard, chunk, stored, self.index(site, array, shard), problem)
 
     def check_chunk(
@@ -159,7 +161,7 @@ class Chunks(Tables):
         """
         index = self.index(site, array, shard)
         chunks = np.flatnonzero(index.spans[:, 1] != ABSENT_CHUNK)
-        key, spans = sharded_key(site, array, shard), index.spans[chunks].tolist()
+        key, spans = self._key(site, array, shard), index.spans[chunks].tolist()
         for chunk, (_, size), stored in zip(chunks.tolist(), spans, self.objects.pieces(key, spans), strict=True):
             problem = "is cut short" if len(stored) != size else None
             if problem is None and not codecs.is_whole(stored):

@@ -6,12 +6,12 @@ In: the chunks of a store, a site, and which rows are meant. Out: figures, in me
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import ConfigError, CorruptShardError, StoreError
+from actcache.kernels.bits import widen
 from actcache.store.format.stats import LineBuilder, SiteStats, merge, stats_of
 from actcache.store.reading.chunks import Chunks
 from actcache.store.reading.rows import Rows
@@ -93,13 +93,7 @@ def covariance(store: Chunks, site: str, rows: Rows | None, threads: int) -> NDA
 
 def _finite_blocks(store: Chunks, site: str, rows: Rows | None, threads: int) -> Iterator[NDArray[np.float64]]:
     for stored in blocks_of_rows(store, site, rows, threads):
-        values = _widened(stored, store.spec.dtype)
+        values = widen(stored, store.spec.dtype).astype(np.float64)
         finite = np.isfinite(values).all(axis=1)
         if finite.any():
             yield values if finite.all() else values[finite]
-
-
-def _widened(stored: NDArray[Any], dtype: str) -> NDArray[np.float64]:
-    if dtype == "bfloat16":
-        stored = (stored.astype(np.uint32) << 16).view(np.float32)
-    return stored.astype(np.float64)

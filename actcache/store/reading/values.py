@@ -5,16 +5,17 @@ In: the chunks of a store, and which rows are meant. Out: values, or errors that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from actcache.memory import Scratch
 from actcache.spec import Site
 from actcache.store import codecs
-from actcache.store.format.site_arrays import chunks_per_shard, exponents_of
+from actcache.store.format.site_arrays import arrays_of, chunks_per_shard, powers_of
 from actcache.store.reading.chunks import Chunks
 from actcache.store.reading.rows import Rows, checked_rows, shard_masks
 
@@ -30,10 +31,10 @@ def read_stored(store: Chunks, site: str, rows: Rows, threads: int) -> NDArray[A
     rows_of_chunk = np.split(np.argsort(places, kind="stable"), np.cumsum(counts)[:-1])
 
     def fetch(part: NDArray[np.int64]) -> None:
-        buffer, scratch = np.empty((spec.rows_per_chunk, about.width), store.stored_dtype), codecs.Scratch()
+        read, buffer = _reader(store, about), np.empty((spec.rows_per_chunk, about.width), store.stored_dtype)
         for number in part:
             chunk_id = int(chunk_ids[number])
-            _read_logical(store, about, *divmod(chunk_id, chunks_per_shard(spec)), buffer, scratch)
+            read(*divmod(chunk_id, chunks_per_shard(spec)), buffer)
             here = rows_of_chunk[number]
             values[here] = buffer[wanted[here] - chunk_id * spec.rows_per_chunk]
 
@@ -42,20 +43,22 @@ def read_stored(store: Chunks, site: str, rows: Rows, threads: int) -> NDArray[A
     return values
 
 
-def _read_logical(
-    store: Chunks, site: Site, shard: int, chunk: int, out: NDArray[Any], scratch: codecs.Scratch
-) -> None:
-    """One chunk as values of the logical dtype; those of a quantised site are multiplied out."""
-    if not codecs.chain_of(site.codec).quantised:
-        store.read_chunk(site.name, shard, chunk, out, scratch)
-        return
-    values, scale = np.empty(out.shape, "i1"), np.empty(len(out), "<u2")
-    store.read_chunk(site.name, shard, chunk, values, scratch)
-    store.read_chunk(site.name, shard, chunk, scale, scratch, array="scale")
-    wide = np.empty(out.shape, np.float32) if store.spec.dtype == "float16" else out
-    codecs.dequantise_rows(values, scale, wide, exponents_of(site))
-    if wide is not out:
-        out[:] = wide
+def _reader(store: Chunks, site: Site) -> Callable[[int, int, NDArray[Any]], None]:
+    """What reads a chunk of a shard as values of the logical dtype; for one thread."""
+    scratch, quantiser, powers = Scratch(), codecs.quantiser_of(site.codec), powers_of(site)
+    arrays = arrays_of(store.spec, site)
+
+    def read(shard: int, chunk: int, out: NDArray[Any]) -> None:
+        if quantiser is None:
+            store.read_chunk(site.name, shard, chunk, out, scratch)
+            return
+        for array, part in zip(arrays, parts, strict=True):
+            store.read_chunk(site.name, shard, chunk, part, scratch, array=array.name)
+        codecs.decode_rows(quantiser, parts, powers, out)
+
+    n_rows = store.spec.rows_per_chunk
+    parts = [np.empty((n_rows, *array.row_shape), array.dtype) for array in arrays if quantiser]
+    return read
 
 
 def blocks_of_rows(store: Chunks, site: str, rows: Rows | None, threads: int) -> Iterator[NDArray[Any]]:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import ConfigError
+from actcache.kernels.bits import widen
 from actcache.spec import expand_names
 from actcache.store.format.keys import ROW_ARRAYS, ROWS, column_prefix, columns_of
 from actcache.store.format.records import committed_shards
@@ -107,8 +108,7 @@ def as_dask(store: Chunks, site: str) -> dask.array.Array:
     widened = spec.dtype == "bfloat16"
 
     def read(shards: NDArray[np.int64], within: NDArray[np.int64]) -> NDArray[Any]:
-        values = read_stored(store, site, shards * spec.rows_per_shard + within, 1)
-        return (values.astype(np.uint32) << 16).view(np.float32) if widened else values
+        return widen(read_stored(store, site, shards * spec.rows_per_shard + within, 1), spec.dtype)
 
     return _lazy(store, site, (spec.site(site).width,), np.dtype("<f4") if widened else store.stored_dtype, read)
 

@@ -79,7 +79,7 @@ def put_arrays(objects: Objects, spec: StoreSpec, blocks: TokenBlocks, n_present
 
 def check_room(objects: Objects, spec: StoreSpec, missing: Iterable[tuple[int, list[str]]]) -> None:
     """Raise `StorageFullError` unless there is room for these columns of these shards, as far as can be foreseen."""
-    row_bytes = {site.name: site.width * codecs.expected_bytes_per_value(site.codec, spec.dtype) for site in spec.sites}
+    row_bytes = {site.name: codecs.expected_row_bytes(site.codec, spec.dtype, site.width) for site in spec.sites}
     row_bytes[ROWS] = 4.0
     expected = (len(spec.shard_rows(shard)) * sum(row_bytes[name] for name in names) for shard, names in missing)
     needed, free = int(sum(expected)), objects.free_bytes()

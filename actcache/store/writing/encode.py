@@ -6,8 +6,9 @@ to a chunk is done while it lies in the core's cache, the writing too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,9 @@ from numpy.typing import NDArray
 from actcache.spec import Site, StoreSpec
 from actcache.store import codecs
 from actcache.store.backends.objects import Objects
-from actcache.store.format.keys import sharded_key, stats_key
+from actcache.store.format.keys import stats_key
 from actcache.store.format.records import Record
-from actcache.store.format.site_arrays import array_chain, arrays_of, chunks_per_shard, exponents_of, index_of
+from actcache.store.format.site_arrays import arrays_of, chunks_per_shard, index_of, object_key, powers_of
 from actcache.store.format.stats import LineBuilder
 from actcache.store.format.table_objects import put_table
 
@@ -28,55 +29,60 @@ class ShardEncoder:
 
     def __init__(self, objects: Objects, spec: StoreSpec) -> None:
         self.objects, self.spec = objects, spec
-        self._chunks: dict[tuple[int, str], NDArray[Any]] = {}
+        self._chunks: dict[tuple[str, tuple[int, ...], str], NDArray[Any]] = {}
 
     def write(
         self, site: Site, shard: int, rows: NDArray[Any], order: NDArray[np.int64]
     ) -> tuple[Record, NDArray[np.float64]]:
         """Put row `order[i]` of `rows (n, D)` as row `i`; returns the record to commit, and the statistics line."""
         spec, builder = self.spec, LineBuilder(site.width, self.spec.dtype)
-        shuffled = self._chunk(site.width, rows.dtype)
+        shuffled = self._chunk("", (site.width,), rows.dtype)
         with ExitStack() as stack:
-            objects = {}
-            for array in arrays_of(site):
-                add = stack.enter_context(self.objects.writing(sharded_key(site.name, array, shard)))
-                objects[array] = _ShardedObject(spec, site, array, add)
+            objects = []
+            for array in arrays_of(spec, site):
+                write = stack.enter_context(self.objects.writing(object_key(site, array, shard)))
+                objects.append(_ShardedObject(array.chain, chunks_per_shard(spec), write))
+            parts = self._parts_of(site)
             for start in range(0, len(order), spec.rows_per_chunk):
                 wanted = order[start : start + spec.rows_per_chunk]
                 builder.take(rows, wanted, shuffled[: len(wanted)])
                 shuffled[len(wanted) :] = 0  # the padding of a partial last chunk is always the same bytes
-                self._add(site, shuffled, objects)
-            for sharded in objects.values():
+                for sharded, chunk in zip(objects, parts(shuffled), strict=True):
+                    sharded.add(chunk)
+            for sharded in objects:
                 sharded.end()
         line = builder.line
         crc, n_bytes = put_table(self.objects, stats_key(site.name, shard), line[None])
-        checksums = [*objects["acts"].checksums, crc]
-        if "scale" in objects:
-            checksums += objects["scale"].checksums
-        n_bytes += sum(sharded.n_bytes for sharded in objects.values())
-        return Record(n_rows=len(order), n_bytes=n_bytes, checksums=tuple(checksums)), line
+        first, *others = (sharded.checksums for sharded in objects)
+        n_bytes += sum(sharded.n_bytes for sharded in objects)
+        checksums = (*first, crc, *chain.from_iterable(others))
+        return Record(n_rows=len(order), n_bytes=n_bytes, checksums=checksums), line
 
-    def _add(self, site: Site, chunk: NDArray[Any], objects: dict[str, _ShardedObject]) -> None:
-        if "scale" not in objects:
-            objects["acts"].add(chunk)
-            return
-        values, scale = self._chunk(site.width, np.dtype("i1")), np.empty(len(chunk), "<u2")
-        codecs.quantise_rows(chunk, self.spec.dtype, values, scale, exponents_of(site))
-        objects["acts"].add(values)
-        objects["scale"].add(scale)
+    def _parts_of(self, site: Site) -> Callable[[NDArray[Any]], Sequence[NDArray[Any]]]:
+        """What splits a chunk of a site's values into chunks of its arrays, which the next call overwrites."""
+        quantiser, powers = codecs.quantiser_of(site.codec), powers_of(site)
+        if quantiser is None:
+            return lambda chunk: (chunk,)
+        room = [self._chunk(array.name, array.row_shape, array.dtype) for array in arrays_of(self.spec, site)]
 
-    def _chunk(self, width: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-        key = (width, dtype.str)
+        def split(chunk: NDArray[Any]) -> Sequence[NDArray[Any]]:
+            quantiser.encode(chunk, self.spec.dtype, powers, room)
+            return room
+
+        return split
+
+    def _chunk(self, use: str, row_shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        key = (use, row_shape, dtype.str)
         if key not in self._chunks:
-            self._chunks[key] = np.empty((self.spec.rows_per_chunk, width), dtype)
+            self._chunks[key] = np.empty((self.spec.rows_per_chunk, *row_shape), dtype)
         return self._chunks[key]
 
 
 class _ShardedObject:
     """One sharded array's object of a shard while it is written: its chunks end to end, then its index."""
 
-    def __init__(self, spec: StoreSpec, site: Site, array: str, write: Callable[..., None]) -> None:
-        self._chain, self._n_chunks, self._write = array_chain(site, array), chunks_per_shard(spec), write
+    def __init__(self, codec: codecs.Chain, n_chunks: int, write: Callable[..., None]) -> None:
+        self._chain, self._n_chunks, self._write = codec, n_chunks, write
         self._sizes: list[int] = []
         self.checksums: list[int] = []
         """crc32c of each chunk, and in the end of the index."""
@@ -93,7 +99,7 @@ class _ShardedObject:
 
     def end(self) -> None:
         """Write the index."""
-        payload, crc = codecs.chain_of("raw").encode(index_of(self._sizes, self._n_chunks))
+        payload, crc = codecs.RAW.encode(index_of(self._sizes, self._n_chunks))
         self._write(payload, codecs.crc_bytes(crc))
         self.n_bytes += len(payload) + codecs.CRC_BYTES
         self.checksums += [0] * (self._n_chunks - len(self._sizes)) + [crc]

@@ -17,9 +17,9 @@ from actcache.errors import CorruptShardError
 from actcache.spec import StoreSpec
 from actcache.store.backends.objects import Objects
 from actcache.store.format.binding import Bindings, home_of
-from actcache.store.format.keys import ROW_ARRAYS, ROWS, columns_of, row_key, sharded_key, stats_key
+from actcache.store.format.keys import ROW_ARRAYS, ROWS, columns_of, row_key, stats_key
 from actcache.store.format.records import HEAD_BYTES, Record, committed_shards, record_length
-from actcache.store.format.site_arrays import arrays_of
+from actcache.store.format.site_arrays import arrays_of, object_key
 from actcache.store.format.stats import merge
 from actcache.store.store import Store
 
@@ -132,8 +132,8 @@ def _objects_of(spec: StoreSpec, column: str, shard: int) -> list[str]:
     """Keys of what the record of a shard's column lists."""
     if column == ROWS:
         return [row_key(array, shard) for array in ROW_ARRAYS]
-    arrays = arrays_of(spec.site(column))
-    return [stats_key(column, shard), *(sharded_key(column, array, shard) for array in arrays)]
+    site = spec.site(column)
+    return [stats_key(column, shard), *(object_key(site, array, shard) for array in arrays_of(spec, site))]
 
 
 def torn_among(store: Store, made: Mapping[int, Sequence[str]]) -> set[int]:

@@ -91,7 +91,7 @@ class StoreWriter:
         if grow and shared:
             raise ConfigError("a store that grows is written by one writer alone; leave out either grow or shared")
         for site in spec.sites:
-            codecs.chain_of(site.codec)
+            codecs.resolve_codec(site.codec)
         self.objects = to_write(path)
         self.spec, self.n_buffers = spec, n_buffers
         self.provenance: Mapping[str, Any] = provenance or {}

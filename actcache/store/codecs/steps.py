@@ -1,4 +1,4 @@
-"""Bytes to bytes: the compressors that a codec chain may name, and what all steps of a chain have in common.
+"""The steps that a codec chain may name: those that zarr-python, tensorstore and zarrs all have.
 
 Each step is a frozen dataclass whose fields are the codec's configuration in Zarr metadata; a step that exists is
 legal. A field that is None depends on the array and is filled in from its dtype.
@@ -9,16 +9,14 @@ given, and makes no more bytes than fit there.
 
 from __future__ import annotations
 
-import bz2
 import gzip
-import lzma
 import zlib
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
-from numcodecs import blosc, lz4, zstd
+from numcodecs import blosc, zstd
 from numpy.typing import NDArray
 
 from actcache.errors import ConfigError
@@ -28,8 +26,8 @@ from actcache.store.codecs.planes import ITEMSIZES, compress_planes
 # values could give unequal bytes. zarr-python switches that off as well.
 blosc.use_threads = False
 
-DAMAGE = (RuntimeError, ValueError, TypeError, OSError, EOFError, zlib.error, lzma.LZMAError)
-"""What decoding raises on a payload that is no such payload."""
+DAMAGE = (RuntimeError, ValueError, TypeError, OSError, EOFError, zlib.error)
+"""What decoding raises on a payload that is not of its format."""
 _SHUFFLE = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 _BLOSC_HEADER_BYTES = 16
 
@@ -51,7 +49,7 @@ def configuration(step: Any, stored: np.dtype[Any] | None = None) -> dict[str, A
     """The fields of a step by name: those that are set, and with a `stored` dtype also those that follow from it."""
     implied: dict[str, Any] = {}
     if stored is not None:
-        implied = {"typesize": stored.itemsize, "elementsize": stored.itemsize, "dtype": stored.str}
+        implied = {"typesize": stored.itemsize}
     found = {}
     for entry in fields(step):
         value = getattr(step, entry.name)
@@ -75,19 +73,26 @@ def check_one_of(step: Any, option: str, allowed: Collection[Any]) -> None:
         raise ConfigError(f"{step.name}: {option} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
 
 
-def _take(data: bytes, into: NDArray[np.uint8]) -> int:
-    if len(data) > len(into):
-        raise ValueError(f"it holds more than the {len(into)} bytes that belong here")
-    into[: len(data)] = np.frombuffer(data, np.uint8)
-    return len(data)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Transpose:
+    """Zarr's `transpose`, array to array: feature by feature in place of row by row."""
 
+    name: ClassVar[str] = "transpose"
+    order: tuple[int, ...]
 
-def _stream(decompressor: Any, payload: memoryview, into: NDArray[np.uint8]) -> int:
-    """Expand through one of Python's stream decompressors, and no further than `into` reaches."""
-    n_bytes = _take(decompressor.decompress(payload, len(into) + 1), into)
-    if not decompressor.eof or decompressor.unused_data:
-        raise ValueError("its end is missing" if not decompressor.eof else "bytes follow its end")
-    return n_bytes
+    def __post_init__(self) -> None:
+        check_one_of(self, "order", ((0, 1), (1, 0)))
+        if any(type(axis) is not int for axis in self.order):
+            raise ConfigError(f"{self.name}: order must be whole numbers, not {self.order!r}")
+
+    def forward(self, values: NDArray[Any]) -> NDArray[Any]:
+        """The values in the order in which they are stored."""
+        return np.ascontiguousarray(values.transpose(self.order))
+
+    def backward(self, stored: NDArray[Any], out: NDArray[Any]) -> None:
+        """Put flat values in the order in which they are stored into the C-contiguous `out`."""
+        turned = out.transpose(self.order)
+        turned[...] = stored.reshape(turned.shape)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,13 +114,11 @@ class Blosc:
         check_whole(self, "typesize", range(1, 256), optional=True)
         check_whole(self, "blocksize", range(2**28 + 1))
 
-    def compress(self, data: Any, itemsize: int) -> Any:
-        """See `Compressor`."""
+    def compress(self, data: Any, itemsize: int) -> Any:  # noqa: D102
         how = (self.cname.encode(), self.clevel, _SHUFFLE[self.shuffle], self.blocksize, self.typesize or itemsize)
         return blosc.compress(data, *how)
 
-    def expand(self, payload: memoryview, into: NDArray[np.uint8], itemsize: int) -> int:
-        """See `Compressor`."""
+    def expand(self, payload: memoryview, into: NDArray[np.uint8], itemsize: int) -> int:  # noqa: D102
         # The library reads as many bytes as the header claims, present or not, so the claims are checked first.
         if len(payload) < _BLOSC_HEADER_BYTES:
             raise ValueError(f"{len(payload)} bytes are too few for a Blosc header")
@@ -133,8 +136,7 @@ class Blosc:
 class PlanesBlosc(Blosc):
     """Zarr's `blosc` with shuffle and zstd, compressed by settings that suit floating-point values."""
 
-    def compress(self, data: Any, itemsize: int) -> Any:
-        """See `Compressor`."""
+    def compress(self, data: Any, itemsize: int) -> Any:  # noqa: D102
         if itemsize not in ITEMSIZES:
             return Blosc.compress(self, data, itemsize)
         return compress_planes(np.frombuffer(data, np.uint8), itemsize, self.blocksize)
@@ -152,12 +154,10 @@ class Zstd:
         check_whole(self, "level", range(-131072, 23))
         check_one_of(self, "checksum", (False, True))
 
-    def compress(self, data: Any, itemsize: int) -> Any:
-        """See `Compressor`."""
+    def compress(self, data: Any, itemsize: int) -> Any:  # noqa: D102
         return zstd.compress(data, self.level, self.checksum)
 
-    def expand(self, payload: memoryview, into: NDArray[np.uint8], itemsize: int) -> int:
-        """See `Compressor`."""
+    def expand(self, payload: memoryview, into: NDArray[np.uint8], itemsize: int) -> int:  # noqa: D102
         n_bytes = _zstd_content_bytes(payload)
         if n_bytes > len(into):
             raise ValueError(f"its header announces {n_bytes} bytes where {len(into)} belong")
@@ -169,7 +169,7 @@ class Zstd:
 def _zstd_content_bytes(payload: memoryview) -> int:
     """The content size in the header of a zstd frame (RFC 8878, section 3.1.1.1)."""
     if len(payload) < 5 or bytes(payload[:4]) != b"\x28\xb5\x2f\xfd":
-        raise ValueError("it is no zstd frame")
+        raise ValueError("it is not a zstd frame")
     descriptor = payload[4]
     single_segment = descriptor >> 5 & 1
     size_bytes = (single_segment, 2, 4, 8)[descriptor >> 6]
@@ -189,122 +189,21 @@ class Gzip:
     def __post_init__(self) -> None:
         check_whole(self, "level", range(10))
 
-    def compress(self, data: Any, itemsize: int) -> Any:
-        """See `Compressor`."""
+    def compress(self, data: Any, itemsize: int) -> Any:  # noqa: D102
         # No time stamp, which numcodecs would write: the same values give the same bytes, whenever they are stored.
         return gzip.compress(data, self.level, mtime=0)
 
-    def expand(self, payload: memoryview, into: NDArray[np.uint8], itemsize: int) -> int:
-        """See `Compressor`."""
-        return _stream(zlib.decompressobj(16 + zlib.MAX_WBITS), payload, into)
+    def expand(self, payload: memoryview, into: NDArray[np.uint8], itemsize: int) -> int:  # noqa: D102
+        stream = zlib.decompressobj(16 + zlib.MAX_WBITS)
+        data = stream.decompress(payload, len(into) + 1)
+        if len(data) > len(into):
+            raise ValueError(f"it holds more than the {len(into)} bytes that belong here")
+        if not stream.eof or stream.unused_data:
+            raise ValueError("its end is missing" if not stream.eof else "bytes follow its end")
+        into[: len(data)] = np.frombuffer(data, np.uint8)
+        return len(data)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Zlib:
-    """`numcodecs.zlib`."""
-
-    name: ClassVar[str] = "numcodecs.zlib"
-    level: int = 1
-
-    def __post_init__(self) -> None:
-        check_whole(self, "level", range(10))
-
-    def compress(self, data: Any, itemsize: int) -> Any:
-        """See `Compressor`."""
-        return zlib.compress(data, self.level)
-
-    def expand(self, payload: memoryview, into: NDArray[np.uint8], itemsize: int) -> int:
-        """See `Compressor`."""
-        return _stream(zlib.decompressobj(), payload, into)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bz2:
-    """`numcodecs.bz2`."""
-
-    name: ClassVar[str] = "numcodecs.bz2"
-    level: int = 1
-
-    def __post_init__(self) -> None:
-        check_whole(self, "level", range(1, 10))
-
-    def compress(self, data: Any, itemsize: int) -> Any:
-        """See `Compressor`."""
-        return bz2.compress(data, self.level)
-
-    def expand(self, payload: memoryview, into: NDArray[np.uint8], itemsize: int) -> int:
-        """See `Compressor`."""
-        return _stream(bz2.BZ2Decompressor(), payload, into)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Lzma:
-    """`numcodecs.lzma` in its xz form."""
-
-    name: ClassVar[str] = "numcodecs.lzma"
-    preset: int | None = None
-    check: int = -1
-
-    def __post_init__(self) -> None:
-        check_whole(self, "preset", range(10), optional=True)
-        check_one_of(self, "check", (-1, lzma.CHECK_NONE, lzma.CHECK_CRC32, lzma.CHECK_CRC64, lzma.CHECK_SHA256))
-
-    def compress(self, data: Any, itemsize: int) -> Any:
-        """See `Compressor`."""
-        return lzma.compress(data, lzma.FORMAT_XZ, self.check, self.preset)
-
-    def expand(self, payload: memoryview, into: NDArray[np.uint8], itemsize: int) -> int:
-        """See `Compressor`."""
-        # Preset 9 needs 65 MiB; a header may ask for 4 GiB.
-        return _stream(lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=1 << 27), payload, into)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Lz4:
-    """`numcodecs.lz4`."""
-
-    name: ClassVar[str] = "numcodecs.lz4"
-    acceleration: int = 1
-
-    def __post_init__(self) -> None:
-        check_whole(self, "acceleration", range(1, 65538))
-
-    def compress(self, data: Any, itemsize: int) -> Any:
-        """See `Compressor`."""
-        return lz4.compress(data, self.acceleration)
-
-    def expand(self, payload: memoryview, into: NDArray[np.uint8], itemsize: int) -> int:
-        """See `Compressor`."""
-        n_bytes = int.from_bytes(payload[:4], "little")
-        if len(payload) < 5 or n_bytes > len(into):
-            raise ValueError(f"its header announces {n_bytes} bytes where {len(into)} belong")
-        lz4.decompress(payload, into[:n_bytes])
-        return n_bytes
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shuffle:
-    """`numcodecs.shuffle`: all first bytes of the values, then all second bytes, and so on."""
-
-    name: ClassVar[str] = "numcodecs.shuffle"
-    elementsize: int | None = None
-    """None: bytes of a stored value."""
-
-    def __post_init__(self) -> None:
-        check_whole(self, "elementsize", range(1, 256), optional=True)
-
-    def compress(self, data: Any, itemsize: int) -> Any:
-        """See `Compressor`."""
-        values, size = np.frombuffer(data, np.uint8), self.elementsize or itemsize
-        return np.ascontiguousarray(values.reshape(-1, size).T).reshape(-1)
-
-    def expand(self, payload: memoryview, into: NDArray[np.uint8], itemsize: int) -> int:
-        """See `Compressor`."""
-        values, size = np.frombuffer(payload, np.uint8), self.elementsize or itemsize
-        if len(values) > len(into) or len(values) % size:
-            raise ValueError(f"{len(values)} shuffled bytes where {len(into)} belong")
-        into[: len(values)].reshape(-1, size)[:] = values.reshape(size, -1).T
-        return len(values)
-
-
-COMPRESSORS: tuple[type[Any], ...] = (Blosc, Zstd, Gzip, Zlib, Bz2, Lzma, Lz4, Shuffle)
+_ALL: tuple[type[Any], ...] = (Transpose, Blosc, Zstd, Gzip)
+STEPS: dict[str, type[Any]] = {step.name: step for step in _ALL}
+"""By their names in Zarr metadata."""
