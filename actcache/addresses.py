@@ -65,6 +65,18 @@ def _secrets(location: str) -> set[str]:
     return {form for piece in pieces for form in (piece, unquote(piece)) if len(form) >= _FEWEST_CHARACTERS}
 
 
+def safe_message(error: BaseException, location: object = "") -> str:
+    """What an error about a location says, in one line of at most 400 characters and without secrets.
+
+    Left out are obstore's page of debugging, and all but the message of a server's page of XML.
+    """
+    said = str(error).split("\n\nDebug source")[0]
+    head, _, page = said.partition("<?xml")
+    message = re.search("<Message>(.*?)</Message>", page, re.DOTALL)
+    line = " ".join(f"{head} {message[1] if message else ''}".split())
+    return hidden(line, location)[:400] or type(error).__name__
+
+
 def cause_of(error: BaseException, location: object) -> BaseException:
     """What may be named as the cause of our error: another library's own, unless somebody could read a secret in it."""
     for link in _chain(error):

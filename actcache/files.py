@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _ELSEWHERE = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 """What another path would mend."""
 _MOST_SHOWN = 80
+_MOST_PARTS = 512
+"""Parts given to the system at a time; Linux takes 1,024."""
 _LFS = b"version https://git-lfs.github.com/"
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 _CANNOT_FLUSH = {errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -71,7 +73,7 @@ def write_whole(path: Path, data: bytes | str, *, beside: str | None = None) -> 
     with explained(path, f"{len(payload):,} bytes"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(str(path), str(path.with_name(beside or f"{path.name}.partial")), flushed=True) as descriptor:
-            write_all(descriptor, memoryview(payload))
+            write_parts(descriptor, [payload])
     for folder in folders_to_flush(path.absolute().parent):
         flush(folder)
     return path
@@ -82,10 +84,18 @@ def own_partial(path: Path) -> str:
     return f".{path.name}.{os.getpid()}.partial"
 
 
-def write_all(descriptor: int, data: memoryview) -> None:
-    """Write all of it, however little the system takes at a time."""
-    while data:
-        data = data[os.write(descriptor, data) :]
+def write_parts(descriptor: int, parts: Iterable[memoryview | bytes]) -> None:
+    """Write the parts one after the other, all of them, however little the system takes at a time."""
+    left = [memoryview(part).cast("B") for part in parts]
+    while left:
+        n_bytes = os.writev(descriptor, left[:_MOST_PARTS])
+        done = 0
+        while done < len(left) and n_bytes >= len(left[done]):
+            n_bytes -= len(left[done])
+            done += 1
+        left = left[done:]
+        if n_bytes:
+            left[0] = left[0][n_bytes:]
 
 
 def flush(path: str) -> None:

@@ -52,7 +52,7 @@ class Late:
 def far_away(path: Path, *, read_only: bool = True) -> Objects:
     """The store in a folder that exists, through obstore as a bucket would be, and late."""
     objects = Objects(ObjectStore(obstore.store.LocalStore(path), read_only=read_only), read_only=read_only)
-    objects.backend = Late(objects.backend)
+    objects.backend = Late(objects.backend)  # type: ignore[assignment]  # a proxy: has all of its methods
     return objects
 
 

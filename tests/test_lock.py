@@ -270,7 +270,7 @@ class TestLock:
 
     def test_a_file_cannot_be_locked(self, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(NotAStoreError, match="no folder"):
+        with pytest.raises(NotAStoreError, match="is not a folder"):
             WriterLock(writable(tmp_path / "file")).acquire()
 
     @pytest.mark.parametrize(("place", "n_turns"), [("folder", 150), ("s3", 5)], indirect=["place"])
@@ -330,7 +330,7 @@ class TestLock:
     def test_a_place_without_put_if_absent_cannot_be_shared(self):
         objects = writable("memory://not-shared")
         objects.backend.shared = True  # as any other store behind fsspec is
-        with pytest.raises(ConfigError, match="cannot be written by several at once"):
+        with pytest.raises(ConfigError, match="cannot be written by several processes at once"):
             WriterLock(objects, shared=True).acquire()
         assert list(objects.list("")) == []
 

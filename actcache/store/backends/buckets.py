@@ -1,9 +1,9 @@
-"""Object stores (`s3://`, `gs://`, `az://`, `http://`), asked through obstore from the calling thread.
+"""Object stores (`s3://`, `gs://`, `az://`, `http://`), through obstore, which is called in the thread that asks.
 
-That costs a fifth of the way through an event loop.
+That takes a fifth of the time of going through zarr's event loop.
 """
 
-# ruff: noqa: D102 (the methods are those of `Objects`, and documented there)
+# ruff: noqa: D102 (the methods are documented in `Backend`)
 from __future__ import annotations
 
 import os
@@ -14,14 +14,14 @@ from typing import Any
 from zarr.storage import ObjectStore
 
 from actcache.errors import ConfigError
-from actcache.store.backends.backend import WholeObjects, directly_below
+from actcache.store.backends.backend import Backend, directly_below
 
 
-class BucketBackend(WholeObjects):
-    """An object store behind obstore. Objects above 5 MB go up in parts and appear whole when the last one is there."""
+class BucketBackend(Backend):
+    """An object store behind obstore. Objects above 5 MB are sent in parts and appear, whole, with the last one."""
 
     creates_once = True
-    _used_by: int | None = None  # the process whose threads obstore's requests run in
+    _used_by: int | None = None  # the process that obstore's threads belong to
 
     def __init__(self, store: ObjectStore[Any]) -> None:
         from obstore.store import MemoryStore
@@ -32,7 +32,7 @@ class BucketBackend(WholeObjects):
 
     @property
     def _bucket(self) -> Any:
-        """The obstore store. obstore's threads do not survive a fork: a request in the child would wait for ever."""
+        """The obstore store. obstore's threads do not survive a fork: the child would wait for ever."""
         if BucketBackend._used_by is None:
             BucketBackend._used_by = os.getpid()
         if BucketBackend._used_by != os.getpid():
@@ -59,7 +59,7 @@ class BucketBackend(WholeObjects):
             return None
         except (obstore.exceptions.BaseError, ValueError):
             size = self.size(key)
-            if size <= offset or not n_bytes:  # nothing lies there: servers and obstore call that an error
+            if size <= offset or not n_bytes:  # an empty range, which servers and obstore call an error
                 return None if size < 0 else memoryview(b"")
             raise
 
@@ -72,9 +72,9 @@ class BucketBackend(WholeObjects):
             return None
         except obstore.exceptions.BaseError:
             size = self.size(key)
-            if size < 1:  # nothing has no last bytes
+            if size < 1:  # an empty object has no last bytes
                 return None if size < 0 else memoryview(b"")
-            # Azure knows no suffix ranges.
+            # Azure has no suffix ranges.
             return memoryview(obstore.get_range(self._bucket, key, start=max(0, size - n_bytes), end=size))
 
     def size(self, key: str) -> int:

@@ -1,65 +1,64 @@
-"""A store in a folder: files, read straight into the caller's buffer, and on the disk when it matters.
+"""A store in a folder: files, read straight into the caller's buffer, and flushed to the disk when it matters.
 
-On hot paths the first touch of fresh memory costs more than the copy, so ranges go past zarr's store interface.
+zarr's own store hands out new memory for every range, and touching new memory takes longer than the copy.
 """
 
-# ruff: noqa: D102 (the methods are those of `Objects`, and documented there)
+# ruff: noqa: D102 (the methods are documented in `Backend`)
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import threading
 import uuid
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from io import FileIO
-from typing import TypeVar
+from pathlib import Path
 
 from zarr.storage import LocalStore
 
 from actcache.errors import StoreError
-from actcache.files import flush, folders_to_flush, whole_file
+from actcache.files import flush, folders_to_flush, whole_file, write_parts
+from actcache.store.backends.backend import ABSENT, Backend, at_once
 
-T = TypeVar("T")
-_ABSENT = (FileNotFoundError, NotADirectoryError)
 PARTIAL = ".partial"
 """How the names of unfinished files end, zarr's and ours."""
-_MOST_PARTS = 512
-"""Parts given to the system at a time; Linux takes 1,024."""
+_UNFINISHED = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(PARTIAL)}$")
 _FLUSHES = 16
-"""Flushes under way at a time: a file system's journal is then written once for many of them."""
+"""Flushes at a time: a file system then writes its journal once for many of them."""
 
 
-class FileBackend:
-    """A folder. Puts are done as zarr does them: beside their place, their name ending in `.partial`, then renamed.
+class FileBackend(Backend):
+    """A folder. An object is put as zarr puts it: written beside its place as `NAME.partial`, then renamed.
 
-    They are done here so that the parts of an object go to the file as they are, without being joined in memory first.
+    It is done here, and not by zarr, so that the parts of an object go to the file without being joined in memory.
 
-    An object that takes the place of another is flushed before it does, since a power cut may otherwise leave the new
-    name without the bytes. New objects are flushed together, by `flush`, and so are all changes of names.
+    An object that replaces another is flushed first, since a power cut could otherwise leave the new name without the
+    bytes. New objects are flushed together, by `flush`, and so are all changes of names.
 
     Args:
         store: the folder.
-        durable: flush at all; without, a power cut may take anything.
+        durable: flush at all; if not, a power cut may destroy anything that was written.
     """
 
-    shared = creates_once = True
+    shared = creates_once = is_local = True
+    root: Path
 
     def __init__(self, store: LocalStore, *, durable: bool) -> None:
         self.root, self._durable = store.root, durable
         self._root = str(store.root)
         self.identity: Hashable = self._root
-        self.n_waits = 0
-        """Reads into memory that had to wait for a disk; about, since threads may miss each other's."""
+        self.n_waits = 0  # approximate: threads may overwrite each other's count
         self._tells_what_is_at_hand = hasattr(os, "RWF_NOWAIT") and hasattr(os, "posix_fadvise")
         self._changed: set[str] = set()
         """Files and folders that have to be flushed."""
         self._settled: set[str] = set()
         """Folders whose own names are on the disk."""
         self._failure: OSError | None = None
-        """Why a flush failed. The system forgets what it could not write, so a second one would promise too much."""
+        """Why a flush failed. The system forgets what it could not write, so a later flush that succeeds would prove
+        nothing."""
         self._changing, self._flushing = threading.Lock(), threading.Lock()
 
     def get(self, key: str) -> memoryview | None:
@@ -70,10 +69,10 @@ class FileBackend:
             return memoryview(file.readall())
 
     def _open(self, key: str) -> int | None:
-        """The descriptor of a file; None when there is none. A folder is none, nor a pipe, which would make us wait."""
+        """The descriptor of a regular file; None when there is none (a pipe, for one, would make us wait)."""
         try:
             descriptor = os.open(f"{self._root}/{key}", os.O_RDONLY | os.O_NONBLOCK)
-        except _ABSENT:
+        except ABSENT:
             return None
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             return descriptor
@@ -95,7 +94,7 @@ class FileBackend:
             os.close(descriptor)
 
     def _at_hand(self, descriptor: int, outs: tuple[memoryview, ...], offset: int) -> int:
-        """Read what the system has in memory; fewer bytes, or -1, where a disk would have to be waited for."""
+        """Read what the system has in memory; fewer bytes, or -1, where that would mean waiting for a disk."""
         try:
             return os.preadv(descriptor, outs, offset, os.RWF_NOWAIT)
         except BlockingIOError:
@@ -105,7 +104,6 @@ class FileBackend:
             return -1
 
     def expect(self, key: str, offset: int, n_bytes: int) -> None:
-        """Have the system begin to read a stretch into its memory, where it is not there yet."""
         if (descriptor := self._open(key)) is not None:
             try:
                 os.posix_fadvise(descriptor, offset, n_bytes, os.POSIX_FADV_WILLNEED)
@@ -144,7 +142,7 @@ class FileBackend:
     def size(self, key: str) -> int:
         try:
             found = os.stat(f"{self._root}/{key}")
-        except _ABSENT:
+        except ABSENT:
             return -1
         return found.st_size if stat.S_ISREG(found.st_mode) else -1
 
@@ -152,21 +150,22 @@ class FileBackend:
         with self.writing(key) as add:
             add(*parts)
 
+    def writing(self, key: str) -> AbstractContextManager[Callable[..., None]]:
+        return self._write(key, flushed=False)
+
     @contextmanager
-    def writing(self, key: str, *, flushed: bool = False) -> Iterator[Callable[..., None]]:
-        place = self.own(key)
+    def _write(self, key: str, *, flushed: bool) -> Iterator[Callable[..., None]]:
+        place = self.path_to_change(key)
         folder = os.path.dirname(place)
         os.makedirs(folder, exist_ok=True)
         flushed = self._durable and (flushed or os.path.lexists(place))
         with whole_file(place, f"{place}.{uuid.uuid4().hex}{PARTIAL}", flushed=flushed) as descriptor:
-            yield lambda *parts: _write_all(descriptor, [memoryview(part).cast("B") for part in parts])
+            yield lambda *parts: write_parts(descriptor, parts)
         self._note(folder) if flushed else self._note(folder, place)
 
     def commit(self, objects: Sequence[tuple[str, bytes]]) -> None:
-        """See `Objects.commit`."""
-
         def put(item: tuple[str, bytes]) -> None:
-            with self.writing(item[0], flushed=True) as add:
+            with self._write(item[0], flushed=True) as add:
                 add(item[1])
 
         self.flush()
@@ -174,7 +173,6 @@ class FileBackend:
         self.flush()
 
     def keep(self, key: str) -> None:
-        """See `Objects.keep`."""
         place = f"{self._root}/{key}"
         self._note(os.path.dirname(place), place)
 
@@ -185,8 +183,7 @@ class FileBackend:
                 self._changed.update(places)
 
     def flush(self) -> None:
-        """See `Objects.flush`."""
-        with self._flushing:  # what another thread is flushing has to be waited for as well
+        with self._flushing:  # wait also for what another thread is flushing
             if self._failure is not None:
                 raise self._failure
             with self._changing:
@@ -211,7 +208,7 @@ class FileBackend:
             yield place
 
     def create(self, key: str, data: bytes) -> None:
-        place = self.own(key)
+        place = self.path_to_change(key)
         beside = f"{place}.{uuid.uuid4().hex}{PARTIAL}"
         os.makedirs(os.path.dirname(place), exist_ok=True)
         try:
@@ -223,12 +220,12 @@ class FileBackend:
             with suppress(FileNotFoundError):
                 os.unlink(beside)
 
-    def own(self, key: str) -> str:
-        """The path of an object that may be changed; StoreError when a linked folder leads out of the store to it."""
+    def path_to_change(self, key: str) -> str:
         place, root = f"{self._root}/{key}", os.path.realpath(self._root)
         if not f"{os.path.realpath(os.path.dirname(place))}/".startswith(f"{root.rstrip('/')}/"):
             raise StoreError(
-                f"{key} of {self._root} lies elsewhere, behind a link, so it is not changed; copy it there"
+                f"{key} of {self._root} lies outside the store, behind a link, so it is not changed; copy it into the "
+                "store"
             )
         return place
 
@@ -243,25 +240,25 @@ class FileBackend:
         try:
             with os.scandir(f"{self._root}/{prefix}") as entries:
                 return [entry.name for entry in entries if entry.is_file() and not entry.name.endswith(PARTIAL)]
-        except _ABSENT:
+        except ABSENT:
             return []
 
     def sizes(self, prefix: str) -> dict[str, int]:
         try:
             with os.scandir(f"{self._root}/{prefix}") as entries:
                 return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
-        except _ABSENT:
+        except ABSENT:
             return {}
 
     def delete(self, key: str) -> None:
-        place = self.own(key)
-        with suppress(*_ABSENT):
+        place = self.path_to_change(key)
+        with suppress(*ABSENT):
             os.unlink(place)
         self._note(os.path.dirname(place))
 
     def delete_all(self, prefix: str) -> None:
-        place = self.own(prefix)
-        with suppress(*_ABSENT):
+        place = self.path_to_change(prefix)
+        with suppress(*ABSENT):
             if os.path.islink(place):
                 os.unlink(place)
             else:
@@ -270,31 +267,12 @@ class FileBackend:
         self._note(os.path.dirname(place))
 
     def remove_folder(self, prefix: str) -> None:
-        """Remove an empty folder; nothing happens when it is not empty."""
         with suppress(OSError):
-            os.rmdir(self.own(prefix))
+            os.rmdir(self.path_to_change(prefix))
         self._settled.clear()
 
-
-def _write_all(descriptor: int, parts: list[memoryview]) -> None:
-    """Write the parts one after the other, however little the system takes at a time."""
-    while parts:
-        n_bytes = os.writev(descriptor, parts[:_MOST_PARTS])
-        done = 0
-        while done < len(parts) and n_bytes >= len(parts[done]):
-            n_bytes -= len(parts[done])
-            done += 1
-        parts = parts[done:]
-        if n_bytes:
-            parts[0] = parts[0][n_bytes:]
-
-
-def at_once(work: Callable[[T], None], items: Collection[T], n: int) -> None:
-    """Do the same to each of some items, `n` of them at a time; raises what one of them has raised."""
-    if min(n, len(items)) < 2:
-        for item in items:
-            work(item)
-        return
-    with ThreadPoolExecutor(min(n, len(items)), thread_name_prefix="actcache-put") as pool:
-        for done in [pool.submit(work, item) for item in items]:
-            done.result()
+    def remove_partial_writes(self) -> None:
+        for folder, _, names in os.walk(self.root):
+            for name in names:
+                if _UNFINISHED.search(name):
+                    Path(folder, name).unlink(missing_ok=True)

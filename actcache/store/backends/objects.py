@@ -1,59 +1,47 @@
-"""Whole objects of a Zarr store, synchronously: put, get, read a range into a buffer, list, delete.
+"""The objects of a Zarr store, synchronously: put, get, read a range into a buffer, list, delete.
 
 In: a folder, a URL or a zarr store object. Out: bytes, or errors that name the store and the key. How the bytes travel
-is the business of the files beside this one.
+is up to the files beside this one.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from zarr.abc.store import Store
 from zarr.storage import LocalStore, ObjectStore
 
-from actcache.addresses import cause_of, shown
+from actcache.addresses import cause_of, safe_message, shown
 from actcache.errors import ActcacheError, ConfigError
 from actcache.files import free_bytes, full_disk_explained, path_of
-from actcache.store.backends.backend import Backend
+from actcache.store.backends.backend import PUTS_AT_ONCE, Backend, at_once
 from actcache.store.backends.buckets import BucketBackend
-from actcache.store.backends.folders import PARTIAL, FileBackend, at_once
-from actcache.store.backends.urls import first_line, open_url
+from actcache.store.backends.folders import FileBackend
+from actcache.store.backends.urls import open_url
 from actcache.store.backends.zarr_stores import ZarrBackend
-
-_UNFINISHED = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(PARTIAL)}$")
-
 
 _LOST_A_SLASH = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")
 """What `pathlib` makes of a URL."""
-
-
-_PUTS = 32
-"""Small objects written at a time, where each answer takes its time."""
-
-
 _Names: TypeAlias = list[str]  # within the class, `list` is a method
-
-
 _DENIED = ("PermissionDeniedError", "UnauthenticatedError")
 
 
 class Objects:
     """The objects of one store. Thread-safe; may be pickled when it was made from a path or a URL.
 
-    A forked child may go on using it, unless it is a bucket and was used before the fork: that is refused with a
-    `ConfigError`, because obstore's threads stay behind in the parent.
+    A forked child may go on using it, unless it is a bucket that was used before the fork: that raises a
+    `ConfigError`, because obstore's threads are not copied to the child.
 
     Args:
         location: a folder; a URL (`s3://`, `gs://`, `az://`, `http(s)://` through obstore, all that fsspec knows
             otherwise); or a zarr store object.
         read_only: refuse puts and deletes.
-        durable: flush what is written to a folder (`fsync`), so that a power cut takes nothing that was committed.
-            Elsewhere it makes no difference: a bucket has stored what it has taken.
+        durable: flush what is written to a folder (`fsync`), so that a power cut loses nothing that was committed.
+            Elsewhere it makes no difference: a bucket has stored what it has accepted.
 
     Raises:
         ConfigError: a URL that cannot be opened here.
@@ -72,20 +60,21 @@ class Objects:
             self.store = open_url(str(location), read_only=read_only)
         else:
             self.store = LocalStore(Path(location), read_only=read_only)
-        self.root = self.store.root if isinstance(self.store, LocalStore) else None
         self.backend = backend_of(self.store, durable=durable)
+        self.root = self.backend.root
+        """The folder of the store, None where it is not in one."""
 
     def __str__(self) -> str:
         """Where the store lies, as people may see it: of a URL without user, password and query."""
         return shown(self.location)
 
     def __reduce__(self) -> Any:
-        return _opened, (self.location, self._read_only, self._durable)
+        return _reopen, (self.location, self._read_only, self._durable)
 
     @property
     def is_local(self) -> bool:
-        """Whether the store is a folder of this machine's file system."""
-        return self.root is not None
+        """Whether answers come at once, as from a folder; elsewhere several requests should be made at a time."""
+        return self.backend.is_local
 
     def put(self, key: str, *parts: memoryview | bytes) -> None:
         """Write one object, the parts laid end to end, atomically: readers see the old one or the new one.
@@ -102,78 +91,72 @@ class Objects:
             self.backend.put(key, *parts)
 
     def put_all(self, objects: Sequence[tuple[str, bytes]]) -> None:
-        """Write several small objects in any order, all at once where each answer takes its time; raises like `put`."""
-        at_once(lambda item: self.put(*item), objects, 1 if self.is_local else _PUTS)
+        """Write several small objects in any order, many at a time where answers are slow; raises like `put`."""
+        at_once(lambda item: self.put(*item), objects, 1 if self.is_local else PUTS_AT_ONCE)
 
     def commit(self, objects: Sequence[tuple[str, bytes]]) -> None:
         """Write small objects that make others count; raises like `put`.
 
         All that was put, deleted or kept before is on the disk before one of these can be seen, and they are when this
-        returns. Each is whole or not there at all, after a power cut too. What a bucket has taken is there to stay.
+        returns. Each is whole or not there at all, after a power cut too.
         """
-        if not isinstance(self.backend, FileBackend):
-            self.put_all(objects)
-            return
         self._check_writable()
-        with self.full_disk_explained(
-            f"{objects[0][0]} and what it stands for: {sum(len(o[1]) for o in objects):,} bytes"
-        ):
+        n_bytes, keys = sum(len(data) for _, data in objects), ", ".join(key for key, _ in objects[:3])
+        with self.full_disk_explained(f"{keys} and what they stand for: {n_bytes:,} bytes"), self._named("write", keys):
             self.backend.commit(objects)
 
     def flush(self) -> None:
-        """Have all that was put, deleted or kept so far on the disk."""
-        if isinstance(self.backend, FileBackend):
-            with self.full_disk_explained("what was written: some bytes"):
-                self.backend.flush()
+        """Make all that was put, deleted or kept so far safe from a power cut."""
+        with self.full_disk_explained("what was written: some bytes"):
+            self.backend.flush()
 
     def keep(self, key: str) -> None:
-        """Count an object, or a folder, among what has to be flushed, although somebody else has put it.
+        """Count an object or a folder among what has to be flushed, although another process has put it.
 
-        A writer that was killed may have left it in the system's memory, where everybody sees it.
+        A writer that was killed may have left it in the system's memory, where every process sees it.
         """
-        if isinstance(self.backend, FileBackend):
-            self.backend.keep(key)
+        self.backend.keep(key)
 
     @contextmanager
     def writing(self, key: str) -> Iterator[Callable[..., None]]:
         """Write one object piece by piece: `with objects.writing(key) as add: add(part, part)`.
 
-        It appears whole when the block ends, and not at all when that raises. In a folder every piece goes to the file
-        while it is in the processor's cache; elsewhere the pieces are kept until the end.
-
-        Raises:
-            See `put`.
+        It appears whole when the block ends, and not at all when the block raises. In a folder every piece goes to the
+        file while it is in the processor's cache; elsewhere the pieces are kept until the end. Raises like `put`.
         """
         self._check_writable()
-        if not isinstance(self.backend, FileBackend):
-            kept: list[bytes] = []
-            yield lambda *parts: kept.extend(map(bytes, parts))
-            self.put(key, *kept)
-            return
-        with self.full_disk_explained(key), self.backend.writing(key) as write:
+        n_bytes = 0
 
-            def add(*parts: memoryview | bytes) -> None:
-                with self.full_disk_explained(f"a part of {key}: {sum(map(len, parts)):,} bytes"):
-                    write(*parts)
+        def add(*parts: memoryview | bytes) -> None:
+            nonlocal n_bytes
+            part_bytes = sum(map(len, parts))
+            with self.full_disk_explained(f"a part of {key}: {part_bytes:,} bytes"):
+                write(*parts)
+            n_bytes += part_bytes
 
+        with ExitStack() as unfinished:
+            with self.full_disk_explained(key):
+                write = unfinished.enter_context(self.backend.writing(key))
             yield add
+            with self.full_disk_explained(f"{key}: {n_bytes:,} bytes"), self._named("write", key):
+                unfinished.close()
 
     def create(self, key: str, data: bytes) -> None:
-        """Put an object unless there is one by that name; reading it afterwards tells who was first.
+        """Put an object unless there is one of that name; reading it afterwards tells which writer was first.
 
-        One step for folders and for what obstore reaches; through fsspec it is a look and then a put.
+        A single step in folders and through obstore; through fsspec it is a look and then a put.
         """
         self._check_writable()
         with self.full_disk_explained(f"{key}: {len(data):,} bytes"), self._named("write", key):
             self.backend.create(key, data)
 
     def full_disk_explained(self, what: str) -> AbstractContextManager[None]:
-        """Turn the system's "no space left" into our error, which says what was needed and how to go on."""
+        """Turn the system's "no space left" into our error, which says what was needed and how to continue."""
         return full_disk_explained(f"in {self} for {what}", self.root)
 
     @contextmanager
     def _named(self, doing: str, what: str) -> Iterator[None]:
-        """Give the errors of a remote store the family of OSError, and the key that they are about."""
+        """Turn the errors of a remote store into an OSError that names the key."""
         try:
             yield
         except ActcacheError:
@@ -182,8 +165,8 @@ class Objects:
             if self.is_local:
                 raise
             said = (
-                f"could not {doing} {what or 'the objects'} of {self}: {first_line(error, self.location)}; "
-                "see to the connection, the address and the rights, and give the same command again"
+                f"could not {doing} {what or 'the objects'} of {self}: {safe_message(error, self.location)}; "
+                "check the connection, the address and the permissions, and give the same command again"
             )
             if isinstance(error, OSError) and error.errno:
                 raise OSError(error.errno, said) from cause_of(error, self.location)
@@ -196,7 +179,7 @@ class Objects:
 
     def get(self, key: str) -> memoryview | None:
         """The whole object, or None when there is none."""
-        if self.is_local:
+        if self.is_local:  # without the cost of a context, as in `read_into`
             return self.backend.get(key)
         with self._named("read", key):
             return self.backend.get(key)
@@ -214,20 +197,19 @@ class Objects:
     @property
     def n_waits(self) -> int:
         """How many reads into memory had to wait for a disk so far; 0 where that cannot be told."""
-        return self.backend.n_waits if isinstance(self.backend, FileBackend) else 0
+        return self.backend.n_waits
 
     def expect(self, key: str, offset: int, n_bytes: int) -> None:
-        """Say that a stretch is going to be read soon: a folder's disk then begins to."""
-        if isinstance(self.backend, FileBackend):
-            self.backend.expect(key, offset, n_bytes)
+        """Say that a stretch is going to be read soon, so that a folder's disk can begin to read it."""
+        self.backend.expect(key, offset, n_bytes)
 
     def span(self, key: str, offset: int, n_bytes: int) -> memoryview | None:
-        """Bytes of an object from `offset` on, fewer where it ends before; None when there is no object."""
+        """Bytes of an object from `offset` on, fewer where it ends earlier; None when there is no object."""
         with self._named("read", key):
             return self.backend.span(key, offset, n_bytes)
 
     def pieces(self, key: str, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-        """The bytes of each `(offset, length)` of one object, in turn; empty where there is no object any more."""
+        """The bytes of each `(offset, length)` of one object, in turn; empty where there is no object."""
         with self._named("read", key):
             yield from self.backend.pieces(key, spans)
 
@@ -273,33 +255,28 @@ class Objects:
     def remove_partial_writes(self) -> None:
         """Delete what a killed process left of unfinished atomic writes (zarr names such files `*.partial`).
 
-        In buckets, parts of unfinished uploads are nothing that can be listed; the bucket's lifecycle rules end them.
+        In buckets, parts of unfinished uploads cannot be listed; the bucket's lifecycle rules remove them.
         """
-        if self.root is None:
-            return
-        for folder, _, names in os.walk(self.root):
-            for name in names:
-                if _UNFINISHED.search(name):
-                    Path(folder, name).unlink(missing_ok=True)
+        self.backend.remove_partial_writes()
 
     def free_bytes(self) -> int | None:
-        """Room on the file system that the store is or will be on, None where nobody knows."""
+        """Room on the file system that the store is or will be on, None where that is unknown."""
         return free_bytes(self.root)
 
 
-def _opened(location: str | Path | Store, read_only: bool, durable: bool) -> Objects:
+def _reopen(location: str | Path | Store, read_only: bool, durable: bool) -> Objects:
     return Objects(location, read_only=read_only, durable=durable)
 
 
 def to_write(path: str | Path | Objects, *, durable: bool = True) -> Objects:
-    """The objects of a store that is going to be written; those that are given as such keep their own settings."""
+    """The objects of a store that is going to be written; an `Objects` is returned as it is, settings included."""
     return path if isinstance(path, Objects) else Objects(path, read_only=False, durable=durable)
 
 
 def backend_of(store: Store, *, durable: bool) -> Backend:
-    """The quickest way to the objects of a zarr store; `durable` is for folders only."""
+    """The fastest backend for a zarr store; `durable` is for folders only. A new backend gets a line here."""
     if isinstance(store, LocalStore):
         return FileBackend(store, durable=durable)
-    if type(store) is ObjectStore:  # of a subclass nobody knows what it wants to see of the requests
+    if type(store) is ObjectStore:  # a subclass may rely on seeing the requests
         return BucketBackend(store)
     return ZarrBackend(store)

@@ -1,8 +1,8 @@
 """A zarr store for a URL: obstore for the object stores that it knows, fsspec for everything else.
 
-Where and with which keys is said by the environment, as obstore's documentation lists it: `AWS_ACCESS_KEY_ID`,
+Addresses and keys come from the environment variables that obstore documents: `AWS_ACCESS_KEY_ID`,
 `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT_URL`, `AWS_ALLOW_HTTP`, ...; `GOOGLE_...`; `AZURE_...`.
-Files of profiles (`~/.aws`) are not read. Whoever needs more makes a zarr store and gives that instead of a URL.
+Profile files (`~/.aws`) are not read. For anything else, make a zarr store and give that instead of a URL.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore, ObjectStore
 
-from actcache.addresses import cause_of, hidden, shown
+from actcache.addresses import cause_of, safe_message, shown
 from actcache.errors import ConfigError
 
 _ENVIRONMENT = {
@@ -43,7 +43,7 @@ _CLIENT_OPTIONS = (
     "user_agent",
 )
 _TIMEOUTS = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "10m"}
-"""A shard of 2 GB may take minutes; an answer that stands still for one will not come."""
+"""A shard of 2 GB may take minutes; an answer that makes no progress for one will not come."""
 RETRIES: Any = {
     "max_retries": 12,
     "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=15), "base": 3},
@@ -56,7 +56,7 @@ def open_url(url: str, *, read_only: bool) -> Store:
     """The zarr store behind a URL.
 
     Raises:
-        ConfigError: nobody knows the scheme, what it needs is not installed, or the environment does not suit it.
+        ConfigError: the scheme is unknown, what it needs is not installed, or the environment does not fit it.
     """
     scheme = re.split("[^a-z0-9+.-]", url.lower(), maxsplit=1)[0]
     if scheme == "file":
@@ -79,7 +79,7 @@ def _bucket(url: str, scheme: str, read_only: bool) -> Store:
 
 
 def _client_options(scheme: str) -> dict[str, str]:
-    """Timeouts, and what the environment says of the connection: obstore reads that only where no option is given."""
+    """Timeouts and the environment's settings of the connection, which obstore ignores once any option is given."""
     prefix = _ENVIRONMENT[scheme]
     named = {name: os.environ.get(prefix + name.upper()) for name in _CLIENT_OPTIONS}
     options = _TIMEOUTS | {name: value for name, value in named.items() if value}
@@ -87,7 +87,9 @@ def _client_options(scheme: str) -> dict[str, str]:
         options["allow_http"] = "true"
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     if prefix == "AWS_" and endpoint.startswith("http://") and options.get("allow_http", "").lower() not in _YES:
-        raise ConfigError(f"the endpoint {shown(endpoint)} is not encrypted; set AWS_ALLOW_HTTP=true if that is meant")
+        raise ConfigError(
+            f"the endpoint {shown(endpoint)} is not encrypted; set AWS_ALLOW_HTTP=true if that is intended"
+        )
     return options
 
 
@@ -98,33 +100,21 @@ def _filesystem(url: str, scheme: str, read_only: bool) -> Store:
     try:
         import fsspec
     except ImportError:
-        raise ConfigError(f"{shown(url)}: '{scheme}://' needs more; pip install 'actcache[remote]'") from None
+        raise ConfigError(f"{shown(url)}: '{scheme}://' needs more packages; pip install 'actcache[remote]'") from None
     if scheme not in fsspec.available_protocols():
         known = ", ".join(f"{name}://" for name in ("s3", "gs", "az", "https", "memory"))
         raise ConfigError(
-            f"{shown(url)}: nobody here knows '{scheme}://'; give a path, or one of {known} or fsspec's others"
+            f"{shown(url)}: the scheme '{scheme}://' is unknown here; give a path, or one of {known} or fsspec's others"
         )
     try:
         return FsspecStore.from_url(url, read_only=read_only)
     except ImportError as error:
         instead = "pip install 'actcache[remote]'" if scheme in _ENVIRONMENT else "install what it names"
-        said = f"{shown(url)}: '{scheme}://' needs more ({first_line(error, url)}); {instead}"
+        said = f"{shown(url)}: '{scheme}://' needs another package ({safe_message(error, url)}); {instead}"
         raise ConfigError(said) from cause_of(error, url)
     except Exception as error:  # each of fsspec's file systems has errors of its own
         raise _cannot_open(url, error) from cause_of(error, url)
 
 
 def _cannot_open(url: str, error: BaseException) -> ConfigError:
-    return ConfigError(f"cannot open {shown(url)}: {first_line(error, url)}")
-
-
-def first_line(error: BaseException, location: object) -> str:
-    """What an error about a location says, and nothing that only its user may know.
-
-    Without obstore's page of debugging, and of a server's page of XML only the message.
-    """
-    said = str(error).split("\n\nDebug source")[0]
-    head, _, page = said.partition("<?xml")
-    message = re.search("<Message>(.*?)</Message>", page, re.DOTALL)
-    line = " ".join(f"{head} {message[1] if message else ''}".split())
-    return hidden(line, location)[:400] or type(error).__name__
+    return ConfigError(f"cannot open {shown(url)}: {safe_message(error, url)}")

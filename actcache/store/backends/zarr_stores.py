@@ -1,6 +1,6 @@
 """Any store that zarr opens, through zarr's asynchronous interface."""
 
-# ruff: noqa: D102 (the methods are those of `Objects`, and documented there)
+# ruff: noqa: D102 (the methods are documented in `Backend`)
 from __future__ import annotations
 
 import asyncio
@@ -16,17 +16,18 @@ from zarr.abc.store import RangeByteRequest, Store, SuffixByteRequest
 from zarr.buffer import cpu, default_buffer_prototype
 from zarr.storage import FsspecStore
 
-from actcache.store.backends.backend import ABSENT, T, WholeObjects, as_folder, directly_below, last_bytes
+from actcache.store.backends.backend import ABSENT, Backend, T, as_folder, last_bytes
 
 
 class _Loop:
-    """One background event loop for the whole process, begun at first use; zarr's stores are asynchronous."""
+    """One event loop in a thread of its own for the whole process, started at first use; zarr's stores are
+    asynchronous."""
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew; a forked child has no copy of the thread, and perhaps a lock that nobody will ever release."""
+        """Start again: a forked child does not have the thread, and may have a lock that is never released."""
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -43,15 +44,14 @@ _LOOP = _Loop()
 os.register_at_fork(after_in_child=_LOOP.forget)
 
 
-class ZarrBackend(WholeObjects):
+class ZarrBackend(Backend):
     """Any store that zarr opens, through its asynchronous interface."""
 
     creates_once = False
-    identity: Hashable
 
     def __init__(self, store: Store) -> None:
-        self.store = store
-        self.shared, self.identity = False, id(store)
+        self.store, self.shared = store, False
+        self.identity: Hashable = id(store)
         if isinstance(store, FsspecStore):
             self.shared = "memory" not in store.fs.protocol  # a name or a tuple of names
             self.identity = id(store) if self.shared else ("memory", store.path)
@@ -64,7 +64,7 @@ class ZarrBackend(WholeObjects):
 
     def tail(self, key: str, n_bytes: int) -> memoryview | None:
         data = self._request(key, SuffixByteRequest(n_bytes))
-        # What a store does when the object is shorter than that is not the same everywhere.
+        # Stores differ in what they do when the object is shorter than that.
         return data if data is None or len(data) == n_bytes else last_bytes(self.get(key), n_bytes)
 
     def _request(self, key: str, wanted: RangeByteRequest | SuffixByteRequest | None) -> memoryview | None:
@@ -90,14 +90,11 @@ class ZarrBackend(WholeObjects):
 
         return iter(_LOOP.run(collect()))
 
-    def names(self, prefix: str) -> list[str]:
-        return directly_below(self.walk(prefix), prefix)
-
     def sizes(self, prefix: str) -> dict[str, int]:
         return _LOOP.run(self._sizes(prefix))
 
     async def _sizes(self, prefix: str) -> dict[str, int]:
-        if isinstance(self.store, FsspecStore):  # one question for all of them
+        if isinstance(self.store, FsspecStore):  # one listing, not a request for each
             try:
                 found = await self.store.fs._ls(f"{self.store.path}/{prefix}", detail=True)
             except ABSENT:
@@ -115,7 +112,7 @@ class ZarrBackend(WholeObjects):
         _LOOP.run(self._delete(list(self.walk(prefix))))
 
     async def _delete(self, keys: list[str]) -> None:
-        """Delete exactly these. zarr's way into fsspec takes `[`, `*` and `?` in a key for a pattern."""
+        """Delete exactly these keys: zarr's own call into fsspec reads `[`, `*` and `?` in a key as a pattern."""
         for key in keys:
             if isinstance(self.store, FsspecStore):
                 with suppress(*ABSENT):

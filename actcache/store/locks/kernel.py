@@ -1,8 +1,10 @@
-"""Locks of the kernel (`flock`) on files of the store's folder: they end with their process, however it ends.
+"""Locks of the kernel (`flock`) on files in the store's folder: they end with their process, however it ends.
 
-Files and not the folder itself, because a lock on a file is seen by other machines too where the file system is shared
-(NFS gives it to the server), while one on a folder stays on the machine. The files are empty, lie where zarr does not
-look, and are taken away by whoever holds them last.
+They are on files and not on the folder itself because other machines see a lock on a file where the file system is
+shared (NFS passes it to the server), while a lock on a folder stays on its machine. The files are empty, lie where zarr
+does not look, and are removed by the writer that holds them last.
+
+Release: unlink, then unlock. Acquire: lock, then check that the path is still this file; if not, try again.
 """
 
 from __future__ import annotations
@@ -19,37 +21,39 @@ from actcache.store.locks.keys import LEASE, claim_key, lock_keys
 from actcache.store.locks.leases import busy, read_lease
 
 if TYPE_CHECKING:
-    from actcache.store.backends.folders import FileBackend
     from actcache.store.backends.objects import Objects
 
 _NO_FLOCK = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
-"""What file systems say that have no such lock."""
+"""Error codes of file systems without such locks."""
 
 
 class NoFlockError(Exception):
-    """The file system has no such lock."""
+    """The file system has no such locks."""
 
 
-class Flocks:
+class FileLocks:
     """The locks of one writer on files of a folder.
 
     Args:
-        objects: of the store.
-        backend: its folder.
+        objects: the objects of the store, which are files.
         shared: whether others may write at the same time.
     """
 
-    def __init__(self, objects: Objects, backend: FileBackend, shared: bool) -> None:
-        self._objects, self._backend, self._shared = objects, backend, shared
+    def __init__(self, objects: Objects, shared: bool) -> None:
+        self._objects, self._shared = objects, shared
         self._descriptors: dict[str, int] = {}
 
     def take(self) -> None:
-        """Take the store; StoreBusyError when somebody has it. NoFlockError where that cannot be."""
+        """Take the store.
+
+        Raises:
+            StoreBusyError: another writer has it. NoFlockError: the file system has no such locks.
+        """
         try:
-            self._try_out()
+            self._check_support()
             taken = self._lock(LEASE, fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX)
         except NotADirectoryError as error:
-            raise NotAStoreError(f"{error.filename or self._objects} is no folder; name another place") from None
+            raise NotAStoreError(f"{error.filename or self._objects} is not a folder; name another place") from None
         if not taken:
             raise _busy(self._objects)
         try:
@@ -60,7 +64,7 @@ class Flocks:
             raise
 
     def claim(self, shard: int) -> bool:
-        """Take a shard; False when somebody has it."""
+        """Take a shard; False when another writer has it."""
         return self._lock(claim_key(shard), fcntl.LOCK_EX)
 
     def unclaim(self, shard: int) -> None:
@@ -68,14 +72,14 @@ class Flocks:
         self._unlock(claim_key(shard))
 
     def give_back(self) -> None:
-        """Give the store back; the last one takes away what dead processes have left."""
+        """Give the store back; the last writer removes what dead processes have left."""
         if LEASE in self._descriptors and self._is_last():
             with suppress(StoreBusyError):
                 self._sweep()
             self._unlock(LEASE)
         self._close(LEASE)
-        for folder in ("tokens/ids", "tokens"):  # made by us, where no store came to be
-            self._backend.remove_folder(folder)
+        for folder in ("tokens/ids", "tokens"):  # empty if no store was made
+            self._objects.backend.remove_folder(folder)
 
     def forget(self) -> None:
         """In a forked child: let go without unlocking what the parent still holds."""
@@ -83,8 +87,8 @@ class Flocks:
             os.close(descriptor)
         self._descriptors.clear()
 
-    def _try_out(self) -> None:
-        """Lock a file that nobody else has; NoFlockError where that cannot be, before a file is there that says so."""
+    def _check_support(self) -> None:
+        """Lock a file of our own; NoFlockError where that is impossible, before any file claims to be a lock."""
         key = f"{LEASE}.{uuid.uuid4().hex}"
         descriptor = self._open(key)
         try:
@@ -98,8 +102,8 @@ class Flocks:
             self._objects.delete(key)
 
     def _open(self, key: str) -> int:
-        """The descriptor of a file, which is made if it has to be, and so are its folders."""
-        path = self._backend.own(key)
+        """The descriptor of a file; the file and its folders are made if they are missing."""
+        path = self._objects.backend.path_to_change(key)
         while True:
             try:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -110,11 +114,11 @@ class Flocks:
                     raise NotADirectoryError(errno.ENOTDIR, "not a folder", error.filename) from None
             except FileNotFoundError:
                 pass
-            # Another one has just taken the empty folder away: before the file was made, or while `makedirs` looked.
+            # Another writer has just removed the empty folder: before the file was made, or while `makedirs` looked.
 
     def _lock(self, key: str, mode: int) -> bool:
-        """Lock a file; False when somebody else has it."""
-        path = self._backend.own(key)
+        """Lock a file; False when another writer has it."""
+        path = self._objects.backend.path_to_change(key)
         while True:
             descriptor = self._open(key)
             try:
@@ -127,9 +131,9 @@ class Flocks:
                 raise
             if _lies_at(descriptor, path):
                 break
-            os.close(descriptor)  # who held it has taken the file away: this lock is one on nothing
+            os.close(descriptor)  # the last holder has removed the file, so this lock excludes nobody
         self._descriptors[key] = descriptor
-        if os.fstat(descriptor).st_size:  # put by a writer for whom this file system has no such locks
+        if os.fstat(descriptor).st_size:  # a lease, of a writer whose file system has no such locks
             self._close(key)
             if key == LEASE and (found := read_lease(self._objects, LEASE)) is not None:
                 raise busy(self._objects, found)
@@ -137,7 +141,7 @@ class Flocks:
         return True
 
     def _is_last(self) -> bool:
-        """Whether nobody else holds the store; nobody else can take it then."""
+        """Whether this is the only holder of the store; if so, no other writer can take it from now on."""
         try:
             fcntl.flock(self._descriptors[LEASE], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -145,9 +149,9 @@ class Flocks:
         return True
 
     def _unlock(self, key: str) -> None:
-        """Take the file away, then give the lock back: who has opened it meanwhile sees that it is not there."""
+        """Remove the file, then release the lock: a writer that has opened it meanwhile sees that it is gone."""
         if key in self._descriptors:
-            path = self._backend.own(key)
+            path = self._objects.backend.path_to_change(key)
             if _lies_at(self._descriptors[key], path):
                 os.unlink(path)
             self._close(key)
@@ -155,11 +159,11 @@ class Flocks:
     def _close(self, key: str) -> None:
         descriptor = self._descriptors.pop(key, None)
         if descriptor is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone would leave it to copies in forked children
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # after a mere close, copies in forked children would keep it
             os.close(descriptor)
 
     def _sweep(self) -> None:
-        """Take away what dead processes have left; of one who is alone."""
+        """Remove lock files of dead processes. Call only while holding the store alone."""
         for key in lock_keys(self._objects):
             if self._objects.size(key) > 0 and (found := read_lease(self._objects, key)) is not None:
                 raise busy(self._objects, found)
@@ -167,13 +171,13 @@ class Flocks:
                 self._objects.delete(key)
 
 
-def remove_flocks(objects: Objects, backend: FileBackend) -> None:
-    """Take away the files that dead processes have left; StoreBusyError when one is locked by a living one."""
-    locks = Flocks(objects, backend, shared=False)
+def remove_file_locks(objects: Objects) -> None:
+    """Remove lock files of dead processes; StoreBusyError when a living process holds one."""
+    locks = FileLocks(objects, shared=False)
     for key in lock_keys(objects):
         if objects.size(key) == 0:
             try:
-                locks._try_out()
+                locks._check_support()
             except NoFlockError:
                 return
             if not locks._lock(key, fcntl.LOCK_EX):
@@ -184,7 +188,7 @@ def remove_flocks(objects: Objects, backend: FileBackend) -> None:
 def _busy(objects: Objects) -> StoreBusyError:
     return StoreBusyError(
         f"{objects} is being written by another process, or by another writer in this one; wait until it is done, or "
-        "stop it: its lock goes with it"
+        "stop it: its lock ends with it"
     )
 
 
@@ -195,7 +199,7 @@ def _lies_at(descriptor: int, path: str) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        if error.errno != errno.ESTALE:  # what NFS says of a file that another machine has taken away
+        if error.errno != errno.ESTALE:  # on NFS: another machine has removed the file
             raise
         return False
     return bool(mine.st_nlink) and os.path.samestat(there, mine)

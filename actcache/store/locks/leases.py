@@ -1,8 +1,8 @@
-"""Locks that are objects, for places without a lock of the system: buckets, and folders whose file system has none.
+"""Locks that are objects, for places where the kernel has none: buckets, and some file systems.
 
-Who writes puts an object that says who it is, unless there is one. It stays when its process is killed: the next one
-on the same machine sees that the process is gone and takes it over; one on another machine cannot know, and is refused
-until somebody says `actcache repair STORE --unlock`.
+A writer puts a lease, an object that says which process it is, unless there is one. The lease stays when its process is
+killed. The next writer on the same machine sees that the process is gone and takes the lease over. A writer on another
+machine cannot know, and is refused until the user runs `actcache repair STORE --unlock`.
 """
 
 from __future__ import annotations
@@ -19,35 +19,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actcache.errors import StoreBusyError
+from actcache.store.locks.keys import CLAIM, LEASE, SHARED, claim_key, lock_keys
 
 if TYPE_CHECKING:
     from actcache.store.backends.objects import Objects
-from actcache.store.locks.keys import CLAIM, LEASE, SHARED, claim_key, lock_keys
 
 HELD: set[str] = set()
-"""Tokens of this process's locks."""
-
-
+"""Tokens of the locks that this process holds."""
 _IS_CLAIM = re.compile(rf"{re.escape(CLAIM)}\d+")
-
-
 _MOST_BYTES = 4096
-
-
 _MOST_TURNS = 8
 
 
 class Leases:
     """The locks of one writer as objects.
 
-    One that wants the store alone puts its lease and then looks for those who share it; one who shares puts its own
-    and then looks for one who is alone. Of two at the same moment at least one sees the other, and who sees another
-    gives way.
+    A writer that wants the store alone puts its lease and then looks for writers that share it. A writer that shares it
+    puts its own lease and then looks for one that is alone. If both do so at the same moment, at least one sees the
+    other, and gives way.
 
     Args:
-        objects: of the store.
+        objects: the objects of the store.
         shared: whether others may write at the same time.
-        token: 32 hexadecimal digits, of this writer only.
+        token: 32 hexadecimal digits, different for each writer.
     """
 
     def __init__(self, objects: Objects, shared: bool, token: str) -> None:
@@ -56,10 +50,10 @@ class Leases:
         self._shared = shared
 
     def take(self) -> None:
-        """Take the store; StoreBusyError when somebody has it."""
+        """Take the store; StoreBusyError when another writer has it."""
         try:
             if self._shared:
-                self._join()
+                self._take_shared()
             else:
                 self._take_alone()
         except BaseException:
@@ -67,7 +61,7 @@ class Leases:
             raise
 
     def claim(self, shard: int) -> bool:
-        """Take a shard; False when somebody has it."""
+        """Take a shard; False when another writer has it."""
         return self._obtain(claim_key(shard)) is None
 
     def unclaim(self, shard: int) -> None:
@@ -75,14 +69,14 @@ class Leases:
         self._give_back(claim_key(shard))
 
     def give_back(self) -> None:
-        """Give the store back, and take away what dead processes of this machine have left."""
+        """Give the store back, and remove what dead processes of this machine have left."""
         if self._shared:
             with suppress(OSError):
                 self._tidy_up()
         self._give_back(self._key)
 
     def _tidy_up(self) -> None:
-        """Of one who is not alone: only what nobody else could be taking over meanwhile, or what was taken over."""
+        """While others write: remove only leases that no other writer can be taking over."""
         for key in lock_keys(self._objects):
             lease = read_lease(self._objects, key) if key.startswith(SHARED) or _IS_CLAIM.fullmatch(key) else None
             if lease is not None and lease.is_gone():
@@ -92,7 +86,7 @@ class Leases:
                     self._give_back(key)
 
     def forget(self) -> None:
-        """In a forked child nothing is to be done: the token is not among those it holds."""
+        """Nothing to do in a forked child: the token is not in its `HELD`."""
 
     def _take_alone(self) -> None:
         owner = self._obtain(LEASE)
@@ -105,10 +99,10 @@ class Leases:
                 if other is not None and not other.is_gone():
                     raise busy(self._objects, other)
         for key in keys:
-            if key != LEASE:  # of the dead: nobody else is here
+            if key != LEASE:  # of dead processes: no other writer is here
                 self._objects.delete(key)
 
-    def _join(self) -> None:
+    def _take_shared(self) -> None:
         self._objects.put(self._key, Lease.now(self._token).to_bytes())
         alone = read_lease(self._objects, LEASE)
         if alone is None:
@@ -119,7 +113,7 @@ class Leases:
         self._give_back(LEASE)
 
     def _obtain(self, key: str) -> Lease | None:
-        """Put the lease, or take that of a dead process over; whose it is when it is not ours then."""
+        """Put the lease, or take over that of a dead process; returns the lease of another writer if it has the key."""
         mine = Lease.now(self._token)
         for _ in range(_MOST_TURNS):
             self._objects.create(key, mine.to_bytes())
@@ -128,14 +122,14 @@ class Leases:
                 found = self._take_over(key, found, mine)
             if found is not None:
                 return None if found.token == mine.token else found
-        return UNKNOWN  # given back each time between two looks: others are very busy here
+        return UNKNOWN  # taken and given back between two looks, each time: others are busy here
 
     def _take_over(self, key: str, gone: Lease, mine: Lease) -> Lease | None:
-        """Replace the lease of a dead process; the lease that is there then.
+        """Replace the lease of a dead process; returns the lease that is there afterwards.
 
-        The right to do so is an object of its own, made by put-if-absent: of several who see the same dead lease one
-        gets it, and one who comes late finds another lease than the one that it saw. Who died with the right in hand
-        is succeeded in the same way.
+        The right to replace it is an object of its own, made by put-if-absent: if several writers see the same dead
+        lease, one gets the right, and one that comes late finds another lease than it saw. If the holder of the right
+        has died too, the right is taken over in the same way.
         """
         rights: list[str] = []
         owner: Lease | None = gone
@@ -159,12 +153,12 @@ class Leases:
             found = read_lease(self._objects, key)
             if found is not None and found.token == self._token:
                 self._objects.delete(key)
-        except OSError as error:  # most likely what made the writer give up, and that is what should be heard
-            warnings.warn(f"the lock stays, until the next writer of this machine: {error}", stacklevel=2)
+        except OSError as error:  # probably what stopped the writer, whose own error should be the one raised
+            warnings.warn(f"the lock stays until this machine writes the store again: {error}", stacklevel=2)
 
 
 def remove_leases(objects: Objects) -> str | None:
-    """Remove all leases of writers that are gone; whose one of them was, or None when there was none.
+    """Remove all leases of writers that are gone; the owner of one of them in words, None when there was none.
 
     Raises:
         StoreBusyError: one of the writers is a living process of this machine.
@@ -176,20 +170,20 @@ def remove_leases(objects: Objects) -> str | None:
             raise busy(objects, lease)
     for key in keys:
         objects.delete(key)
-    return max(found, key=lambda lease: lease.pid > 0).whose() if found else None
+    return max(found, key=lambda lease: lease.pid > 0).owner() if found else None
 
 
 def busy(objects: Objects, found: Lease) -> StoreBusyError:
     """The error that says who is writing."""
     return StoreBusyError(
-        f"{objects} is being written by {found.whose()}; wait until it is done, or, if that writer is gone, "
+        f"{objects} is being written by {found.owner()}; wait until it is done, or, if that writer is gone, "
         f"run 'actcache repair {objects} --unlock'"
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lease:
-    """Who is writing: for people, and for the next writer on the same machine."""
+    """Which process is writing: for people, and for the next writer on the same machine."""
 
     host: str
     pid: int
@@ -197,7 +191,7 @@ class Lease:
     token: str
     """32 hexadecimal digits, one for each lock."""
     processes: str = ""
-    """Which pids `pid` is among: those of one container, between two starts of the machine."""
+    """The set of process ids that `pid` belongs to: of one container, since one start of the machine."""
 
     @classmethod
     def now(cls, token: str) -> Lease:
@@ -212,7 +206,7 @@ class Lease:
 
     @classmethod
     def from_bytes(cls, data: memoryview) -> Lease:
-        """The lease that `to_bytes` wrote; an unknown one when it is damaged."""
+        """The lease that `to_bytes` wrote; `UNKNOWN` when it is damaged."""
         try:
             lease = cls(**json.loads(bytes(data)))
         except (ValueError, TypeError, RecursionError):
@@ -223,22 +217,22 @@ class Lease:
         return lease if sound and re.fullmatch("[0-9a-f]{32}", lease.token) else UNKNOWN
 
     def to_bytes(self) -> bytes:
-        """JSON."""
+        """The lease as JSON."""
         return json.dumps(asdict(self)).encode()
 
-    def whose(self) -> str:
-        """For messages."""
+    def owner(self) -> str:
+        """The writer, in words."""
         return f"process {self.pid} on {self.host} since {self.since}" if self.pid else "a writer that left no name"
 
     def is_here(self) -> bool:
-        """Whether the process, if it lives, is one that this process can see."""
+        """Whether this process can see the other one, if it is alive."""
         return bool(self.pid) and (self.host, self.processes) == (socket.gethostname(), _these_processes())
 
     def is_gone(self) -> bool:
-        """Whether the writer is known to be dead; never of a process that cannot be seen from here."""
+        """Whether the writer is known to be dead; False for a process that cannot be seen from here."""
         if not self.is_here():
             return False
-        if self.pid == os.getpid():  # ours, or of a dead process that had the same number, as in a restarted container
+        if self.pid == os.getpid():  # ours, or a dead process's with the same id, as after a container restarts
             return self.token not in HELD
         try:
             os.kill(self.pid, 0)
@@ -253,24 +247,24 @@ UNKNOWN = Lease(host="", pid=0, since="", token="")
 
 
 def read_lease(objects: Objects, key: str) -> Lease | None:
-    """The lease that lies there; None when there is none."""
+    """The lease at this key; None when there is none."""
     data = objects.tail(key, _MOST_BYTES)
     return None if data is None else Lease.from_bytes(data)
 
 
 def _is_zombie(pid: int) -> bool:
-    """Whether a process is dead, and only its parent has not asked yet how it ended (a container's may never ask)."""
+    """Whether a process is dead and its parent has not asked for its exit status (in a container it may never ask)."""
     try:
         said = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:  # no Linux, or it has just gone
+    except OSError:  # not Linux, or the process has just ended
         return False
-    return said.rpartition(")")[2].split()[:1] == ["Z"]  # the name before may hold anything
+    return said.rpartition(")")[2].split()[:1] == ["Z"]  # the process's name comes before, and may hold anything
 
 
 def _these_processes() -> str:
-    """What tells one set of process numbers from another: the machine's start, and the namespace (a container's)."""
+    """Identifies a set of process ids: by the machine's start, and by the namespace (of a container)."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # no Linux: the host's name has to do
+    except OSError:  # not Linux: the host's name has to suffice
         return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from actcache.store.format.places import refuse_inside_store
 from actcache.store.format.root import Root, exists_any, read_root, write_root
 from actcache.store.format.table_objects import UINT32, put_table
 from actcache.store.store import Store
+from actcache.store.writing.agenda import Agenda
 from actcache.store.writing.growth import check, check_same_spec
 
 
@@ -77,11 +78,14 @@ def put_arrays(objects: Objects, spec: StoreSpec, blocks: TokenBlocks, n_present
             put_table(objects, token_key(name, chunk), part)
 
 
-def check_room(objects: Objects, spec: StoreSpec, missing: Iterable[tuple[int, list[str]]]) -> None:
-    """Raise `StorageFullError` unless there is room for these columns of these shards, as far as can be foreseen."""
+def check_room(objects: Objects, spec: StoreSpec, agenda: Agenda) -> None:
+    """Raise `StorageFullError` unless there is room for what is missing, as far as its size can be foreseen."""
     row_bytes = {site.name: codecs.expected_row_bytes(site.codec, spec.dtype, site.width) for site in spec.sites}
     row_bytes[ROWS] = 4.0
-    expected = (len(spec.shard_rows(shard)) * sum(row_bytes[name] for name in names) for shard, names in missing)
+    expected = (
+        len(spec.shard_rows(shard)) * sum(row_bytes[name] for name in agenda.missing(shard))
+        for shard in agenda.pending()
+    )
     needed, free = int(sum(expected)), objects.free_bytes()
     if free is not None and needed > free:
         raise StorageFullError(

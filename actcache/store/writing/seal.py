@@ -83,7 +83,7 @@ def seal(
     provenance: Mapping[str, Any] | None = None,
     *,
     expected: str | None = None,
-) -> None:
+) -> Root:
     """Write ledger and totals of a store whose shards are all committed, and make it sealed.
 
     Args:
@@ -91,6 +91,9 @@ def seal(
         held: from `complete`, which is called if it is not given.
         provenance: what the sealed root says of how the store came to be; by default what the open one says.
         expected: the fingerprint that has to come out; by default any.
+
+    Returns:
+        The sealed root.
 
     Raises:
         CorruptShardError: another fingerprint comes out. The others are those of `complete`. Nothing has been written
@@ -111,7 +114,9 @@ def seal(
         put_table(objects, total_key(site.name), held.totals[site.name])
     metadata.put_ledger(objects, root.spec, held.ledger)
     provenance = root.provenance if provenance is None else provenance
-    write_root(objects, replace(sealed, provenance=provenance))
+    sealed = replace(sealed, provenance=provenance)
+    write_root(objects, sealed)
+    return sealed
 
 
 def sealed_root(spec: StoreSpec, ledger: NDArray[np.uint8], totals: list[NDArray[np.float64]]) -> Root:
