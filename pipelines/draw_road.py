@@ -17,7 +17,7 @@ INDIGO, ORANGE, TEAL = ("#e8eaf6", "#303f9f"), ("#fff3e0", "#b25000"), ("#e0f2f1
 BOXES = [
     ("once", "text", ["files, datasets,", "chats or token ids,", "packed into", "sequences"], INDIGO),
     ("once", "model", ["one forward pass,", "only as far as the", "last site that", "you name"], INDIGO),
-    ("kept", "acts.zarr", ["compressed, checked;", "sites aligned;", "each row knows", "its token"], ORANGE),
+    ("kept", "acts.zarr", ["small and checked;", "sites aligned;", "each row knows", "its token"], ORANGE),
     ("many times", "loader", ["shuffled by a seed,", "resumed exactly,", "on any number", "of ranks"], TEAL),
     ("many times", "trainers", ["SAELens, sparsify,", "Lightning, JAX, ...", "your own, or the", "one included"], TEAL),
 ]

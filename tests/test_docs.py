@@ -196,3 +196,23 @@ def test_the_picture_is_what_its_script_draws() -> None:
     from draw_road import PICTURE, picture
 
     assert PICTURE.read_text(encoding="utf-8") == picture()
+
+
+def test_the_readme_shows_the_figures_of_the_benchmarks_page() -> None:
+    sys.path.insert(0, str(ROOT / "pipelines"))
+    from update_readme import SHOWN, benchmark_table, replace_region
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = benchmark_table((DOCS / "benchmarks.md").read_text(encoding="utf-8"))
+    assert replace_region(readme, "benchmarks", table) == readme
+    assert all(row in table for rows in SHOWN.values() for row in rows)
+
+
+def test_the_template_for_problems_asks_for_what_is_needed() -> None:
+    """It is valid, and the commands that it names exist."""
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text(encoding="utf-8"))
+    asked = {field["id"]: field["attributes"] for field in form["body"]}
+    assert all(attributes["label"] for attributes in asked.values())
+    assert "`actcache info STORE --json`" in asked["info"]["description"]
+    assert "`actcache --version`" in asked["versions"]["description"]
+    assert asked.keys() >= {"command", "output", "info", "versions"}
