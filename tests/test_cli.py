@@ -82,16 +82,26 @@ def test_a_user_error_is_one_clean_line_and_code_1(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bogus"], "See 'actcache --help'"),
-        (["info", "--bogus"], "See 'actcache info --help'"),
-        (["info"], "requires an argument"),
+        (["bogus"], "error: there is no verb 'bogus'; see 'actcache --help'\n"),
+        (["inof"], "error: there is no verb 'inof' (did you mean info?); see 'actcache --help'\n"),
+        (["--verison"], "error: actcache has no option --verison; see 'actcache --help'\n"),
+        (["info", "--bogus"], "error: actcache info has no option --bogus; see 'actcache info --help'\n"),
+        (["info", "a", "--josn"], "has no option --josn (did you mean --json?)"),
+        (["info", "a", "b"], "actcache info does not take 'b'; see"),
+        (["extract", "--sites", "a", "--out"], "error: --out needs a value; see"),
+        (["extract", "--sites", "a"], "error: actcache extract needs --out; see"),
+        (["extract", "--sites", "a", "--out", "b", "--out", "c"], "error: --out is given twice; see"),
+        (["export", "a", "--out", "b", "--format", "tar"], "--format takes zarr or saelens, not 'tar'; see"),
+        (["extend", "a", "--batch-sequences", "few"], "--batch-sequences takes a whole number or auto, not 'few'; see"),
+        (["info"], "error: actcache info needs STORE; see"),
         (["demo", "--length", "0"], "length must be a positive integer"),
-        (["demo", "--length", "many"], "unable to convert"),
+        (["demo", "--length", "many"], "error: --length takes a whole number, not 'many'; see"),
         (["report", "nowhere"], "no run at nowhere"),
         (["evaluate", "nowhere"], "no run at nowhere"),
         (["extract", "--sites", "blocks.0.hook_in", "--out", "x.zarr", "--text", "missing.txt"], "missing.txt"),
         (["sites", "./no/model"], "./no/model"),
         (["sites", "blocks.*"], "the model comes first"),
+        (["--install-completion", "--shell", "tcsh"], "not 'tcsh'; see 'actcache --install-completion --help'"),
     ],
 )
 def test_wrong_input_says_what_is_wrong(
@@ -101,6 +111,7 @@ def test_wrong_input_says_what_is_wrong(
     assert main(arguments) == 1
     shown = capsys.readouterr()
     assert message in shown.err
+    assert shown.err.count("\n") == 1
     assert shown.out == ""
     assert list(tmp_path.iterdir()) == []
 
@@ -175,7 +186,7 @@ def test_a_damaged_ledger_is_mended_and_said_so(
     assert main(["verify", str(path)]) == 2
     assert capsys.readouterr().out.startswith("ledger: ")
     assert main(["repair", str(path)]) == 0
-    assert "ledger was damaged, and was written anew" in capsys.readouterr().out
+    assert "ledger was damaged, and was written again" in capsys.readouterr().out
     assert main(["repair", str(path)]) == 0
     assert capsys.readouterr().out.rstrip().endswith("is sound")
 

@@ -154,7 +154,7 @@ def test_the_last_event_of_an_extraction_has_its_speeds_and_statistics(unbroken)
     ("arguments", "message"),
     [
         (["info", "nowhere.zarr"], "no activation store at nowhere.zarr"),
-        (["info", "--bogus"], "See 'actcache info --help'"),
+        (["info", "--bogus"], "see 'actcache info --help'"),
         (["extract", "--sites", "blocks.0.hook_mlp_uot", "--out", "x.zarr"], "did you mean"),
     ],
 )

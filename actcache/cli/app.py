@@ -5,7 +5,7 @@ In: the functions of the rooms beside this one. Out: an app, and one sentence fo
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import cyclopts
 from cyclopts import App, CycloptsError, Group, Parameter
@@ -128,31 +128,38 @@ def sentence(error: CycloptsError) -> str:
 
 
 def _reason(error: CycloptsError, verb: str) -> str:
-    argument = error.argument
-    name = "" if argument is None else argument.name if argument.name.startswith("-") else argument.name.upper()
+    name = "" if error.argument is None else error.argument.name
+    if error.argument is not None and error.argument.index is not None:
+        name = name.lstrip("-").upper()
     match error:
-        case cyclopts.UnknownCommandError():
-            return f"there is no verb {(error.unused_tokens or [''])[0]!r}{_nearest(error)}"
+        case cyclopts.UnknownCommandError(unused_tokens=[str(typed), *_]) if not typed.startswith("-"):
+            return f"there is no verb {typed!r}{_nearest(error)}"
+        case cyclopts.UnknownCommandError(unused_tokens=[str(typed), *_]):
+            return f"{verb} has no option {typed}{_nearest(error)}"
         case cyclopts.UnknownOptionError():
             return f"{verb} has no option {error.token.keyword or error.token.value}{_nearest(error)}"
         case cyclopts.UnusedCliTokensError():
             return f"{verb} does not take {' '.join(map(repr, error.unused_tokens or []))}"
-        case cyclopts.MissingArgumentError() if argument is not None and argument.tokens:
-            return f"{name} needs a value"
-        case cyclopts.MissingArgumentError():
-            return f"{verb} needs {name}"
+        case cyclopts.MissingArgumentError() if error.argument is not None:
+            is_typed = name in (error.root_input_tokens or [])
+            return f"{name} needs a value" if is_typed else f"{verb} needs {name}"
         case cyclopts.RepeatArgumentError():
             return f"{error.token.keyword or name} is given twice"
         case cyclopts.CoercionError() if error.token is not None and error.msg is None:
-            choices = ", ".join(map(str, get_args(error.target_type))) or getattr(error.target_type, "__name__", "")
-            return f"{error.token.keyword or name} takes {_KINDS.get(choices, choices)}, not {error.token.value!r}"
+            return f"{error.token.keyword or name} takes {_kind(error.target_type)}, not {error.token.value!r}"
     return " ".join(str(error).split()).removesuffix(".")
 
 
-_KINDS = {"int": "a whole number", "float": "a number", "bool": "no value", "str": "text", "Path": "a path"}
+def _kind(wanted: Any) -> str:
+    """`a whole number or auto`: the values that a type has."""
+    if get_origin(wanted) is Literal:
+        return " or ".join(map(str, get_args(wanted)))
+    if kinds := [_kind(one) for one in get_args(wanted) if one is not type(None)]:
+        return " or ".join(kinds)
+    return {int: "a whole number", float: "a number", bool: "no value"}.get(wanted) or str(wanted)
 
 
 def _nearest(error: CycloptsError) -> str:
-    """`; did you mean --length?`, as cyclopts found it."""
+    """` (did you mean --length?)`, if cyclopts found something near."""
     _, found, rest = str(error).partition("Did you mean ")
-    return f"; did you mean {rest.split('?')[0].strip(chr(34))}" if found else ""
+    return f" (did you mean {rest.split('?')[0].strip(chr(34))}?)" if found else ""

@@ -212,7 +212,7 @@ def export(
     format: Literal["zarr", "saelens"] = "zarr",  # noqa: A002  # the option's name
     sequences: str | None = None,
     rows: str | None = None,
-    codec: Codec = (),
+    codec: Annotated[Codec, Parameter(show_default=False)] = (),
     sequences_per_shard: Annotated[int | None, Parameter(group=STORE)] = None,
     rows_per_chunk: Annotated[int | None, Parameter(group=STORE)] = None,
     no_fsync: NoFsync = False,

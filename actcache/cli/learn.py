@@ -8,10 +8,11 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from cyclopts import Parameter
 from rich.console import Console
 
 from actcache.addresses import shown
@@ -33,9 +34,17 @@ from actcache.demo import DemoConfig, run_demo
 _WAY_ON = "trainers go on where they stopped with ServedBatches(path, state=...)"
 
 
+@dataclass(frozen=True, kw_only=True)
+class _DemoOptions(DemoConfig):
+    """The demo's options; sequences are counted by the option that other verbs have for it."""
+
+    n_sequences: Annotated[int, Parameter(name=["--count", "--n-sequences"])] = DemoConfig().n_sequences
+    """Most sequences to take; fewer when the text ends before."""
+
+
 def demo(
     *,
-    config: Annotated[DemoConfig | None, Flat] = None,
+    config: Annotated[_DemoOptions | None, Flat] = None,
     small: Flag = False,
     json: Json = False,
 ) -> int:
@@ -46,11 +55,11 @@ def demo(
     small
         A few thousand rows and a few steps: done in seconds, to see that everything works.
     """
-    config = config or DemoConfig()
-    config = config.small() if small else config
+    settings = config or DemoConfig()
+    settings = settings.small() if small else settings
     with Screen(json=json) as screen:
-        metrics = run_demo(config, on_stage=screen.stage, say=screen.say, command=typed_command())
-        screen.result(metrics, lambda out: _show_run(out, config.out, metrics))
+        metrics = run_demo(settings, on_stage=screen.stage, say=screen.say, command=typed_command())
+        screen.result(metrics, lambda out: _show_run(out, settings.out, metrics))
     return 0
 
 

@@ -49,7 +49,8 @@ ModelName = Annotated[
 Sites = Annotated[
     Strings,
     Parameter(
-        help="Names of sites, or patterns such as 'blocks.*.hook_mlp_out'; \"actcache sites\" lists those of a model."
+        help="Names of sites, or patterns such as 'blocks.*.hook_mlp_out'; \"actcache sites\" lists those of a model, "
+        '"actcache info" those of a store.'
     ),
 ]
 NewStore = Annotated[
@@ -231,7 +232,7 @@ def _template(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"--chat-template takes a file with a Jinja template; {path} cannot be read: {error}"
+            f"--chat-template takes a file with a Jinja template, and {path} is unreadable: {error}"
         ) from error
 
 

@@ -5,9 +5,10 @@ In: a store. Out: lines and tables on the terminal, or the store's `info` as JSO
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise, starmap
 from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -22,11 +23,11 @@ from actcache.cli.screen import Metrics, Screen, empty_table, labelled_lines
 if TYPE_CHECKING:
     from actcache.store import Store
 
-COMMITTED, BEGUN, MISSING = "█", "▒", "░"
-_PLAIN = {COMMITTED: "#", BEGUN: "+", MISSING: "."}
-"""The same blocks where the terminal's encoding has only letters."""
+COMMITTED, PARTLY, BEGUN, MISSING = "█▓▒░"
+_PLAIN = dict(zip("█▓▒░", "#=+.", strict=True))
+"""The same blocks where the terminal's encoding lacks them."""
 _BLOCKS = {"committed": COMMITTED, "begun": BEGUN, "missing": MISSING}
-_STYLES = {COMMITTED: "green", BEGUN: "yellow", MISSING: "dim"}
+_STYLES = {COMMITTED: "green", PARTLY: "green", BEGUN: "yellow", MISSING: "dim"}
 _MOST_BLOCKS = 100
 _MOST_RANGES = 8
 
@@ -56,30 +57,24 @@ class Shards:
     begun: Collection[int] = ()
 
     def strip(self, n_blocks: int) -> tuple[str, int]:
-        """At most so many blocks, and for how many shards each stands. One is full when all of its shards are."""
+        """At most so many blocks, and for how many shards each of them stands."""
         per_block = max(1, -(-self.n_shards // max(1, n_blocks)))
-        blocks = -(-self.n_shards // per_block)
-        n_committed, n_begun = [0] * blocks, [0] * blocks
-        for shards, counts in ((self.committed, n_committed), (self.begun, n_begun)):
-            for shard in shards:
-                counts[shard // per_block] += 1
+        committed = Counter(shard // per_block for shard in self.committed)
+        begun = {shard // per_block for shard in self.begun}
         drawn = ""
-        for block, (done, begun) in enumerate(zip(n_committed, n_begun, strict=True)):
-            size = min(per_block, self.n_shards - block * per_block)
-            drawn += COMMITTED if done == size else BEGUN if done or begun else MISSING
+        for block in range(-(-self.n_shards // per_block)):
+            n_shards = min(per_block, self.n_shards - block * per_block)
+            if committed[block]:
+                drawn += COMMITTED if committed[block] == n_shards else PARTLY
+            else:
+                drawn += BEGUN if block in begun else MISSING
         return drawn, per_block
 
-    def counts(self) -> dict[str, int]:
-        """How many shards are committed, begun and missing."""
-        n_committed, n_begun = len(self.committed), len(self.begun)
-        return {"committed": n_committed, "begun": n_begun, "missing": self.n_shards - n_committed - n_begun}
-
-    def ranges(self) -> Iterator[str]:
-        """`begun 5`, `missing 6-9, 12`: which shards are not committed yet."""
-        missing = sorted(set(range(self.n_shards)) - set(self.committed) - set(self.begun))
-        for what, shards in (("begun", sorted(self.begun)), ("missing", missing)):
-            if shards:
-                yield f"{what} {_ranges(shards)}"
+    def by_progress(self) -> dict[str, Collection[int]]:
+        """The shards that are committed, begun and missing, as far as there are any."""
+        missing = set(range(self.n_shards)).difference(self.committed, self.begun)
+        found = {"committed": self.committed, "begun": self.begun, "missing": missing}
+        return {progress: shards for progress, shards in found.items() if shards}
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement.get(console, options, self._text(console, options))
@@ -88,22 +83,28 @@ class Shards:
         yield self._text(console, options)
 
     def _text(self, console: Console, options: ConsoleOptions) -> Text:
-        counts = {what: n for what, n in self.counts().items() if n}
         if not console.is_terminal:
-            return Text("; ".join([", ".join(f"{n:,} {what}" for what, n in counts.items()), *self.ranges()]))
-        letters = {block: block for block in _STYLES} if options.encoding.startswith("utf") else _PLAIN
+            return Text(", ".join(starmap(_numbers, self.by_progress().items())))
+        letters = {block: block if options.encoding.startswith("utf") else _PLAIN[block] for block in _PLAIN}
         drawn, per_block = self.strip(min(_MOST_BLOCKS, options.max_width))
         strip, legend = Text(), Text()
-        for block in drawn:
-            strip.append(letters[block], style=_STYLES[block])
-        for what, n in counts.items():
-            block = _BLOCKS[what]
-            legend.append(letters[block], style=_STYLES[block]).append(f" {n:,} {what}  ")
+        for block, same in groupby(drawn):
+            strip.append(letters[block] * len(list(same)), style=_STYLES[block])
+        for progress, shards in self.by_progress().items():
+            block = _BLOCKS[progress]
+            legend.append(letters[block], style=_STYLES[block]).append(f" {len(shards):,} {progress}  ")
         if per_block > 1:
-            legend.append(f"({per_block:,} shards in a block)")
+            legend.append(f"({per_block:,} shards in a block; ").append(letters[PARTLY], style=_STYLES[PARTLY])
+            legend.append(" committed in part)")
         legend.rstrip()
         fits = len(strip) + 2 + len(legend) <= options.max_width
         return Text.assemble(strip, "  " if fits else "\n", legend)
+
+
+def _numbers(progress: str, shards: Collection[int]) -> str:
+    """`3 missing (5-6, 9)`; of committed ones only how many."""
+    which = "" if progress == "committed" else f" ({_ranges(sorted(shards))})"
+    return f"{len(shards):,} {progress}{which}"
 
 
 def _ranges(shards: Sequence[int]) -> str:
