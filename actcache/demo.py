@@ -1,7 +1,7 @@
-"""The whole road in one call: text -> activations -> store -> sparse MLPs -> evaluation -> report page.
+"""Everything in one call: text -> activations -> store -> sparse MLPs -> evaluation -> report page.
 
-In: a `DemoConfig`. Out: `OUT/{acts.zarr, held_out.zarr, sparse/layer_i/, metrics.json, report.html}`. Every stage
-leaves its work on disk and finds it there again, so an interrupted demo goes on and a second one is quick.
+In: a `DemoConfig`. Out: `OUT/{acts.zarr, held_out.zarr, sparse/layer_i/, metrics.json, report.html}`. Every stage keeps
+its result on disk and reuses it, so an interrupted demo continues and a second one is quick.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from actcache.errors import ActcacheError, ConfigError, SiteError, StateError
 from actcache.report import write_report
-from actcache.sparse.metrics import read_metrics, write_metrics
+from actcache.sparse.checkpoint import CHECKPOINT
+from actcache.sparse.metrics import LayerRow, Metrics, Stage, read_metrics, write_metrics
 from actcache.sparse.runs import OnStage, Pair, Trained, evaluate_pair, provenance, store_facts, train_pair
-from actcache.spec import Progress, check_positive
+from actcache.spec import Say, check_positive, ignore
 
 if TYPE_CHECKING:
     from actcache.lm import LanguageModel
@@ -42,11 +43,11 @@ class DemoConfig:
     length: int = 256
     """Tokens of a sequence."""
     n_sequences: int = 3072
-    """Sequences to extract at most; fewer when the text ends before."""
+    """Sequences to extract; fewer if the text ends before."""
     n_held_out: int = 96
-    """Sequences to evaluate on at most, from documents that are never extracted for training."""
+    """Sequences to evaluate on, from documents that are never used for training; fewer if the text ends before."""
     held_out_every: int = 16
-    """One document in so many is held out."""
+    """Every n-th document is held out."""
     codec: str = "lossless"
     """Compression preset of the store."""
     expansion: int = 8
@@ -56,7 +57,7 @@ class DemoConfig:
     batch_rows: int = 2048
     """Rows of a training batch."""
     l1: tuple[float, ...] = field(default=(64.0,))
-    """Sparsity penalty of each layer; the last one also serves all further layers."""
+    """Sparsity penalty of each layer; the last one holds for all further layers."""
     lr: float = 6e-3
     """Peak learning rate."""
     seed: int = 0
@@ -71,7 +72,7 @@ class DemoConfig:
             raise ConfigError("demo: l1 must have at least one number")
 
     def small(self) -> DemoConfig:
-        """The same with a few thousand rows and a few steps: seconds, for trying things and for tests."""
+        """The same with a few thousand rows and a few steps: takes seconds, for tests and for trying things out."""
         return replace(self, length=128, n_sequences=64, n_held_out=24, expansion=2, n_steps=80, batch_rows=512)
 
     def train_config(self, layer: int) -> TrainConfig:
@@ -92,22 +93,22 @@ def run_demo(
     config: DemoConfig,
     *,
     on_stage: OnStage | None = None,
-    say: Callable[[str], None] | None = None,
+    say: Say | None = None,
     command: str = "actcache demo",
-) -> dict[str, Any]:
-    """Do all stages and return the content of `metrics.json`.
+) -> Metrics:
+    """Run all stages and return the content of `metrics.json`.
 
     Args:
         config: what to do.
-        on_stage: called with (title, unit) at the beginning of each long step; returns its progress callback.
-        say: called with a sentence now and then, for instance when something is found and reused.
-        command: what the report says was typed.
+        on_stage: called with (title, unit) at the beginning of each long step; returns the step's progress callback.
+        say: called with a sentence now and then, for instance when something is reused.
+        command: the command as the report shows it.
     """
-    return _Demo(config, on_stage or _no_stage, say or _say_nothing).run(command)
+    return _Demo(config, on_stage or (lambda _title, _unit: ignore), say or ignore).run(command)
 
 
 def pairs_of(sites: Sequence[str]) -> list[Pair]:
-    """MLP input and output of each layer, in the order of the layers.
+    """Input and output site of each layer's MLP, in the order of the layers.
 
     Raises:
         SiteError: a layer has one but not the other.
@@ -122,11 +123,13 @@ def pairs_of(sites: Sequence[str]) -> list[Pair]:
 class _Demo:
     """One run: its settings, its listeners, and the stages done so far."""
 
-    def __init__(self, config: DemoConfig, on_stage: OnStage, say: Callable[[str], None]) -> None:
-        self.config, self.on_stage, self.say = config, on_stage, say
-        self.stages: dict[str, dict[str, Any]] = {}
+    def __init__(self, config: DemoConfig, on_stage: OnStage, say: Say) -> None:
+        self.config = config
+        self.on_stage = on_stage
+        self.say = say
+        self.stages: dict[str, Stage] = {}
 
-    def run(self, command: str) -> dict[str, Any]:
+    def run(self, command: str) -> Metrics:
         from actcache.lm import load_lm
 
         began = perf_counter()
@@ -142,15 +145,16 @@ class _Demo:
         return metrics
 
     @contextmanager
-    def _stage(self, name: str) -> Iterator[dict[str, Any]]:
-        """Time a stage; what is known only afterwards is put into the entry then."""
-        entry = self.stages[name] = {"seconds": 0.0, "reused": False}
+    def _stage(self, name: str) -> Iterator[Stage]:
+        """Time a stage; the caller adds to the entry what is known only afterwards."""
+        entry: Stage = {"seconds": 0.0, "reused": False}
+        self.stages[name] = entry
         began = perf_counter()
         yield entry
         entry["seconds"] = perf_counter() - began
 
     def _text(self, lm: LanguageModel) -> tuple[TokenBlocks, TokenBlocks]:
-        """Sequences to train on and sequences to evaluate on; no document gives both."""
+        """Sequences to train on and sequences to evaluate on, from different documents."""
         config = self.config
         with self._stage("tokenize") as entry:
             blocks = self._blocks(lm, "Tokenize text", config.n_sequences, lambda i: i % config.held_out_every != 0)
@@ -170,7 +174,7 @@ class _Demo:
         return token_blocks(texts, lm.tokenizer, length=config.length, count=count, seed=config.seed, progress=progress)
 
     def _extract(self, lm: LanguageModel, blocks: TokenBlocks, name: str, stage: str) -> Store:
-        """Activations of the blocks in `OUT/name`: made, finished, or found."""
+        """Activations of the blocks in `OUT/name`: made, completed, or reused."""
         from actcache.extraction import extract
 
         path = self.config.out / name
@@ -186,17 +190,19 @@ class _Demo:
             entry["bytes_per_s"] = raw_bytes * n_new / store.n_rows / entry["seconds"]
         else:
             self.say(f"Found {path} with {store.n_rows:,} rows of the same model, text and settings: reusing it.")
-            entry |= {**self._earlier(stage), "reused": True}
+            entry |= self._earlier(stage)
+            entry["reused"] = True
         return store
 
-    def _earlier(self, stage: str) -> dict[str, Any]:
+    def _earlier(self, stage: str) -> Stage:
         """What an earlier run measured when it made what is now reused."""
         try:
             found = read_metrics(self.config.out)["stages"][stage]
         except (ActcacheError, KeyError):
             return {}
-        kept = {name: value for name, value in found.items() if name.endswith("_per_s")}
-        return {**kept, "made_in_s": found.get("made_in_s", found["seconds"])}
+        kept = cast(Stage, {name: value for name, value in found.items() if name.endswith("_per_s")})
+        kept["made_in_s"] = found.get("made_in_s", found["seconds"])
+        return kept
 
     def _train(self, store: Store) -> list[Trained]:
         with self._stage("train") as entry:
@@ -222,9 +228,9 @@ class _Demo:
         try:
             trained = train()
         except StateError as error:
-            # The checkpoint is of other settings; it is the demo's own and cheap to make again.
-            self.say(f"Training layer {pair.layer} anew: {error}")
-            _remove_checkpoint(folder)
+            # The checkpoint has other settings. It belongs to the demo, and is cheap to make again.
+            self.say(f"Training layer {pair.layer} again: {error}")
+            (folder / CHECKPOINT).unlink(missing_ok=True)
             trained = train()
         if trained.reused:
             self.say(f"Found the sparse MLP of layer {pair.layer}, trained with the same settings: reusing it.")
@@ -237,8 +243,8 @@ class _Demo:
         trained: Sequence[Trained],
         held_out: TokenBlocks,
         held_out_store: Store,
-    ) -> list[dict[str, Any]]:
-        rows = []
+    ) -> list[LayerRow]:
+        rows: list[LayerRow] = []
         with self._stage("evaluate") as entry:
             for one in trained:
                 progress = self.on_stage(f"Evaluate layer {one.pair.layer}", "sequences")
@@ -256,19 +262,17 @@ class _Demo:
         blocks: TokenBlocks,
         held_out: TokenBlocks,
         store: Store,
-        rows: Sequence[dict[str, Any]],
+        rows: list[LayerRow],
         seconds: float,
-    ) -> dict[str, Any]:
+    ) -> Metrics:
         config = self.config
         recipe = {name: getattr(config, name) for name in ("n_steps", "batch_rows", "l1", "lr", "expansion", "seed")}
         text = {"source": config.text, **blocks.description, "held out": f"{held_out.n_sequences} sequences"}
-        metrics = {
+        metrics: Metrics = {
             **provenance(),
             "command": command,
             "seconds": seconds,
-            "config": {
-                name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()
-            },
+            "config": {**asdict(config), "out": str(config.out)},
             "model": lm.identity,
             "text": text,
             "training": recipe,
@@ -280,24 +284,10 @@ class _Demo:
 
 
 def _rows_in(path: Path) -> int:
-    """Rows that a store already has; 0 when there is none, or none that can be read (the writer says what is wrong)."""
+    """Rows that a store already has; 0 if it is missing or cannot be opened (the writer says what is wrong)."""
     from actcache.store import open_store
 
     try:
         return open_store(path).n_rows
     except ActcacheError:
         return 0
-
-
-def _remove_checkpoint(folder: Path) -> None:
-    from actcache.sparse.training import CHECKPOINT
-
-    (folder / CHECKPOINT).unlink(missing_ok=True)
-
-
-def _no_stage(_title: str, _unit: str) -> Progress:
-    return lambda _done, _total: None
-
-
-def _say_nothing(_sentence: str) -> None:
-    return None

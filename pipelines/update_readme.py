@@ -10,11 +10,11 @@ from __future__ import annotations
 import re
 import textwrap
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import cyclopts
 
-from actcache.sparse.metrics import read_metrics
+from actcache.sparse.metrics import Metrics, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = (
@@ -30,7 +30,7 @@ SHOWN = {
 """How the sections and rows of docs/benchmarks.md begin that the README shows, those that miss their goals included."""
 
 
-def demo_table(metrics: dict[str, Any]) -> str:
+def demo_table(metrics: Metrics) -> str:
     """The results table, with what it took and the machine that it was made on."""
     rows = [
         f"| {row['layer']} | {row['clean']:.3f} | {row['zero_ablated']:.3f} | {row['spliced']:.3f} | "

@@ -138,7 +138,7 @@ def test_other_training_settings_train_anew_on_the_same_store(first: tuple[Path,
     again = run_demo(small(out, l1=(2.0**9,), n_steps=50), on_stage=listener.stage, say=listener.said.append)
     assert again["stages"]["extract"]["reused"]
     assert not again["stages"]["train"]["reused"]
-    assert sum("anew" in sentence for sentence in listener.said) == 4
+    assert sum("again" in sentence for sentence in listener.said) == 4
     assert again["layers"][0]["l0"] < metrics["layers"][0]["l0"]
 
 

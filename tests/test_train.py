@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from actcache.errors import ConfigError, SiteError, StateError, TrainingError
 from actcache.load import Loader
+from actcache.sparse.checkpoint import CHECKPOINT
 from actcache.sparse.model import SparseMLP
-from actcache.sparse.training import CHECKPOINT, TrainConfig, Trainer, resolve_precision
+from actcache.sparse.training import TrainConfig, Trainer, resolve_precision
 
 
 @dataclass(frozen=True)

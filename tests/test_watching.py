@@ -29,7 +29,8 @@ from test_extract import SITES, SIZES, tiny_lm
 import actcache as ac
 from actcache.cli import progress
 from actcache.cli.progress import MOST_SITES, Events, Lines, Stage, sites_worth_a_look
-from actcache.cli.screen import Screen, sites_table, store_lines
+from actcache.cli.screen import Screen
+from actcache.cli.store_view import sites_table, store_lines
 from actcache.status import SiteStatus, Status
 
 pytestmark = pytest.mark.exhaustive

@@ -11,7 +11,7 @@ import os
 import selectors
 import socket
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -24,15 +24,13 @@ from actcache.load.batches.batch_memory import BatchMemory
 from actcache.load.state import State, check_settings, how_far, parse_place, parse_state
 from actcache.share.messages import PROTOCOL, Lines, Message
 from actcache.share.shared_memory import SharedMemory
-from actcache.spec import Progress, check_callable, check_positive, expand_names
+from actcache.spec import Progress, Say, check_callable, check_positive, expand_names, ignore
 from actcache.store.codecs import quantiser_of
 
 if TYPE_CHECKING:
     import torch
 
     from actcache.store import Store
-
-Say = Callable[[str], None]
 
 _MOST_TOLD = 4
 """Batches that a consumer knows of at a time: lines about them always fit the buffer of its socket."""
@@ -109,8 +107,8 @@ def serve_batches(
     from actcache.share.listen import listening  # locks folders, as Unix can
 
     where = path_of(path, "serve_batches: path")
-    with listening(where) as listener, _Server(loader, listener, batches_ahead, say or _nothing) as server:
-        server.serve(n_consumers, progress or _nothing)
+    with listening(where) as listener, _Server(loader, listener, batches_ahead, say or ignore) as server:
+        server.serve(n_consumers, progress or ignore)
 
 
 def exact_dtype(store: Store, sites: Sequence[str], normalize: str | None = None) -> torch.dtype:
@@ -128,10 +126,6 @@ def _most_connections() -> int:
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else min(_MOST_CONNECTIONS, soft // _OF_OPEN_FILES)
-
-
-def _nothing(*_: object) -> None:
-    """Nobody wants to know."""
 
 
 @dataclass(eq=False)

@@ -1,6 +1,7 @@
-"""What a run says about itself: `metrics.json` in the run directory, and the facts about versions and machine in it.
+"""`metrics.json`: what a run directory says about itself.
 
-In: plain JSON-able dictionaries. Out: a file that is either the old one or the new one, never half of either.
+In: a `Metrics` record, filled by the demo, by training and by evaluation. Out: a file that is either the old one or the
+new one, never half of either; and the record again, for the report page and the verbs.
 """
 
 from __future__ import annotations
@@ -8,21 +9,97 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from actcache.addresses import all_hidden
 from actcache.errors import RunNotFoundError, StateError
 from actcache.files import finite, own_partial, path_of, read_json, shown, write_whole
 from actcache.sparse.schema import find_fault
 
+FORMAT = 1
+"""Version of `metrics.json`; a reader refuses newer ones."""
 _WAY_OUT = "delete it and run the command that made it again"
 
 
-FORMAT = 1
-"""Version of `metrics.json`; a reader refuses what is newer."""
+class DensityHistogram(TypedDict):
+    """Latents by the share of rows on which they fire."""
+
+    log10_edges: list[float]
+    """Borders of the bins, as powers of ten."""
+    counts: list[int]
+    """Latents in each bin."""
+    n_never: int
+    """Latents that never fired."""
 
 
-def read_metrics(run: Path | str) -> dict[str, Any]:
+class LayerRow(TypedDict, total=False):
+    """One sparse MLP: training fills the first part, evaluation on held-out text the second."""
+
+    layer: int | str
+    site_in: str
+    site_out: str
+    d_in: int
+    d_out: int
+    n_latents: int
+    path: str
+    seconds: float
+    n_rows: int
+    reused: bool
+    history: dict[str, list[float]]
+
+    clean: float
+    zero_ablated: float
+    mean_ablated: float | None
+    spliced: float
+    n_tokens: int
+    loss_recovered: float
+    fvu: float
+    l0: float
+    dead_fraction: float
+    n_rows_evaluated: int
+    density_histogram: DensityHistogram
+
+
+class Stage(TypedDict, total=False):
+    """A step of a run: its time, and the speeds that it measured."""
+
+    seconds: float
+    reused: bool
+    """Whether its result was found and not made again."""
+    made_in_s: float
+    """How long it took to make what was reused."""
+    tokens: int
+    tokens_per_s: float
+    rows_per_s: float
+    bytes_per_s: float
+
+
+class Metrics(TypedDict, total=False):
+    """The content of `metrics.json`. A part that a run has not produced is missing."""
+
+    format: int
+    created: str
+    """When, in ISO 8601 and UTC."""
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    command: str
+    """What was typed."""
+    seconds: float
+    """From the first stage to the last."""
+    config: dict[str, Any]
+    """Settings of the demo."""
+    model: Mapping[str, Any]
+    """Identity of the base model."""
+    text: Mapping[str, Any]
+    training: dict[str, Any]
+    """Settings of the training."""
+    store: dict[str, Any]
+    """`Store.info()`, and `bytes_per_activation`."""
+    layers: list[LayerRow]
+    stages: dict[str, Stage]
+
+
+def read_metrics(run: Path | str) -> Metrics:
     """The content of `RUN/metrics.json`.
 
     Raises:
@@ -31,8 +108,7 @@ def read_metrics(run: Path | str) -> dict[str, Any]:
     """
     file = path_of(run, "run") / "metrics.json"
     try:
-        metrics = read_json(file)
-        metrics = finite(metrics)  # Python writes and reads NaN, which is no JSON
+        metrics = finite(read_json(file))  # Python reads NaN, which is not JSON
     except (FileNotFoundError, NotADirectoryError):
         raise RunNotFoundError(
             f'no run at {run}: expected the file {file}; make one with "actcache demo" or "actcache train"'
@@ -56,13 +132,14 @@ def read_metrics(run: Path | str) -> dict[str, Any]:
     fault = find_fault(metrics)
     if fault is not None:
         raise StateError(f"{file} is damaged: {fault}; {_WAY_OUT}")
-    return {name: value for name, value in metrics.items() if value is not None}
+    return cast(Metrics, {name: value for name, value in metrics.items() if value is not None})
 
 
-def write_metrics(run: Path | str, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Write `RUN/metrics.json` in one atomic step, and return what it holds now."""
-    plain: dict[str, Any] = all_hidden(finite({"format": FORMAT, **metrics}))
+def write_metrics(run: Path | str, metrics: Metrics) -> Metrics:
+    """Write `RUN/metrics.json` in one atomic step, and return its content."""
     from actcache.store import refuse_inside_store
+
+    plain: Metrics = all_hidden(finite({"format": FORMAT, **metrics}))
 
     file = path_of(run, "run") / "metrics.json"
     refuse_inside_store(file.parent)

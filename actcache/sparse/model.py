@@ -1,4 +1,4 @@
-"""The sparse MLP: what a trainer trains, in raw units of the activations; its initial weights, its loss, save and load.
+"""The sparse MLP: what a trainer trains, in raw units of the activations; its initial weights, saving and loading.
 
 In: activations `(B, D_in)`. Out: their sparse code `(B, F)` and the prediction `(B, D_out)`. A transcoder predicts an
 MLP's output from its input; a sparse autoencoder is the case in which input and target are the same site.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,13 @@ from actcache.files import path_of, read_json, shown, why_not_tensors, write_who
 from actcache.spec import check_positive, digest_of
 
 VERSION = 1
-
-
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu_}
+"""By name, what turns the encoder's output `(B, F)` into latents; in place, if it likes."""
 
 
 class SparseMLP(nn.Module):
-    """`Linear -> ReLU -> Linear`, both biases, untied; takes and gives raw activations.
+    """`Linear -> ReLU -> Linear`, with both biases and untied weights; takes and gives raw activations.
 
     Examples:
         >>> mlp = ac.SparseMLP(d_in=128, d_out=128, n_latents=512)
@@ -44,9 +45,13 @@ class SparseMLP(nn.Module):
     def __init__(self, *, d_in: int, d_out: int, n_latents: int, activation: str = "relu") -> None:
         super().__init__()
         check_positive("sparse MLP", d_in=d_in, d_out=d_out, n_latents=n_latents)
-        if activation != "relu":
-            raise ConfigError(f"sparse MLP: activation must be 'relu', got {activation!r}")
-        self.d_in, self.d_out, self.n_latents, self.activation = d_in, d_out, n_latents, activation
+        if not isinstance(activation, str) or activation not in ACTIVATIONS:
+            known = " or ".join(map(repr, ACTIVATIONS))
+            raise ConfigError(f"sparse MLP: activation must be {known}, got {shown(activation)}")
+        self.d_in = d_in
+        self.d_out = d_out
+        self.n_latents = n_latents
+        self.activation = activation
         self.about: dict[str, Any] = {}
         """What the weights were trained on (sites, store, config): JSON-able, saved with them."""
         try:
@@ -54,11 +59,11 @@ class SparseMLP(nn.Module):
             self.decoder = nn.Linear(n_latents, d_out)
         except (RuntimeError, TypeError, OverflowError) as error:
             sizes = f"d_in={shown(d_in)}, d_out={shown(d_out)}, n_latents={shown(n_latents)}"
-            raise ConfigError(f"sparse MLP: there is no memory for {sizes}; take fewer latents") from error
+            raise ConfigError(f"sparse MLP: not enough memory for {sizes}; take fewer latents") from error
 
     def encode(self, x_BD: Tensor) -> Tensor:
         """`(B, D_in)` activations -> `(B, F)` latents, zero or positive."""
-        return torch.relu_(self.encoder(x_BD))
+        return ACTIVATIONS[self.activation](self.encoder(x_BD))
 
     def decode(self, a_BF: Tensor) -> Tensor:
         """`(B, F)` latents -> `(B, D_out)` prediction."""
@@ -75,7 +80,7 @@ class SparseMLP(nn.Module):
         return {"d_in": self.d_in, "d_out": self.d_out, "n_latents": self.n_latents, "activation": self.activation}
 
     def save(self, folder: str | Path) -> None:
-        """Write `weights.safetensors`, then `config.json` with its digest; each replaces an older one as a whole."""
+        """Write `weights.safetensors`, then `config.json` with its digest; each replaces an older file as a whole."""
         from safetensors.torch import save
 
         from actcache.store import refuse_inside_store
@@ -106,10 +111,10 @@ class SparseMLP(nn.Module):
         config, weights = _read_saved(folder)
         sizes = {name: config[name] for name in ("d_in", "d_out", "n_latents", "activation")}
         try:
-            with torch.device("meta"):  # sizes that are wrong must not be allocated
+            with torch.device("meta"):  # wrong sizes must not be allocated
                 shapes = {name: tuple(w.shape) for name, w in cls(**sizes).state_dict().items()}
         except (ConfigError, RuntimeError) as error:
-            raise StateError(f"sparse MLP in {folder}: {CONFIG} describes none: {error}") from error
+            raise StateError(f"sparse MLP in {folder}: {CONFIG} does not describe one: {error}") from error
         found = {name: tuple(w.shape) for name, w in weights.items()}
         if found != shapes:
             raise StateError(f"sparse MLP in {folder}: weights and {CONFIG} do not fit: {found}, not {shapes}")
@@ -138,7 +143,7 @@ def _read_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise StateError(f"sparse MLP in {folder}: {error.filename} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise StateError(f"sparse MLP in {folder}: {CONFIG} {error}") from error
-    # The digest of the config itself is younger than the format.
+    # Files of the first versions have no digest of the config itself.
     if not isinstance(config, dict) or config.keys() - {"config_sha256"} != _FIELDS or config["version"] != VERSION:
         found = f"version {shown(config.get('version'))}" if isinstance(config, dict) else type(config).__name__
         raise StateError(f"sparse MLP in {folder}: {CONFIG} must be a saved MLP of version {VERSION}, found {found}")
@@ -158,7 +163,7 @@ class Scaling:
     scale_in: float
     """One over the standard deviation of the input, pooled over its dimensions."""
     scale_out: float
-    """The same of the target."""
+    """The same for the target."""
 
     def inverse(self) -> Scaling:
         """The scaling that undoes this one."""
@@ -167,7 +172,7 @@ class Scaling:
 
 @torch.no_grad()
 def fold_scaling(source: SparseMLP, target: SparseMLP, scaling: Scaling) -> None:
-    """Set `target` to the MLP that on raw activations does what `source` does on scaled ones.
+    """Set `target` to the MLP that does on raw activations what `source` does on scaled ones.
 
     `target(x) = source(x * scale_in) / scale_out`, with the same latents. The inverse scaling goes the other way.
     """
@@ -179,11 +184,11 @@ def fold_scaling(source: SparseMLP, target: SparseMLP, scaling: Scaling) -> None
 
 @torch.no_grad()
 def initialise(mlp: SparseMLP, mean_in_D: Tensor, mean_out_D: Tensor, *, decoder_norm: float, seed: int) -> None:
-    """Starting weights: random decoder directions, the encoder their transpose, each side centred on its mean.
+    """Set the initial weights: random decoder directions, an encoder that is their transpose, both sides centred.
 
     The decoder is short (`decoder_norm`) with its bias at the mean target, so that training starts from the best
-    constant prediction; encoder rows are unit vectors, their bias puts the mean input at zero. With `D_in != D_out`
-    the encoder gets directions of its own. Drawn on the CPU, so a seed means the same weights on every device.
+    constant prediction; encoder rows are unit vectors, and their bias puts the mean input at zero. If `D_in != D_out`,
+    the encoder gets other directions. Drawn on the CPU, so a seed means the same weights on every device.
     """
     generator = torch.Generator().manual_seed(seed)
     directions_FD = F.normalize(torch.randn(mlp.n_latents, mlp.d_out, generator=generator), dim=1)

@@ -1,6 +1,6 @@
-"""A run directory: sparse MLPs trained into it, evaluated in it, and `metrics.json` that says what came of them.
+"""A run directory: sparse MLPs are trained into it and evaluated in it, and `metrics.json` records the results.
 
-In: a sealed store; for evaluation also the base model and tokens that it was not trained on. Out: `RUN/sparse/NAME/`
+In: a sealed store; for evaluation also the base model, and tokens that were not trained on. Out: `RUN/sparse/NAME/`
 (weights, checkpoint) for each pair of sites, and a row for it in `RUN/metrics.json`, which the report page shows.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from actcache.errors import ActcacheError, RunNotFoundError, StateError
 from actcache.files import path_of
 from actcache.provenance import machine, versions
-from actcache.sparse.metrics import read_metrics, write_metrics
+from actcache.sparse.metrics import DensityHistogram, LayerRow, Metrics, Stage, read_metrics, write_metrics
 from actcache.spec import Progress, Site
 
 if TYPE_CHECKING:
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from actcache.store import Store
 
 OnStage = Callable[[str, str], Progress]
-"""`on_stage(title, unit)`: a long step begins; the progress callback that it returns hears of each piece of it."""
+"""`on_stage(title, unit)`: called when a long step begins; returns the step's progress callback."""
 
 _LOADER_BYTES = 256 << 20
 _BINS_PER_DECADE = 4
 _PASSAGE_TOKENS = 24
 _SHARED_AT_MOST = 0.2
-"""Simple texts share some passages by chance."""
+"""Share of passages that simple texts have in common by chance."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,41 +52,42 @@ class Pair:
 
     @property
     def layer(self) -> int | str:
-        """The block's number where the target's name has one, otherwise the name."""
+        """The block's number if the target's name has one, otherwise the name."""
         found = re.search(r"\.(\d+)\.", self.site_out)
         return int(found[1]) if found else self.site_out
 
     @property
     def sites(self) -> list[str]:
-        """Both names, once each."""
+        """Both names; one name for an autoencoder."""
         return list(dict.fromkeys([self.site_in, self.site_out]))
 
     @property
     def name(self) -> str:
-        """A file name for the pair."""
+        """The pair as a file name."""
         return re.sub(r"[^\w.-]", "_", "-to-".join(self.sites))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained:
-    """A sparse MLP that a run has trained, or found trained."""
+    """A sparse MLP that a run has trained, or found already trained."""
 
     pair: Pair
     """Its sites."""
     mlp: SparseMLP
     """The MLP, in raw units."""
     result: TrainResult
-    """History, rows and seconds, those before a resume included."""
+    """History, rows and seconds, including those before a resume."""
     reused: bool
-    """True when every step had been done before."""
+    """Whether every step had been done before."""
     folder: Path
     """Where it is saved."""
 
-    def row(self) -> dict[str, Any]:
-        """Its line in `metrics.json` as far as training fills it."""
+    def row(self) -> LayerRow:
+        """Its row in `metrics.json`, as far as training fills it."""
         return {
             "layer": self.pair.layer,
-            **asdict(self.pair),
+            "site_in": self.pair.site_in,
+            "site_out": self.pair.site_out,
             "d_in": self.mlp.d_in,
             "d_out": self.mlp.d_out,
             "n_latents": self.mlp.n_latents,
@@ -109,7 +110,7 @@ def train_pair(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Trained:
-    """Train a sparse MLP on a pair of sites of the store and save it; continue or reuse what the folder already has.
+    """Train a sparse MLP on a pair of sites and save it; what the folder already has is continued or reused.
 
     Raises:
         SiteError: the store has no such site. ConfigError: batch_rows is larger than the store.
@@ -163,11 +164,11 @@ def evaluate_pair(
     mean: NDArray[np.float64],
     batch_rows: int = 2048,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Reconstruction on the rows of `held_out` (the activations of `blocks`) and spliced loss on `blocks`: JSON-able.
+) -> LayerRow:
+    """Reconstruction on the rows of `held_out` (the activations of `blocks`), and spliced loss on `blocks`.
 
     `mean` is the target's mean, for mean ablation. The first positions, which the store does not keep (`skip_first`),
-    have the model's own values, since the sparse MLP has never seen such.
+    keep the model's own values, since the sparse MLP has never seen such positions.
     """
     from actcache.load import Loader
     from actcache.sparse.evaluation import reconstruction, spliced_loss
@@ -186,7 +187,11 @@ def evaluate_pair(
         progress=progress,
     )
     return {
-        **{field.name: getattr(loss, field.name) for field in fields(loss)},
+        "clean": loss.clean,
+        "zero_ablated": loss.zero_ablated,
+        "mean_ablated": loss.mean_ablated,
+        "spliced": loss.spliced,
+        "n_tokens": loss.n_tokens,
         "loss_recovered": loss.loss_recovered,
         "fvu": rebuilt.fvu,
         "l0": rebuilt.l0,
@@ -196,8 +201,8 @@ def evaluate_pair(
     }
 
 
-def density_histogram(density_F: NDArray[np.float64], n_rows: int) -> dict[str, Any]:
-    """Latents by the share of rows on which they fire, in quarters of a decade; those that never fired apart."""
+def density_histogram(density_F: NDArray[np.float64], n_rows: int) -> DensityHistogram:
+    """Latents by the share of rows on which they fire, in quarters of a decade; those that never fired are separate."""
     lowest = -int(np.ceil(np.log10(max(10, n_rows))))
     edges = np.linspace(lowest, 0, -lowest * _BINS_PER_DECADE + 1)
     fired = density_F[density_F > 0]
@@ -217,8 +222,8 @@ def store_facts(store: Store) -> dict[str, Any]:
     return {**info, "bytes_per_activation": stored / max(1, n_values)}
 
 
-def provenance() -> dict[str, Any]:
-    """When, with which versions and on which machine: what every `metrics.json` says."""
+def provenance() -> Metrics:
+    """When, with which versions and on which machine: part of every `metrics.json`."""
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
@@ -237,19 +242,19 @@ def train_run(
     device: str = "cpu",
     progress: Progress | None = None,
     command: str = "actcache train",
-) -> dict[str, Any]:
-    """Train one sparse MLP into a run directory and note it in `metrics.json`, whose content is returned.
+) -> Metrics:
+    """Train one sparse MLP into a run directory and record it in `metrics.json`, whose content is returned.
 
-    A run directory may hold any number of sparse MLPs, all trained on one store.
+    A run directory may hold any number of sparse MLPs, all trained on the same store.
 
     Raises:
-        StateError: the run is that of another store, or the MLP's folder has a checkpoint of other settings.
+        StateError: the run belongs to another store, or the MLP's folder has a checkpoint of other settings.
         SiteError, ConfigError: as `train_pair`.
     """
     from actcache.store import refuse_inside_store
 
     run = path_of(run, "run")
-    refuse_inside_store(run)  # and not when it is trained
+    refuse_inside_store(run)  # now, and not after hours of training
     facts = store_facts(store)
     metrics = _metrics_of_store(run, facts)
     folder = run / "sparse" / pair.name
@@ -264,13 +269,13 @@ def train_run(
         progress=progress,
     )
     rate = trained.result.n_rows / trained.result.seconds
-    stage = {"seconds": trained.result.seconds, "rows_per_s": rate, "reused": trained.reused}
+    stage: Stage = {"seconds": trained.result.seconds, "rows_per_s": rate, "reused": trained.reused}
     metrics |= {
         **provenance(),
         "command": command,
         "store": facts,
         "training": {"batch_rows": batch_rows, **asdict(config)},
-        "layers": _merged(metrics.get("layers", []), [trained.row()]),
+        "layers": _with_row(metrics.get("layers", []), trained.row()),
         "stages": {**metrics.get("stages", {}), f"train {pair.layer}": stage},
     }
     return write_metrics(run, metrics)
@@ -278,12 +283,12 @@ def train_run(
 
 def evaluate_run(
     run: Path, lm: LanguageModel, blocks: TokenBlocks, *, on_stage: OnStage, command: str = "actcache evaluate"
-) -> dict[str, Any]:
-    """Evaluate every sparse MLP of a run on held-out text and note it in `metrics.json`, whose content is returned.
+) -> Metrics:
+    """Evaluate every sparse MLP of a run on held-out text and record it in `metrics.json`, whose content is returned.
 
-    The activations of the text are extracted into the run directory, and found there again. While the store that the
-    MLPs were trained on is still there, mean ablation takes its means (otherwise those of the held-out text), and a
-    warning says when much of the text is in it too: then nothing was held out.
+    The activations of the text are extracted into the run directory, and reused the next time. If the store that the
+    MLPs were trained on still exists, mean ablation takes its means (otherwise those of the held-out text), and a
+    warning says if much of the text is also in that store: such text is not held out.
 
     Raises:
         RunNotFoundError: no run there. StateError: it has no sparse MLP, or was made with another base model.
@@ -318,15 +323,15 @@ def evaluate_run(
         mean = (trained_on or held_out).stats(pair.site_out).mean
         row |= evaluate_pair(lm, mlp, pair, blocks, held_out, mean=mean, progress=progress)
     seconds = perf_counter() - began
-    stage = {"seconds": seconds, "tokens_per_s": len(rows) * blocks.ids.size / seconds, "reused": False}
+    stage: Stage = {"seconds": seconds, "tokens_per_s": len(rows) * blocks.ids.size / seconds, "reused": False}
     stages = {**metrics.get("stages", {}), "evaluate": stage}
     held = {"held-out sequences": blocks.n_sequences, "held-out tokens": tokens}
     text = {**spec.get("text", {}), **held}
     return write_metrics(run, {**metrics, **provenance(), "layers": rows, "stages": stages, "text": text})
 
 
-def _metrics_of_store(run: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What the run already says, which must be about this store."""
+def _metrics_of_store(run: Path, facts: Mapping[str, Any]) -> Metrics:
+    """What the run has recorded so far, which must be about this store."""
     try:
         metrics = read_metrics(run)
     except RunNotFoundError:
@@ -341,9 +346,9 @@ def _metrics_of_store(run: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     return metrics
 
 
-def _merged(known: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows in the order of the layers, a new one in place of the known one with the same sites."""
-    rows = {(row["site_in"], row["site_out"]): dict(row) for row in [*known, *new]}
+def _with_row(known: Sequence[LayerRow], new: LayerRow) -> list[LayerRow]:
+    """Rows in the order of the layers; the new one replaces a known one with the same sites."""
+    rows = {(row["site_in"], row["site_out"]): row for row in [*known, new]}
     return sorted(rows.values(), key=lambda row: (isinstance(row["layer"], str), row["layer"]))
 
 
@@ -356,7 +361,7 @@ def _check_model(run: Path, lm: LanguageModel, known: Mapping[str, Any]) -> None
 
 
 def _check_meanings(run: Path, lm: LanguageModel, sites: Sequence[Site], blocks: TokenBlocks) -> None:
-    """The MLPs were trained on what the names of sites meant then."""
+    """Raise `StateError` if a site's name no longer means what it meant when the MLPs were trained."""
     for site in sites:
         (found,) = lm.resolve([site.name], length=blocks.sequence_length)
         if site.meaning not in (None, found.site.meaning):
@@ -367,18 +372,18 @@ def _check_meanings(run: Path, lm: LanguageModel, sites: Sequence[Site], blocks:
 
 
 def _training_store(facts: Mapping[str, Any]) -> Store | None:
-    """The store that a run was trained on, if it can be opened where it was and is still the same."""
+    """The store that a run was trained on, if it can still be opened there and is the same."""
     from actcache.store import open_store
 
     try:
         store = open_store(facts["path"])
-    except (ActcacheError, OSError):  # of a URL, what it took to open it may be missing here
+    except (ActcacheError, OSError):  # a URL may need credentials that are missing here
         return None
     return store if store.fingerprint == facts.get("fingerprint") else None
 
 
 def _warn_of_overlap(trained_on: Store, blocks: TokenBlocks) -> None:
-    """Warn when passages of the blocks are in the training store."""
+    """Warn if many passages of the blocks are in the training store."""
     shared = np.isin(_passages(blocks.ids), _passages(trained_on.tokens())).mean()
     if shared > _SHARED_AT_MOST:
         warnings.warn(

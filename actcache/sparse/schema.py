@@ -1,6 +1,6 @@
-"""What `metrics.json` may hold, as far as anything reads it: types, and what must be there.
+"""What `metrics.json` may contain, as far as anything reads it: types, and which fields are required.
 
-In: JSON of any kind. Out: nothing, or where it is not what it should be.
+In: JSON of any kind. Out: None, or where and how it differs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from actcache.files import shown
 
 _MOST = 1e300
 _MOST_POWER = 400.0
-"""Of ten: floating-point numbers have no more."""
+"""Largest power of ten: floating-point numbers end before it."""
 
 
 def _number(value: Any) -> bool:
@@ -69,14 +69,14 @@ _METRICS = {
 
 
 def find_fault(metrics: Mapping[str, Any]) -> str | None:
-    """Where and how metrics are not what they should be, in words; None when they are."""
+    """The first fault of metrics, in words; None if there is none."""
     return _fault(metrics, _METRICS, "") or next(
         (fault for number, row in enumerate(metrics.get("layers") or []) if (fault := _uneven(row, number))), None
     )
 
 
 def _fault(value: Any, schema: Any, where: str) -> str | None:
-    """The first fault. Everything may be null but what must be there."""
+    """The first fault of a value. Anything may be null, except required fields (`!`)."""
     if isinstance(schema, Callable):  # type: ignore[arg-type]  # a form that mypy does not take
         return None if schema(value) else f"{where} is {shown(value)}, which should be {_NAMES[schema]}"
     if isinstance(schema, list):
@@ -100,12 +100,12 @@ def _fault(value: Any, schema: Any, where: str) -> str | None:
 
 
 def _uneven(row: Mapping[str, Any], number: int) -> str | None:
-    """Columns of a layer's curves that are not of one length."""
+    """What does not fit together in a layer's curves and histogram: lengths, or the order of edges."""
     history, histogram = row.get("history") or {}, row.get("density_histogram")
     steps = history.get("step") or []
     if history and (not steps or None in steps or any(len(column) != len(steps) for column in history.values())):
-        return f"layers[{number}].history has columns that do not go with its steps"
+        return f"layers[{number}].history has columns that do not match its steps"
     edges: Sequence[Any] = histogram["log10_edges"] if histogram else [0, 1]
     if histogram and (len(histogram["counts"]) != len(edges) - 1 or None in [*edges, *histogram["counts"]]):
-        return f"layers[{number}].density_histogram has counts that do not go with its edges"
+        return f"layers[{number}].density_histogram has counts that do not match its edges"
     return None if sorted(edges) == list(edges) else f"layers[{number}].density_histogram has edges out of order"

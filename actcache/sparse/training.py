@@ -1,8 +1,8 @@
-"""Training of a sparse MLP on shuffled activations: the loop, its schedule, its history, checkpoints and exact resume.
+"""Training of a sparse MLP on shuffled activations: the loop, its schedule, its history, exact resume.
 
 In: a `SparseMLP`, a loader and a `TrainConfig`. Out: the same MLP trained, in raw units, and a `TrainResult`. The loop
-works on scaled activations (one constant a site, from the store's statistics) in a copy of the MLP; the constants are
-folded back whenever weights leave it. Nothing waits for the device between two records.
+works on scaled activations (one constant per site, from the store's statistics) in a copy of the MLP; the constants are
+folded back when weights leave it. Nothing waits for the device between two entries of the history.
 
 Shapes: B rows of a batch, D width of a site, F latents.
 """
@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor
 
-from actcache.errors import ConfigError, SiteError, StateError, TrainingError
-from actcache.files import path_of, shown
+from actcache.errors import ConfigError, SiteError, TrainingError
+from actcache.files import shown
 from actcache.memory import keep_freed_memory
-from actcache.sparse.checkpoint import WAY_OUT, read_checkpoint, write_checkpoint
+from actcache.sparse.checkpoint import HISTORY, Checkpoint, checkpoint_in, restore_tensors, tensors_of
 from actcache.sparse.model import Scaling, SparseMLP, fold_scaling, initialise
 from actcache.sparse.objective import sparse_loss
 from actcache.spec import Progress, check_callable, check_number, check_positive, integer
@@ -31,15 +31,10 @@ from actcache.spec import Progress, check_callable, check_number, check_positive
 if TYPE_CHECKING:
     from actcache.load import Loader
 
-CHECKPOINT = "checkpoint.safetensors"
-HISTORY = ("step", "loss", "fvu", "l0", "dead")
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-"""What Adam keeps of a parameter."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """How to train. The defaults are the demo's recipe: about 1,200 steps of 2,048 rows.
+    """How to train. The defaults are the demo's recipe: 1,200 steps of 2,048 rows.
 
     Examples:
         >>> config = ac.TrainConfig(l1=2.0**4, n_steps=100, warmup_steps=10)
@@ -48,8 +43,8 @@ class TrainConfig:
     """
 
     l1: float = 2.0**6
-    """Sparsity penalty, usually written `2**S`: multiplies the mean over latents of a row's activations, each weighted
-    by the norm of its decoder column and taken in units of the target's length (its root mean squared deviation from
+    """Sparsity penalty, usually written `2**S`. It multiplies the mean over latents of a row's activations, each
+    weighted by the norm of its decoder column, in units of the target's length (its root mean squared deviation from
     the mean, over rows). It is weighed against the fraction of variance unexplained. S = 1 is dense, 8 very sparse."""
     lr: float = 6e-3
     """Peak learning rate of Adam."""
@@ -58,7 +53,7 @@ class TrainConfig:
     warmup_steps: int = 100
     """Steps over which the learning rate rises linearly from 0."""
     decay_fraction: float = 0.2
-    """Last part of the steps, over which the learning rate falls linearly to 0."""
+    """Last part of the steps, in which the learning rate falls linearly to 0."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's averaging constants."""
     clip: float | None = 1.0
@@ -68,9 +63,9 @@ class TrainConfig:
     start: Literal["recipe", "given"] = "recipe"
     """Begin with the recipe's initial weights (from `seed` and the store's means), or with those of the given MLP."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the matrix products; weights and moments stay float32. `auto`: bfloat16 where the device has it natively."""
+    """Of the matrix products; weights and moments stay float32. `auto`: bfloat16 if the device has it natively."""
     dead_window_rows: int = 200_000
-    """A latent that fired for none of so many recent rows counts as dead."""
+    """A latent counts as dead if it did not fire for any of this many recent rows."""
     record_every: int = 50
     """Steps between two entries of the history."""
     checkpoint_every: int = 200
@@ -116,16 +111,16 @@ def _is_share(value: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainResult:
-    """What came of a training run."""
+    """The outcome of a training run."""
 
     history: Mapping[str, list[float]]
     """Columns `step`, `loss` and `fvu` (means since the entry before), `l0` (of that batch), `dead` (fraction)."""
     n_steps: int
-    """Steps trained, those before a resume included."""
+    """Steps trained, including those before a resume."""
     n_rows: int
     """Rows trained on."""
     seconds: float
-    """Time in the loop, that before a resume included."""
+    """Time in the loop, including that before a resume."""
     precision: str
     """Precision of the matrix products."""
 
@@ -133,8 +128,8 @@ class TrainResult:
 class Trainer:
     """Trains one sparse MLP: `Trainer(mlp, loader, config).fit()`.
 
-    `checkpoint` is a folder: the run saves itself there and, started again with the same arguments, continues to the
-    same bits as if it had never stopped. The MLP may live on any device; batches are brought to it.
+    `checkpoint` is a folder: the run saves itself there and, started again with the same arguments, ends with the same
+    bits as if it had never stopped. The MLP may be on any device; batches are brought to it.
 
     Examples:
         >>> mlp = ac.SparseMLP(d_in=128, d_out=128, n_latents=256)
@@ -156,12 +151,14 @@ class Trainer:
         checkpoint: str | Path | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.mlp, self.loader, self.config = mlp, loader, TrainConfig() if config is None else config
+        self.mlp = mlp
+        self.loader = loader
+        self.config = TrainConfig() if config is None else config
         if not isinstance(self.config, TrainConfig):
             raise ConfigError(f"trainer: config must be a TrainConfig, got {shown(config)}")
         check_callable("trainer", progress=progress)
         self.site_in, self.site_out = choose_sites(loader, mlp, site_in, site_out)
-        self.checkpoint = None if checkpoint is None else _folder(checkpoint) / CHECKPOINT
+        self.checkpoint = None if checkpoint is None else checkpoint_in(checkpoint)
         self.step, self.seconds = 0, 0.0
         self.history: dict[str, list[float]] = {name: [] for name in HISTORY}
         self._progress = progress
@@ -176,11 +173,11 @@ class Trainer:
         self._loss_and_error = torch.zeros(2, device=self._device)
 
     def fit(self) -> TrainResult:
-        """Train to the last step; the MLP then holds the trained weights.
+        """Train to the last step, and put the trained weights into the MLP.
 
         Raises:
-            StateError: the checkpoint belongs to another run.
-            TrainingError: the loss is not finite any more.
+            StateError: the checkpoint is damaged or belongs to another run.
+            TrainingError: the loss is no longer finite.
             ConfigError: the loader ended before the last step.
         """
         if self.step == 0 and self.checkpoint is not None and self.checkpoint.exists():
@@ -201,7 +198,7 @@ class Trainer:
         )
 
     def fold(self) -> None:
-        """Bring the weights as they are now into the MLP, in raw units."""
+        """Put the present weights into the MLP, in raw units."""
         fold_scaling(self._scaled, self.mlp, self.scaling)
         self.mlp.about = {"site_in": self.site_in, "site_out": self.site_out, "step": self.step, **self._identity()}
 
@@ -230,7 +227,7 @@ class Trainer:
         loss, error, a_BF = sparse_loss(self._scaled, x_BD, y_BD, self.config.l1, self._dtype)
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotation there
-        # A latent's bias has a gradient exactly if the latent fired: no pass over the (B, F) latents to find out.
+        # The gradient of a latent's bias is nonzero exactly if the latent fired: no pass over the (B, F) latents.
         gradient_F = cast(Tensor, self._scaled.encoder.bias.grad)
         self._last_fired_F.masked_fill_(torch.ne(gradient_F, 0), self.step + 1)
         if self.config.clip is not None:
@@ -243,7 +240,7 @@ class Trainer:
             self._l0 = a_BF.count_nonzero() / len(a_BF)
 
     def _scaled_rows(self, batch: Any) -> tuple[Tensor, Tensor]:
-        # In place: a batch is ours to change. An autoencoder's target is its input and must not be scaled twice.
+        # In place, since a batch is ours to change. An autoencoder's target is its input and must not be scaled twice.
         x_BD = batch[self.site_in].to(self._device, torch.float32).mul_(self.scaling.scale_in)
         if self.site_in == self.site_out:
             return x_BD, x_BD
@@ -288,7 +285,7 @@ class Trainer:
             )
 
     def _identity(self) -> dict[str, Any]:
-        """All that decides the run's bits; a checkpoint continues only under an equal identity."""
+        """Everything that decides the run's bits; only a run of equal identity continues a checkpoint."""
         config = asdict(self.config)
         del config["checkpoint_every"]
         identity = {
@@ -301,74 +298,35 @@ class Trainer:
         return json.loads(json.dumps(identity))  # type: ignore[no-any-return]  # loads is untyped
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the run's state by name, the optimizer's moments included."""
-        named = dict(self._scaled.named_parameters())
-        moments = {f"{name}/{key}": t for name, p in named.items() for key, t in self._optimizer.state[p].items()}
-        own = {"last_fired": self._last_fired_F, "loss_and_error": self._loss_and_error}
-        return {name: t.detach().cpu().contiguous() for name, t in {**named, **moments, **own}.items()}
+        counters = {"last_fired": self._last_fired_F, "loss_and_error": self._loss_and_error}
+        return {**tensors_of(self._scaled, self._optimizer), **counters}
 
     def _save(self, path: Path) -> None:
-        state = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "identity": self._identity(),
-            "loader": self.loader.state_dict(),
-            "history": self.history,
-        }
-        write_checkpoint(path, state, self._tensors())
+        Checkpoint(
+            step=self.step,
+            seconds=self.seconds,
+            identity=self._identity(),
+            loader=self.loader.state_dict(),
+            history=self.history,
+            tensors=self._tensors(),
+        ).write(path)
 
     @torch.no_grad()
     def _resume(self, path: Path) -> None:
-        """Continue from a checkpoint; nothing of this run has changed when it is refused."""
-        state, tensors = read_checkpoint(path)
-        check_state(path, state, self.config.n_steps)
-        check_identity(path, found=state["identity"], asked=self._identity())
-        self._check_tensors(path, tensors)
-        self.loader.load_state_dict(state["loader"])
-        self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
-        self._last_fired_F.copy_(tensors["last_fired"])
-        self._loss_and_error.copy_(tensors["loss_and_error"])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for index, (name, parameter) in enumerate(self._scaled.named_parameters()):
-            parameter.copy_(tensors[name])
-            moments[index] = {key: tensors[f"{name}/{key}"] for key in MOMENTS}
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
-
-    def _check_tensors(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        expected = self._tensors()  # of the moments too, once there has been a step
-        for name, parameter in self._scaled.named_parameters():
-            expected |= {f"{name}/exp_avg": parameter, f"{name}/exp_avg_sq": parameter}
-            expected[f"{name}/step"] = torch.zeros(())
-        wanted, found = (
-            {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in those.items()}
-            for those in (expected, tensors)
-        )
-        for name in sorted(wanted.keys() | found.keys()):
-            if wanted.get(name) != found.get(name):
-                raise StateError(
-                    f"{path} has {shown(found.get(name))} for the tensor {name}, where this run has "
-                    f"{shown(wanted.get(name))}; {WAY_OUT}"
-                )
-
-
-def _folder(given: str | Path) -> Path:
-    """The folder of checkpoints, refused before the first step if there can be none."""
-    from actcache.store import refuse_inside_store
-
-    folder = path_of(given, "checkpoint")
-    refuse_inside_store(folder)
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir():
-        raise ConfigError(f"checkpoint must be a folder, and {there} is a file; name another place")
-    return folder
+        """Continue from a checkpoint. If it is refused, nothing of this run has changed."""
+        found = Checkpoint.read(path, identity=self._identity(), tensors=self._tensors())
+        self.loader.load_state_dict(found.loader)
+        self.step, self.seconds, self.history = found.step, found.seconds, found.history
+        self._last_fired_F.copy_(found.tensors["last_fired"])
+        self._loss_and_error.copy_(found.tensors["loss_and_error"])
+        restore_tensors(self._scaled, self._optimizer, found.tensors)
 
 
 def choose_sites(loader: Loader, mlp: SparseMLP, site_in: str | None, site_out: str | None) -> tuple[str, str]:
-    """Input and target site: those asked for, else the loader's first and last; checked against loader and MLP."""
+    """Input and target site: as asked for, or the loader's first and last; checked against loader and MLP."""
     if not isinstance(mlp, SparseMLP):
         raise ConfigError(f"mlp must be a SparseMLP, got {shown(mlp)}")
-    if not hasattr(loader, "site_stats"):  # of others' loaders too, which need to be of no class
+    if not hasattr(loader, "site_stats"):  # other people's loaders need not be a `Loader`
         raise ConfigError(f"loader must be a Loader, got {shown(loader)}")
     sites = list(loader.sites)
     chosen = (sites[0] if site_in is None else site_in, sites[-1] if site_out is None else site_out)
@@ -394,7 +352,7 @@ def _scale_of(loader: Loader, site: str) -> float:
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the device multiplies it natively: there about three times as fast."""
+    """The dtype of a precision; `auto` is bfloat16 if the device multiplies it natively, about three times as fast."""
     if precision != "auto":
         return torch.bfloat16 if precision == "bfloat16" else torch.float32
     if device.type == "cuda":
@@ -404,38 +362,3 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
         capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
         native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return torch.bfloat16 if native else torch.float32
-
-
-def check_state(path: Path, state: Mapping[str, Any], n_steps: int) -> None:
-    """Raise `StateError` for the first thing in a checkpoint's state that no run of so many steps has saved."""
-    step, seconds, history, identity = (state.get(name) for name in ("step", "seconds", "history", "identity"))
-    history = history if isinstance(history, dict) else {}
-    columns = history.values()
-    numbers = all(type(value) in (int, float) for column in columns if isinstance(column, list) for value in column)
-    lengths = {len(column) if isinstance(column, list) else None for column in columns}
-    if isinstance(identity, dict) and isinstance(identity.get("config"), dict):
-        n_steps = identity["config"].get("n_steps", n_steps)  # a difference is said as that
-    wrong = {
-        "step": type(step) is not int or type(n_steps) is not int or not 0 < step <= n_steps,
-        "seconds": not isinstance(seconds, int | float) or not 0 <= seconds < math.inf,
-        "history": tuple(history) != HISTORY or len(lengths) != 1 or None in lengths or not numbers,
-        "identity": not (isinstance(identity, dict) and isinstance(identity.get("config"), dict)),
-        "loader": not isinstance(state.get("loader"), dict),
-    }
-    for name, is_wrong in wrong.items():
-        if is_wrong:
-            raise StateError(f"{path}: its {name} is {shown(state.get(name))}, which no run has saved; {WAY_OUT}")
-
-
-def check_identity(path: Path, *, found: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Raise `StateError` naming each difference between a checkpoint's run and the one that was asked for."""
-    flat_found = {**found, **found["config"], "config": None}
-    flat_asked = {**asked, **asked["config"], "config": None}
-    names = sorted(
-        name for name in flat_found.keys() | flat_asked.keys() if flat_found.get(name) != flat_asked.get(name)
-    )
-    if names:
-        differences = "; ".join(f"{name} was {flat_found.get(name)!r}, now {flat_asked.get(name)!r}" for name in names)
-        raise StateError(
-            f"{path} belongs to another run: {differences}; use another folder, or delete it to begin again"
-        )
