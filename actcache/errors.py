@@ -28,6 +28,11 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 class ActcacheError(Exception):
     """Base of every error that the library raises on purpose; its message is written for the user."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.errors import ConfigError
+from actcache.errors import ConfigError, first_line
 from actcache.store.codecs.chain import STORED_DTYPE
 
 if TYPE_CHECKING:
@@ -120,8 +120,9 @@ def link_to(device: torch.device) -> DeviceLink | None:
         # With its number: "cuda" means the calling thread's GPU, and other threads may be set to another one.
         device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        found = str(error).splitlines()[0]
-        raise ConfigError(f"loader: device {str(device)!r} cannot be used here ({found}); try 'cpu'") from error
+        raise ConfigError(
+            f"loader: device {str(device)!r} cannot be used here ({first_line(error)}); try 'cpu'"
+        ) from error
     return DeviceLink(device, CudaStream if device.type == "cuda" else PlainStream)
 
 
