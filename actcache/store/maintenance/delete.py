@@ -1,4 +1,7 @@
-"""Delete sites from a store."""
+"""Delete sites from a store.
+
+The store without them is sealed first, then their data goes: an interruption leaves a valid store.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,14 @@ from actcache.store.writing.seal import complete, seal
 
 
 def delete_sites(path: str | Path | Objects, names: list[str]) -> None:
-    """Take sites out of a sealed store: the store without them is sealed first, then their data goes.
-
-    Done again after a crash, it finishes what was begun.
+    """Delete sites from a sealed store. After a crash the same call finishes what was begun.
 
     Raises:
-        SiteError: no such site. ConfigError: none would be left. StoreIncompleteError: the store is not finished.
+        SiteError: no such site. ConfigError: no site would be left. StoreIncompleteError: the store is not finished.
         CorruptShardError: what stays is damaged; nothing has been changed.
     """
     objects = to_write(path)
-    read_root(objects)  # where there is no store, no folder is made for its lock
+    read_root(objects)  # if there is no store, the lock must not make a folder
     with WriterLock(objects):
         root = read_root(objects)
         store = Store(objects, root)
