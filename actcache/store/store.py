@@ -1,6 +1,6 @@
 """Open a store and read from it: rows, tokens, statistics, summaries.
 
-In: a folder, a URL or a zarr store. Out: a `Store`, which stands on `Committed`, `Tables` and `Chunks` (see `reading/`):
+In: a folder, a URL or a zarr store. Out: a `Store`, which stands on `Committed`, `Tables` and `Chunks` of `reading/`:
 every byte that it returns has been checked.
 """
 
