@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from actcache.errors import ConfigError, StoreIncompleteError, first_line
 from actcache.files import shown
 from actcache.spec import check_number, check_positive
-from actcache.store.store import checked_store
+from actcache.store import checked_store
 
 if TYPE_CHECKING:
     import torch

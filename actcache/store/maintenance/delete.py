@@ -15,7 +15,7 @@ from actcache.store.format.root import Root, read_root, write_root
 from actcache.store.locks.lock import WriterLock
 from actcache.store.store import Store
 from actcache.store.writing.growth import remove_site
-from actcache.store.writing.seal import complete, seal
+from actcache.store.writing.seal import check_complete, seal
 
 
 def delete_sites(path: str | Path | Objects, names: list[str]) -> None:
@@ -41,9 +41,9 @@ def delete_sites(path: str | Path | Objects, names: list[str]) -> None:
             if root.state != "sealed":
                 raise StoreIncompleteError(f"{objects} is not finished; finish 'actcache extract' first")
             spec = replace(root.spec, sites=stay)
-            held = complete(objects, spec, root)
+            complete = check_complete(objects, spec, root)
             write_root(objects, Root(state="open", spec=spec, provenance=root.provenance))
-            seal(objects, held)
+            seal(objects, complete)
         elif root.state == "open" and len(store.committed) == root.spec.n_shards:
             seal(objects)
         for name in names:

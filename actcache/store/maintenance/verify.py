@@ -24,7 +24,7 @@ from actcache.store.format.keys import ROWS, columns_of
 from actcache.store.format.records import committed_shards
 from actcache.store.format.site_arrays import arrays_of
 from actcache.store.store import Store, open_store
-from actcache.store.writing.hold import Homes
+from actcache.store.writing.integrity import Homes
 
 _MOST_MISSING = 1000
 _DISK_FAULTS = (errno.EIO, errno.EISDIR)

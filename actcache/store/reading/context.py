@@ -51,7 +51,7 @@ class Context:
             tokenizer: the model's; anything with `decode(ids, skip_special_tokens=False)`.
             marks: what to put before and behind the token.
         """
-        whole = self._decoded(tokenizer, (*self.before, self.token, *self.after))
+        whole = self._decode(tokenizer, (*self.before, self.token, *self.after))
         # The text is decoded once and cut: parts decoded separately would lose spaces and halves of characters.
         shorter = (self.before[: len(self.before) - k] for k in range(len(self.before) + 1))
         longer = ((*self.before, self.token, *self.after[:k]) for k in range(len(self.after) + 1))
@@ -62,12 +62,12 @@ class Context:
     def _cut(self, tokenizer: Any, whole: str, starts: Any, *, otherwise: int) -> int:
         """The length of the first of some prefixes of the tokens whose text is a prefix of the whole text."""
         for ids in islice(starts, _MOST_PIECES):
-            text = self._decoded(tokenizer, ids)
+            text = self._decode(tokenizer, ids)
             if whole.startswith(text) and not text.endswith(_INCOMPLETE):
                 return len(text)
         return otherwise
 
-    def _decoded(self, tokenizer: Any, ids: Sequence[int]) -> str:
+    def _decode(self, tokenizer: Any, ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=False)) if ids else ""
 
 

@@ -77,20 +77,20 @@ class RowFilter:
         """
         n_rows = int(store.shard_n_rows[shard])
         here = np.array(store.spec.shard_sequences(shard))
-        if n_rows == 0 or not _chosen(here, self.sequences, store.spec.n_sequences).any():
+        if n_rows == 0 or not _select(here, self.sequences, store.spec.n_sequences).any():
             return np.zeros(n_rows, bool)
         wanted, table = np.ones(n_rows, bool), store.shard_row_table(shard, self._arrays())
         if self.sequences is not None:
-            wanted &= _chosen(table["sequence"], self.sequences, store.spec.n_sequences)
+            wanted &= _select(table["sequence"], self.sequences, store.spec.n_sequences)
         if self.positions is not None:
-            wanted &= _chosen(table["position"], self.positions, store.spec.sequence_length)
+            wanted &= _select(table["position"], self.positions, store.spec.sequence_length)
         if self.only_tokens is not None:
-            wanted &= _chosen(table["token"], self.only_tokens, 1 << 32)
+            wanted &= _select(table["token"], self.only_tokens, 1 << 32)
         if self.exclude_tokens:
-            wanted &= ~_chosen(table["token"], self.exclude_tokens, 1 << 32)
+            wanted &= ~_select(table["token"], self.exclude_tokens, 1 << 32)
         if self.documents is not None:
             document = store.shard_documents(shard)[table["sequence"].astype(np.int64) - here[0], table["position"]]
-            wanted &= _chosen(document, self.documents, 1 << 32)
+            wanted &= _select(document, self.documents, 1 << 32)
         return wanted
 
     def _arrays(self) -> set[str]:
@@ -114,7 +114,7 @@ def _numbers(name: str, values: Any) -> tuple[int, ...]:
     return tuple(np.unique(numbers).tolist())
 
 
-def _chosen(values: NDArray[Any], choice: Choice | None, n: int) -> NDArray[np.bool_]:
+def _select(values: NDArray[Any], choice: Choice | None, n: int) -> NDArray[np.bool_]:
     """Mask of the values, each below `n`, that a choice selects."""
     if choice is None:
         return np.ones(len(values), bool)
@@ -167,7 +167,7 @@ def checked_rows(store: Tables, rows: Rows) -> NDArray[np.int64]:
         if step == 1:
             return row_ids(store, start, stop)
         wanted = np.arange(start, stop, step)
-        return wanted[_there(store, wanted)]
+        return wanted[_exist(store, wanted)]
     wanted = np.asarray(rows)
     if wanted.dtype == bool and wanted.shape == (store.spec.n_rows,):
         wanted = np.flatnonzero(wanted)
@@ -181,7 +181,7 @@ def checked_rows(store: Tables, rows: Rows) -> NDArray[np.int64]:
         raise IndexError(
             f"rows {wanted.min()} to {wanted.max()} asked of {store.path}, which has 0 to {store.spec.n_rows - 1}"
         )
-    absent = wanted[~_there(store, wanted)]
+    absent = wanted[~_exist(store, wanted)]
     if len(absent):
         raise _left_out(store, int(absent[0]))
     return wanted
@@ -198,7 +198,7 @@ def shard_masks(store: Tables, rows: Rows) -> Callable[[int], NDArray[np.bool_]]
         return lambda shard: rows.of_shard(store, shard)
     if isinstance(rows, slice):
         start, stop, step = _bounds(store, rows)
-        return lambda shard: _chosen(np.arange(n_rows[shard]) + shard * size, range(start, stop, step), 0)
+        return lambda shard: _select(np.arange(n_rows[shard]) + shard * size, range(start, stop, step), 0)
     mask = np.asarray(rows)
     if mask.dtype == bool and mask.shape == (store.spec.n_rows,):
         for shard in np.flatnonzero(n_rows < size).tolist():
@@ -232,7 +232,7 @@ def _check_written(store: Tables, start: int, stop: int) -> None:
             store.record(ROWS, shard)
 
 
-def _there(store: Tables, wanted: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _exist(store: Tables, wanted: NDArray[np.int64]) -> NDArray[np.bool_]:
     shard, within = np.divmod(wanted, store.spec.rows_per_shard)
     if store.sealed:
         n_rows = store.shard_n_rows[shard]

@@ -20,7 +20,7 @@ from actcache.store.format.root import Root, exists_any, read_root, write_root
 from actcache.store.format.table_objects import UINT32, put_table
 from actcache.store.store import Store
 from actcache.store.writing.agenda import Agenda
-from actcache.store.writing.growth import check, check_same_spec
+from actcache.store.writing.growth import check_growth, check_same_spec
 
 
 def look(objects: Objects, spec: StoreSpec, blocks: TokenBlocks | None, *, may_grow: bool) -> Root | None:
@@ -46,7 +46,7 @@ def look(objects: Objects, spec: StoreSpec, blocks: TokenBlocks | None, *, may_g
     Store(objects, root).check()
     if root.spec != spec:
         if may_grow and blocks is not None:
-            check(objects, root.spec, spec, blocks)
+            check_growth(objects, root.spec, spec, blocks)
         else:
             check_same_spec(objects, root.spec, spec)
     return root

@@ -46,7 +46,7 @@ def _differences(found: Any, asked: Any, where: str = "") -> Iterator[str]:
         yield f"{where}: the store has {found!r}, asked for {asked!r}"
 
 
-def check(objects: Objects, found: StoreSpec, asked: StoreSpec, blocks: TokenBlocks) -> None:
+def check_growth(objects: Objects, found: StoreSpec, asked: StoreSpec, blocks: TokenBlocks) -> None:
     """Raise `StoreMismatchError` unless `asked` is the store's spec with more sequences at the end, or more sites."""
     expected = replace(asked, sites=asked.sites[: len(found.sites)])
     if asked.n_sequences != found.n_sequences:

@@ -18,8 +18,7 @@ from actcache.store.format.root import Root, read_root, write_root
 from actcache.store.format.sealed import fingerprint
 from actcache.store.format.table_objects import put_table, sha256_of
 from actcache.store.store import Store
-from actcache.store.writing import hold
-from actcache.store.writing.hold import Complete
+from actcache.store.writing.integrity import Complete, compare_records
 
 Check: TypeAlias = Callable[[Store], Mapping[str, Any]]
 """Examines a complete store that is about to be sealed: returns an entry for its provenance, JSON-able, or raises
@@ -59,7 +58,7 @@ def _is_the_failure(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     return earlier.get("sound") is False and all(earlier.get(name) == now.get(name) for name in ("of", "sites"))
 
 
-def complete(objects: Objects, spec: StoreSpec, before: Root | None = None) -> Complete:
+def check_complete(objects: Objects, spec: StoreSpec, before: Root | None = None) -> Complete:
     """Compare the records of a store whose shards are all committed with what lies there, before it is sealed.
 
     Args:
@@ -74,12 +73,12 @@ def complete(objects: Objects, spec: StoreSpec, before: Root | None = None) -> C
     """
     same_rows = before is not None and before.state == "sealed" and before.spec.n_sequences == spec.n_sequences
     earlier = Store(objects, before, lies_there=False) if before is not None and same_rows else None
-    return hold.complete(Store(objects, Root(state="open", spec=spec), lies_there=False), earlier)
+    return compare_records(Store(objects, Root(state="open", spec=spec), lies_there=False), earlier)
 
 
 def seal(
     objects: Objects,
-    held: Complete | None = None,
+    complete: Complete | None = None,
     provenance: Mapping[str, Any] | None = None,
     *,
     expected: str | None = None,
@@ -88,7 +87,7 @@ def seal(
 
     Args:
         objects: the store, in state `open`.
-        held: from `complete`, which is called if it is not given.
+        complete: from `check_complete`, which is called if it is not given.
         provenance: how the store came to be, for the sealed root; by default that of the open root.
         expected: the fingerprint that has to result; by default any.
 
@@ -96,23 +95,23 @@ def seal(
         The sealed root.
 
     Raises:
-        CorruptShardError: another fingerprint results. The others are those of `complete`. In either case nothing has
+        CorruptShardError: another fingerprint results. The others are those of `check_complete`. Either way nothing has
         been written.
     """
     root = read_root(objects)
     for name in columns_of(root.spec):
         objects.keep(f"{column_prefix(name)}/commit")
-    held = complete(objects, root.spec) if held is None else held
-    totals = [held.totals[site.name] for site in root.spec.sites]
-    sealed = sealed_root(root.spec, held.ledger, totals)
+    complete = check_complete(objects, root.spec) if complete is None else complete
+    totals = [complete.totals[site.name] for site in root.spec.sites]
+    sealed = sealed_root(root.spec, complete.ledger, totals)
     if expected not in (None, sealed.fingerprint):
         raise CorruptShardError(
             f"{objects}: its commit records are not those that it was sealed with, or its zarr.json is not; extract "
             "the store again to another place"
         )
     for site in root.spec.sites:
-        put_table(objects, total_key(site.name), held.totals[site.name])
-    metadata.put_ledger(objects, root.spec, held.ledger)
+        put_table(objects, total_key(site.name), complete.totals[site.name])
+    metadata.put_ledger(objects, root.spec, complete.ledger)
     provenance = root.provenance if provenance is None else provenance
     sealed = replace(sealed, provenance=provenance)
     write_root(objects, sealed)

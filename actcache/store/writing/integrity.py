@@ -160,7 +160,7 @@ class Complete:
     """The merged statistics line of each site."""
 
 
-def complete(store: Store, earlier: Store | None) -> Complete:
+def compare_records(store: Store, earlier: Store | None) -> Complete:
     """Compare every record of a store whose shards are all committed with what lies there, and sum them up.
 
     Args:
