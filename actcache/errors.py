@@ -2,23 +2,23 @@
 
 ActcacheError
 ├── ConfigError(ValueError)            an option is outside its range, or options contradict each other
-├── TextError(ValueError)              no text, or too little of it
+├── TextError(ValueError)              no text, or not enough
 ├── ModelNotFoundError(FileNotFoundError)
 ├── SiteError(KeyError)                a hook name or pattern that matches nothing
 ├── StoreError(ValueError)             the store cannot be used as asked
 │   ├── StoreNotFoundError(FileNotFoundError)
-│   ├── NotAStoreError                 the folder holds something else
+│   ├── NotAStoreError                 the folder holds something other than a store
 │   ├── StoreVersionError              written by a newer version of the format
-│   ├── StoreMismatchError             another model, text or spec than the store was begun with
+│   ├── StoreMismatchError             another model, text or spec than that of the store
 │   ├── StoreIncompleteError           not sealed yet
-│   └── StoreBusyError                 somebody else is writing it
+│   └── StoreBusyError                 another writer is writing it
 ├── CorruptShardError(OSError)         what is on disk is not what was written
 ├── AuditError(ValueError)             what is stored is not what the model computes
-├── StorageFullError(OSError)          no room; the same command continues once there is
+├── StorageFullError(OSError)          no room; once there is, the same command continues
 ├── ClusterError(RuntimeError)         workers cannot be reached, or die or fail at the same work again and again
-├── ServingError(ConnectionError)      the server of batches is not there, refuses, or is gone
+├── ServingError(ConnectionError)      the server of batches is missing, refuses, or is gone
 ├── RunNotFoundError(FileNotFoundError)
-├── TrainingError(RuntimeError)        the loss is not finite any more
+├── TrainingError(RuntimeError)        the loss has become infinite or NaN
 └── StateError(ValueError)             a saved state that belongs to something else
 """
 
@@ -26,6 +26,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 class ActcacheError(Exception):
@@ -45,18 +50,18 @@ class ConfigError(ActcacheError, ValueError):
 
 
 class TextError(ActcacheError, ValueError):
-    """There is no text, or too little of it."""
+    """There is no text, or not enough."""
 
 
 class ModelNotFoundError(ActcacheError, FileNotFoundError):
-    """No base model by that name or in that folder."""
+    """There is no base model of that name or in that folder."""
 
 
 class SiteError(ActcacheError, KeyError):
     """A hook name or pattern that matches nothing in the model or the store."""
 
     def __str__(self) -> str:
-        # KeyError shows the repr of its argument; a message is meant to be read.
+        # KeyError would show the repr of its argument.
         return str(self.args[0]) if self.args else ""
 
 
@@ -69,7 +74,7 @@ class StoreNotFoundError(StoreError, FileNotFoundError):
 
 
 class NotAStoreError(StoreError):
-    """There is something at that place, but no activation store."""
+    """There is something at that place, but not an activation store."""
 
 
 class StoreVersionError(StoreError):
@@ -81,7 +86,7 @@ class StoreMismatchError(StoreError):
 
 
 class StoreIncompleteError(StoreError):
-    """The store is not sealed: some of its shards are still to be written."""
+    """The store is not sealed: some of its shards are not written yet."""
 
 
 class StoreBusyError(StoreError):
@@ -89,11 +94,11 @@ class StoreBusyError(StoreError):
 
 
 class CorruptShardError(ActcacheError, OSError):
-    """What is on disk is not what was written; never answered with zeros or guesses.
+    """What is on disk is not what was written. Damaged values are never replaced by zeros or guesses.
 
     Args:
         reason: what is wrong, and where.
-        store: the store that `actcache verify` should look at; None where the reason itself says what to do.
+        store: the store that `actcache verify` should check; None where the reason itself says what to do.
     """
 
     def __init__(self, reason: str, *, store: object = None) -> None:
@@ -101,23 +106,23 @@ class CorruptShardError(ActcacheError, OSError):
         self.reason = reason
         """What is wrong, and where."""
         self.way_out = "" if store is None else f"run 'actcache verify {store}'"
-        """What to do about it; empty where the reason says it."""
+        """What to do about it; empty where the reason says so itself."""
 
     def __str__(self) -> str:
         return f"{self.reason}; {self.way_out}" if self.way_out else self.reason
 
 
 class AuditError(ActcacheError, ValueError):
-    """What is stored is not what the model computes, as far as an audit has looked."""
+    """An audit has found that what is stored is not what the model computes."""
 
     def __init__(self, message: str, entry: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
         self.entry = dict(entry or {})
-        """What the store's provenance keeps of the audit, JSON-able."""
+        """The audit's entry in the store's provenance, JSON-able."""
 
 
 class StorageFullError(ActcacheError, OSError):
-    """No room left; the same command continues once there is."""
+    """There is no room left; once there is, the same command continues."""
 
 
 class ClusterError(ActcacheError, RuntimeError):
@@ -125,15 +130,15 @@ class ClusterError(ActcacheError, RuntimeError):
 
 
 class ServingError(ActcacheError, ConnectionError):
-    """The server that a loader's batches come from is not there, refuses, or is gone."""
+    """The server that a loader's batches come from is missing, refuses, or is gone."""
 
 
 class RunNotFoundError(ActcacheError, FileNotFoundError):
-    """The folder is no run directory: it has no `metrics.json`."""
+    """The folder is not a run directory: it has no `metrics.json`."""
 
 
 class TrainingError(ActcacheError, RuntimeError):
-    """The training loss is not finite any more: of what is trained on, or of how."""
+    """The training loss has become infinite or NaN, because of the data or of the settings."""
 
 
 class StateError(ActcacheError, ValueError):

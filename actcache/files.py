@@ -1,7 +1,7 @@
-"""Files and paths: files that appear whole or not at all, paths from what a caller gave, JSON read with a clear reason.
+"""Files and paths: files that appear whole or not at all, paths from a caller's argument, JSON with a clear error.
 
-What the system has taken it still keeps in memory for a while. A file's bytes are on the disk once the file is flushed
-(`fsync`), its name once its folder is, and the folder once the folder above is.
+The system keeps what was written in memory for a while. A file's bytes are on the disk once the file is flushed
+(`fsync`), its name once its folder is flushed, and the folder once the folder above is flushed.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from actcache.errors import ConfigError, StorageFullError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _ELSEWHERE = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
-"""What another path would mend."""
+"""Errors that another path would solve."""
 _MOST_SHOWN = 80
 _MOST_PARTS = 512
 """Parts given to the system at a time; Linux takes 1,024."""
 _LFS = b"version https://git-lfs.github.com/"
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 _CANNOT_FLUSH = {errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""What file systems say that cannot flush a folder, most of which do not need it."""
+"""Error codes of file systems that cannot flush a folder; most of them do not need it."""
 
 
 @contextmanager
 def whole_file(path: str, beside: str, *, flushed: bool) -> Iterator[int]:
-    """The descriptor of a new file, which takes its place when the block ends, and is removed when that raises.
+    """The descriptor of a new file, which is renamed to its path when the block ends, and removed if the block raises.
 
     Args:
         path: where the file belongs; what is there is replaced.
         beside: where it is written, in the same folder.
-        flushed: have its bytes on the disk before it takes its place. Its name is there when the folder is flushed.
+        flushed: flush its bytes to the disk before it is renamed. Its name is safe once the folder is flushed.
     """
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
     try:
@@ -57,17 +57,16 @@ def whole_file(path: str, beside: str, *, flushed: bool) -> Iterator[int]:
 
 
 def write_whole(path: Path, data: bytes | str, *, beside: str | None = None) -> Path:
-    """Make or replace a file as a whole, folders included: after a crash or a power cut there is the old or the new.
+    """Write or replace a whole file; its folders are made. After a crash or power cut there is the old file or the new.
 
     Args:
-        path: of the file.
-        data: all of it.
-        beside: name of the unfinished file; by default one that the next write of this file takes over, which is right
-            for a file that one process writes.
+        path: the file.
+        data: all of its content.
+        beside: name of the unfinished file; by default one that the next write of the file reuses, which is right for
+            a file that only one process writes.
 
     Raises:
-        StorageFullError: no room; what was there before is untouched. ConfigError: there can be no such file; name
-        another place.
+        StorageFullError: no room; what was there before is untouched. ConfigError: there can be no file at this path.
     """
     payload = data.encode() if isinstance(data, str) else data
     with explained(path, f"{len(payload):,} bytes"):
@@ -80,7 +79,7 @@ def write_whole(path: Path, data: bytes | str, *, beside: str | None = None) -> 
 
 
 def own_partial(path: Path) -> str:
-    """A name for the unfinished file of one process, where several write the same file."""
+    """A name for the unfinished file that differs between processes, for a file that several processes write."""
     return f".{path.name}.{os.getpid()}.partial"
 
 
@@ -99,7 +98,7 @@ def write_parts(descriptor: int, parts: Iterable[memoryview | bytes]) -> None:
 
 
 def flush(path: str) -> None:
-    """Have a file's bytes, or a folder's names, on the disk; nothing happens where there is nothing (any more)."""
+    """Flush a file's bytes, or a folder's names, to the disk; nothing happens if it does not exist."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except _ABSENT:
@@ -114,17 +113,17 @@ def flush(path: str) -> None:
 
 
 def _sync(descriptor: int) -> None:
-    """Flush an open file; on macOS the drive's own memory too, where `fsync` ends before that."""
+    """Flush an open file; on macOS also the drive's own memory, which `fsync` leaves out there."""
     command = getattr(fcntl, "F_FULLFSYNC", None)
     if command is not None:
-        with suppress(OSError):  # not every file system of theirs has it
+        with suppress(OSError):  # not every file system of macOS has it
             fcntl.fcntl(descriptor, command)
             return
     os.fsync(descriptor)
 
 
 def folders_to_flush(folder: Path) -> Iterator[str]:
-    """A folder and those above it, as far as they may be new: not beyond its file system, nor what cannot be read."""
+    """A folder and those above it that may be new: up to the file system's root, or to one that cannot be read."""
     try:
         device = os.stat(folder).st_dev
     except _ABSENT:
@@ -137,11 +136,11 @@ def folders_to_flush(folder: Path) -> Iterator[str]:
 
 @contextmanager
 def full_disk_explained(what: str, place: Path | None) -> Iterator[None]:
-    """Turn the system's "no space left" into our error, which says what was being written and how to go on.
+    """Turn the system's "no space left" into our error, which says what was being written and how to continue.
 
     Args:
-        what: for the sentence "no room ... needed": `for runs/a/metrics.json: 1,234 bytes`.
-        place: a path on the file system in question, None where nobody knows how much is free.
+        what: completes the sentence "no room ... needed": `for runs/a/metrics.json: 1,234 bytes`.
+        place: a path on the file system in question, None where free room is unknown.
     """
     try:
         yield
@@ -151,7 +150,7 @@ def full_disk_explained(what: str, place: Path | None) -> Iterator[None]:
         if error.errno == errno.EFBIG:
             raise StorageFullError(
                 error.errno,
-                f"no room {what}: no file may be so large there, by the file system or by 'ulimit -f'; "
+                f"no room {what}: the file system or 'ulimit -f' allows no file that large; "
                 "raise the limit, or name another place, and give the same command again",
             ) from error
         free = free_bytes(place)
@@ -163,7 +162,7 @@ def full_disk_explained(what: str, place: Path | None) -> Iterator[None]:
 
 
 def free_bytes(place: Path | None) -> int | None:
-    """Room on the file system that a path is or will be on, None where nobody knows."""
+    """Free bytes of the file system that a path is or will be on, None without a path."""
     if place is None:
         return None
     here = place.absolute()
@@ -172,7 +171,7 @@ def free_bytes(place: Path | None) -> int | None:
 
 @contextmanager
 def explained(path: Path, needed: str = "more bytes") -> Iterator[None]:
-    """Errors of the system that name the path: those of a write say nothing of it."""
+    """Add the path to errors of the system: those of a write do not name it."""
     try:
         with full_disk_explained(f"for {path}: {needed}", path):
             yield
@@ -185,10 +184,10 @@ def explained(path: Path, needed: str = "more bytes") -> Iterator[None]:
 
 
 def path_of(given: Any, what: str) -> Path:
-    """A path from a text or a path, `~` being the home folder.
+    """A path from a text or a path; `~` is the home folder.
 
     Raises:
-        ConfigError: it is neither, or empty, or cannot name anything on a disk.
+        ConfigError: it is neither, or is empty, or cannot name anything on a disk.
     """
     if not isinstance(given, str | os.PathLike) or not isinstance(text := os.fspath(given), str):
         raise ConfigError(f"{what} must be a path, got {shown(given)}")
@@ -197,14 +196,14 @@ def path_of(given: Any, what: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"{what}: {text} names the home folder of nobody here; give the whole path") from error
+        raise ConfigError(f"{what}: {text} names the home folder of an unknown user; give the whole path") from error
 
 
 def shown(value: Any) -> str:
     """A value as a message can show it: short, whatever it is."""
     try:
         text = repr(value)
-    except Exception:  # a number of ten thousand digits, a list ten thousand deep, somebody's class
+    except Exception:  # a number of ten thousand digits, a list ten thousand deep, any class
         text = f"a {type(value).__name__}"
     return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
 
@@ -213,7 +212,7 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        ValueError: it is no JSON; the message says why. OSError: it cannot be read.
+        ValueError: it is not JSON; the message says why. OSError: it cannot be read.
     """
     return parse_json(path.read_bytes())
 
@@ -222,7 +221,7 @@ def parse_json(data: bytes) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: it is no JSON; the message says why.
+        ValueError: it is not JSON; the message says why.
     """
     if data.startswith(_LFS):
         raise ValueError("is a git-lfs pointer and not the file itself: run 'git lfs pull'")
@@ -235,7 +234,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def why_not_tensors(path: Path, error: Exception) -> str:
-    """Why a safetensors file could not be read, as the end of a sentence about it."""
+    """Why a safetensors file could not be read, to complete a sentence about it."""
     try:
         with path.open("rb") as file:
             start = file.read(len(_LFS))
@@ -243,7 +242,7 @@ def why_not_tensors(path: Path, error: Exception) -> str:
         return f"cannot be read ({reason.strerror})"
     if start == _LFS:
         return "is a git-lfs pointer and not the tensors: run 'git lfs pull'"
-    return f"is damaged, cut short or no safetensors file ({error})"
+    return f"is damaged, cut short or not a safetensors file ({error})"
 
 
 def finite(value: Any) -> Any:

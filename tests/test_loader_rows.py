@@ -194,7 +194,7 @@ def test_what_can_be_no_choice_is_refused(stores):
     absent = int(np.setdiff1d(np.arange(store.spec.n_rows), store.row_ids())[0])
     with pytest.raises(ConfigError, match=r"none of the .* rows of .*; choose others"):
         small(store, rows=RowFilter(only_tokens=[5000]))
-    with pytest.raises(ConfigError, match="row 3 is named more than once"):
+    with pytest.raises(ConfigError, match="row 3 is given more than once"):
         small(store, rows=[3, 0, 3])
     with pytest.raises(IndexError, match=f"row {absent} of .* was left out"):
         small(store, rows=[0, absent])

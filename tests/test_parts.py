@@ -220,7 +220,7 @@ def test_a_claim_is_one_writer_s_until_it_is_committed_or_the_writer_ends(place)
             assert first.claim(0)
             assert first.claim(1)
             assert not second.claim(0)
-            with pytest.raises(StoreBusyError, match="claim it before"):
+            with pytest.raises(StoreBusyError, match="claim it first"):
                 second.acquire(0)
             make(first, [0])
             assert first.pending() == list(range(1, N_SHARDS))

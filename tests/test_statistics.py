@@ -132,9 +132,9 @@ def test_statistics_of_some_rows_are_those_of_two_passes_over_them(kind, dtype, 
 
 def test_statistics_are_of_shards_or_of_rows(small_store):
     site = small_store.sites[0]
-    with pytest.raises(ConfigError, match="not of both"):
+    with pytest.raises(ConfigError, match="give shards or rows, not both"):
         small_store.stats(site, shards=[0], rows=[1])
-    with pytest.raises(StoreError, match="has no row of those asked for"):
+    with pytest.raises(StoreError, match="has none of the rows asked for"):
         small_store.stats(site, rows=[])
     by_shard, by_rows = small_store.stats(site, shards=[1]), small_store.stats(site, rows=slice(96, 192))
     np.testing.assert_allclose(by_rows.mean, by_shard.mean, atol=1e-15)

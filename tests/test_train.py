@@ -237,7 +237,7 @@ def test_a_refused_checkpoint_leaves_the_run_and_the_file_as_they_were(tmp_path)
     path.write_bytes(sound[:-40])
     mlp, loader = make(n_latents=6), loader_of(planted()[0])
     before = weights(mlp)
-    with pytest.raises(StateError, match="is damaged, cut short or no safetensors file"):
+    with pytest.raises(StateError, match="is damaged, cut short or not a safetensors file"):
         train(loader, mlp=mlp, checkpoint=tmp_path)
     assert torch.equal(weights(mlp), before)
     assert loader.delivered == 0

@@ -159,7 +159,7 @@ CASES: list[Case] = [
     (split, "seed", [None, "5", 1.5, []], "seed must be an integer"),
     (imported, "arrays", [None, 5, "a.npy", [], {}, {5: "a.npy"}], "name at least one hook"),
     (imported, "arrays", [{"h": None}, {"h": 5}, {"h": ""}], "file must be"),
-    (imported, "arrays", [{"h": "nowhere.npy"}, {"h": Path("/dev/null")}], "there is no file|is no .npy file"),
+    (imported, "arrays", [{"h": "nowhere.npy"}, {"h": Path("/dev/null")}], "there is no file|is not a .npy file"),
     (imported, "path", [None, "", "a\0b", "~nobody-here/x"], "path"),
     (imported, "tokens", [5, "nowhere.npy", [1, 2], {}, np.ones((4, 3)), object(), "", np.full((4, 3), -1)], "t"),
     (imported, "codec", [None, 5, True, [], {5: "raw"}, {"h": 5}], "codec must be"),

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from actcache.errors import ClusterError, ConfigError
+from actcache.errors import ClusterError, ConfigError, first_line
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -103,7 +103,7 @@ def _client_of(address: str) -> Iterator[Client]:
             client = Client(address, timeout=_CONNECT_S, set_as_default=False)
         except (OSError, ValueError) as error:
             raise ClusterError(
-                f"no dask scheduler answers at {address} ({_first_line(error)}); start one with 'dask scheduler', "
+                f"no dask scheduler answers at {address} ({first_line(error)}); start one with 'dask scheduler', "
                 "or use local:N for processes of this machine"
             ) from error
         try:
@@ -154,7 +154,3 @@ def _dashboard(client: Client) -> str:
     except (KeyError, ValueError):  # the scheduler has none
         link = None
     return f"; dashboard: {link}" if link else ""
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

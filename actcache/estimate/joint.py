@@ -13,8 +13,7 @@ import numpy as np
 
 from actcache.estimate.sample import Sample
 from actcache.spec import Site
-from actcache.store import Objects
-from actcache.store.writing.encode import ShardEncoder
+from actcache.store import Objects, ShardEncoder
 
 _ALONE = 2
 """Batches without encoding beside them, before and after."""

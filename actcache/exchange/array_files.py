@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from actcache.errors import ConfigError
+from actcache.errors import ConfigError, first_line
 from actcache.exchange.foreign import TORCH_DTYPES, Origin, checked_ids, damage_explained, write
 from actcache.files import path_of, shown, why_not_tensors
 from actcache.spec import Dtype, Progress
@@ -226,8 +226,8 @@ def _open_npy(file: str | Path) -> NDArray[Any]:
     except FileNotFoundError:
         raise ConfigError(f"import: there is no file {where}") from None
     except Exception as error:  # headers are Python literals, and may be anything
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ConfigError(f"import: {where} is no .npy file of plain numbers ({reason[:200]})") from error
+        reason = first_line(error)[:200]
+        raise ConfigError(f"import: {where} is not a .npy file of plain numbers ({reason})") from error
     return values.view(np.ndarray)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from actcache.errors import ActcacheError, ConfigError
+from actcache.errors import ActcacheError, ConfigError, first_line
 from actcache.files import path_of
 from actcache.kernels.bits import bits_tensor
 from actcache.spec import (
@@ -109,8 +109,8 @@ def damage_explained(what: str) -> Iterator[None]:
     except ActcacheError:
         raise
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ConfigError(f"import: {what} is damaged, or something else than it should be ({reason[:200]})") from error
+        reason = first_line(error)[:200]
+        raise ConfigError(f"import: {what} is damaged, or not what it should be ({reason})") from error
 
 
 def common_dtype(dtypes: Mapping[str, torch.dtype]) -> Dtype:

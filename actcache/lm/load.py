@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from actcache.errors import ActcacheError, ConfigError, ModelNotFoundError
+from actcache.errors import ActcacheError, ConfigError, ModelNotFoundError, first_line
 from actcache.lm.bridge import is_transformer_lens
 from actcache.lm.diagnose import CONFIG, fault_in, read_json, reason_of
 from actcache.lm.huggingface import DeviceMap, find_source, huggingface_lm, load_huggingface, short_name
@@ -169,8 +169,7 @@ def _parse_device(device: str | torch.device | None) -> torch.device | None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        found = str(error).splitlines()[0]
-        raise ConfigError(f"device {str(device)!r} cannot be used here ({found}); try 'cpu'") from error
+        raise ConfigError(f"device {str(device)!r} cannot be used here ({first_line(error)}); try 'cpu'") from error
     return torch.device(device)
 
 

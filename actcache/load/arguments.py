@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from actcache.errors import ConfigError, StoreIncompleteError
+from actcache.errors import ConfigError, StoreIncompleteError, first_line
 from actcache.files import shown
 from actcache.spec import check_number, check_positive
-from actcache.store.store import checked_store
+from actcache.store import checked_store
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ def device_of(who: str, given: Any) -> torch.device:
         device = torch.device(given)
         torch.empty(0, device=device)
     except (RuntimeError, TypeError, AssertionError, ValueError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        name = shown(str(given) if isinstance(given, torch.device) else given)
-        raise ConfigError(f"{who}: device {name} cannot be used here ({reason}); try 'cpu'") from error
+        reason = first_line(error)
+        named = shown(str(given) if isinstance(given, torch.device) else given)
+        raise ConfigError(f"{who}: device {named} cannot be used here ({reason}); try 'cpu'") from error
     return device

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from actcache.errors import ConfigError
 from actcache.spec import check_number, integer
-from actcache.store.reading.rows import RowFilter
-from actcache.store.store import checked_store
+from actcache.store import RowFilter, checked_store
 
 if TYPE_CHECKING:
     from actcache.store import Store

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from actcache import formats
-from actcache.errors import StateError
+from actcache.errors import StateError, first_line
 from actcache.files import own_partial, path_of, write_whole
 from actcache.report import figures, view
 from actcache.sparse.metrics import read_metrics
@@ -49,7 +49,7 @@ def write_report(run: Path | str) -> Path:
     try:
         page = render(metrics)
     except Exception as error:  # drawn and formatted by others, of numbers that anybody may have written
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise StateError(
             f"{folder / 'metrics.json'} holds something that cannot be shown ({reason[:200]}); run the command that "
             "made it again"

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.errors import TextError
+from actcache.errors import TextError, first_line
 
 Kind = Literal["text", "chat", "tokens"]
 Chat = Sequence[Mapping[str, Any]]
@@ -76,7 +76,7 @@ def id_array(value: Any, where: str = "") -> Ids:
     try:
         ids = plain_array(value) if is_array(value) else np.array(value)
     except (ValueError, OverflowError, TypeError) as error:
-        raise TextError(f"{where}these are no token ids ({str(error).splitlines()[0]})") from error
+        raise TextError(f"{where}these are no token ids ({first_line(error)})") from error
     if not ids.size:
         return np.zeros(0, dtype=np.int64)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":

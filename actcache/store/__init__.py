@@ -10,9 +10,10 @@ from actcache.store.maintenance.export import export
 from actcache.store.maintenance.repair import repair
 from actcache.store.maintenance.verify import Fault, verify
 from actcache.store.reading.context import Context
-from actcache.store.reading.rows import RowFilter
-from actcache.store.store import Store, open_store
+from actcache.store.reading.rows import RowFilter, Rows, shard_masks
+from actcache.store.store import Store, checked_store, open_store
 from actcache.store.writing.buffers import ShardBuffers, Written
+from actcache.store.writing.encode import ShardEncoder
 from actcache.store.writing.seal import Check
 from actcache.store.writing.writer import StoreWriter
 
@@ -23,16 +24,20 @@ __all__ = [
     "Fault",
     "Objects",
     "RowFilter",
+    "Rows",
     "ShardBuffers",
+    "ShardEncoder",
     "SiteStats",
     "Store",
     "StoreWriter",
     "Written",
+    "checked_store",
     "delete_sites",
     "export",
     "open_store",
     "refuse_inside_store",
     "repair",
+    "shard_masks",
     "to_write",
     "unlock",
     "verify",

@@ -1,7 +1,7 @@
-"""Open a store and read from it: rows, tokens, statistics, or single chunks into a caller's buffer.
+"""Open a store and read from it: rows, tokens, statistics, summaries.
 
-Every byte that is handed out has been checked: the chunk's own crc32c, and that this crc32c is the one which the
-shard's commit record lists, so that whole but misplaced objects (swapped, stale, of another store) are noticed as well.
+In: a folder, a URL or a zarr store. Out: a `Store`, which stands on `Committed`, `Tables` and `Chunks` of `reading/`:
+every byte that it returns has been checked.
 """
 
 from __future__ import annotations
@@ -13,10 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.errors import (
-    ConfigError,
-    StoreNotFoundError,
-)
+from actcache.errors import ConfigError, StoreNotFoundError
 from actcache.files import shown
 from actcache.kernels.bits import bits_tensor
 from actcache.store.backends.objects import Objects
@@ -47,7 +44,7 @@ def open_store(path: str | Path | Objects) -> Store:
     root = read_root(objects)
     if root.state == "creating":
         raise StoreNotFoundError(
-            f"the store at {objects} was never finished being created; run 'actcache extract' again"
+            f"the creation of the store at {objects} was not finished; run 'actcache extract' again"
         )
     return Store(objects, root)
 
@@ -55,8 +52,8 @@ def open_store(path: str | Path | Objects) -> Store:
 class Store(Chunks):
     """An activation store, open for reading.
 
-    A row id is an index into the store's arrays: row `r` lies in shard `r // spec.rows_per_shard`. Mostly every id up
-    to `spec.n_rows` is a row; a shard that leaves rows out ends before its last ids.
+    A row id is an index into the store's arrays: row `r` lies in shard `r // spec.rows_per_shard`. Usually every id up
+    to `spec.n_rows` is a row; in a shard that leaves rows out, the last ids are not.
 
     Examples:
         >>> store = ac.open_store("acts.zarr")
@@ -71,7 +68,7 @@ class Store(Chunks):
     def __repr__(self) -> str:
         try:
             n_rows = f"{self.n_rows:,} of {self.spec.n_rows:,} rows"
-        except OSError:  # a store in trouble can still be named
+        except OSError:  # a damaged store can still be shown
             n_rows = "an unknown number of rows"
         return f"Store({str(self.objects)!r}, {n_rows}, {len(self.sites)} sites)"
 
@@ -84,28 +81,28 @@ class Store(Chunks):
         return bits_tensor(self.read_stored(site, rows, threads=threads), self.spec.dtype)
 
     def read_stored(self, site: str, rows: Rows, *, threads: int = 2) -> NDArray[Any]:
-        """What `read` gives, as a numpy array; numpy has no bfloat16, so those are given as the bits of uint16."""
+        """Like `read`, as a numpy array. numpy has no bfloat16, so its values are returned as their bits in uint16."""
         return values.read_stored(self, site, rows, threads)
 
     def row_ids(self) -> NDArray[np.int64]:
-        """Ids of all rows that can be read now, in order: `range(n_rows)`, unless shards are not full or not there."""
+        """Ids of all rows that can be read now, in order: `range(n_rows)`, unless shards are missing or not full."""
         return row_ids(self, 0, self.spec.n_rows)
 
     def checked_rows(self, rows: Rows) -> NDArray[np.int64]:
-        """The row ids that a slice, ids, a mask or a filter mean; IndexError when there is one that is no row."""
+        """The row ids that a slice, ids, a mask or a filter select; IndexError when one of them does not exist."""
         return checked_rows(self, rows)
 
     def context(self, row: int, before: int = 16, after: int = 16, *, across_documents: bool = False) -> Context:
         """The tokens around the one that a row belongs to, and where they are from.
 
-        Sequences are in shuffled order, so a context never reaches beyond its own. Packed ones have pieces of several
-        texts; by default only that of the row is given.
+        Sequences are in shuffled order, so a context never reaches beyond its own. A packed sequence has pieces of
+        several texts; by default only the piece of the row's text is returned.
 
         Args:
             row: a row id.
-            before: tokens before it, at most.
-            after: tokens after it, at most.
-            across_documents: give what stands in the sequence, of whatever text.
+            before: the most tokens to return before it.
+            after: the most tokens to return after it.
+            across_documents: include tokens of other texts in the sequence.
 
         Raises:
             IndexError: there is no such row. StoreIncompleteError: its shard is not written yet. CorruptShardError:
@@ -114,27 +111,27 @@ class Store(Chunks):
         return context(self, row, before, after, across_documents)
 
     def stats(self, site: str, *, shards: Sequence[int] | None = None, rows: Rows | None = None) -> SiteStats:
-        """Statistics over all committed rows of a site or those of some shards, or over some rows, which are then read.
+        """Statistics over all committed rows of a site, over those of some shards, or over some rows, which are read.
 
         Raises:
-            SiteError: no such site. StoreError: there is no such row. IndexError: a row is none.
+            SiteError: no such site. StoreError: no row is selected. IndexError: a selected row does not exist.
         """
         return measure.stats(self, site, shards, rows)
 
     def covariance(self, site: str, rows: Rows | None = None, *, threads: int = 2) -> NDArray[np.float64]:
         """`(D, D)` population covariance of a site's dimensions, over all committed rows or some of them.
 
-        Calculated in float64 from one pass over the values as they are read; rows with NaN or an infinity are left out,
-        as in `stats`. Takes memory for about three such matrices.
+        Calculated in float64 in one pass over the values; rows with NaN or an infinity are left out, as in `stats`.
+        Takes memory for about three such matrices.
 
         Raises:
-            SiteError: no such site. StoreError: there is no row to calculate it from. IndexError: a row is none.
+            SiteError: no such site. StoreError: no finite row is selected. IndexError: a selected row does not exist.
             ConfigError: the matrix would take more than 8 GiB.
         """
         return measure.covariance(self, site, rows, threads)
 
     def info(self) -> dict[str, Any]:
-        """What the store is, how far it is, how large, and its statistics: JSON-able."""
+        """What the store is, how complete, how large, and its statistics: JSON-able."""
         return views.info(self)
 
     def as_dask(self, site: str) -> dask.array.Array:

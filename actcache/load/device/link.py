@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.errors import ConfigError
+from actcache.errors import ConfigError, first_line
 from actcache.load.device.streams import CudaStream, Event, PlainStream, Stream
 from actcache.store.codecs.chain import STORED_DTYPE
 
@@ -122,8 +122,9 @@ def link_to(device: torch.device) -> DeviceLink | None:
         # With its number: "cuda" means the GPU of the calling thread, and other threads may use another one.
         device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        found = str(error).splitlines()[0]
-        raise ConfigError(f"loader: device {str(device)!r} cannot be used here ({found}); try 'cpu'") from error
+        raise ConfigError(
+            f"loader: device {str(device)!r} cannot be used here ({first_line(error)}); try 'cpu'"
+        ) from error
     return DeviceLink(device, CudaStream if device.type == "cuda" else PlainStream)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import ConfigError
-from actcache.store.reading.rows import Rows, shard_masks
+from actcache.store import Rows, shard_masks
 
 if TYPE_CHECKING:
     from actcache.store import Store

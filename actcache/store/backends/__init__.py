@@ -1,1 +1,1 @@
-"""Where the objects of a store lie: folders, buckets, anything that zarr opens."""
+"""Where the objects of a store lie: folders, buckets, any store that zarr opens. A new kind subclasses `Backend`."""

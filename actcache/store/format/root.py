@@ -58,7 +58,7 @@ def read_root(objects: Objects) -> Root:
     data = objects.get("zarr.json") if objects.size("zarr.json") <= _MOST_ROOT_BYTES else memoryview(b"")
     if data is None:
         if exists_any(objects):
-            raise NotAStoreError(f"{objects} holds something else, no activation store; name another place")
+            raise NotAStoreError(f"{objects} holds something other than an activation store; name another place")
         raise StoreNotFoundError(f"no activation store at {objects}; make one with 'actcache extract --out {objects}'")
     try:
         attributes = json.loads(bytes(data))["attributes"]["actcache"]

@@ -1,4 +1,7 @@
-"""Delete sites from a store."""
+"""Delete sites from a store.
+
+The store without them is sealed first, then their data goes: an interruption leaves a valid store.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,14 @@ from actcache.store.format.root import Root, read_root, write_root
 from actcache.store.locks.lock import WriterLock
 from actcache.store.store import Store
 from actcache.store.writing.growth import remove_site
-from actcache.store.writing.seal import complete, seal
+from actcache.store.writing.seal import check_complete, seal
 
 
 def delete_sites(path: str | Path | Objects, names: list[str]) -> None:
-    """Take sites out of a sealed store: the store without them is sealed first, then their data goes.
-
-    Done again after a crash, it finishes what was begun.
+    """Delete sites from a sealed store. After a crash the same call finishes what was begun.
 
     Raises:
-        SiteError: no such site. ConfigError: none would be left. StoreIncompleteError: the store is not finished.
+        SiteError: no such site. ConfigError: no site would be left. StoreIncompleteError: the store is not finished.
         CorruptShardError: what stays is damaged; nothing has been changed.
 
     Examples:
@@ -31,7 +32,7 @@ def delete_sites(path: str | Path | Objects, names: list[str]) -> None:
         ['blocks.3.hook_mlp_out']
     """
     objects = to_write(path)
-    read_root(objects)  # where there is no store, no folder is made for its lock
+    read_root(objects)  # if there is no store, the lock must not make a folder
     with WriterLock(objects):
         root = read_root(objects)
         store = Store(objects, root)
@@ -46,9 +47,9 @@ def delete_sites(path: str | Path | Objects, names: list[str]) -> None:
             if root.state != "sealed":
                 raise StoreIncompleteError(f"{objects} is not finished; finish 'actcache extract' first")
             spec = replace(root.spec, sites=stay)
-            held = complete(objects, spec, root)
+            complete = check_complete(objects, spec, root)
             write_root(objects, Root(state="open", spec=spec, provenance=root.provenance))
-            seal(objects, held)
+            seal(objects, complete)
         elif root.state == "open" and len(store.committed) == root.spec.n_shards:
             seal(objects)
         for name in names:

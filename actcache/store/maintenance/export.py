@@ -1,7 +1,7 @@
-"""Write a part of a store, or all of it in another codec or cut, as a new store.
+"""Write a part of a store, or all of it with another codec or other shard sizes, as a new store.
 
-Every shard of the new store is made of the rows of its own sequences, wherever they lie in the old one; so an export
-that was killed is continued by the same call, as an extraction is.
+Every shard of the new store is made from the rows of its own sequences, wherever they lie in the old one. So the same
+call continues an export that was killed, as it does for an extraction.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def export(
         sites: names or patterns of the sites to take.
         codec: as for `extract`; by default every site keeps its own.
         sequences: consecutive sequences to take; by default all.
-        rows: slice, ids, mask or filter of the rows to take; the others are left out, and shards are smaller for it.
+        rows: slice, ids, mask or filter of the rows to take; shards are smaller by the rows that are left out.
         sequences_per_shard: sequences of a shard; by default the store's.
         rows_per_chunk: rows of the unit of reading; by default the store's, where it fits.
         threads: encoding threads.
@@ -86,7 +86,7 @@ def export(
 
 
 def _wanted(store: Store, rows: Rows | None) -> NDArray[np.bool_] | None:
-    """Mask over row ids; None for all."""
+    """A mask over row ids; None for all rows."""
     if rows is None:
         return None
     mask = np.zeros(store.spec.n_rows, bool)
@@ -97,7 +97,7 @@ def _wanted(store: Store, rows: Rows | None) -> NDArray[np.bool_] | None:
 def _rows_of(
     store: Store, sequences: range, wanted: NDArray[np.bool_] | None
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Ids of the wanted rows of these sequences, in reading order, and which of all their rows those are."""
+    """Ids of the wanted rows of these sequences, in reading order, and a mask of them over all rows of these."""
     spec = store.spec
     ids, places = [], []
     for shard in range(

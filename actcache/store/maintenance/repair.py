@@ -1,4 +1,4 @@
-"""Take back damaged shards, so that they can be made again."""
+"""Un-commit damaged shards, so that they can be made again."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from actcache.store.writing.seal import seal
 def repair(path: str | Path | Objects, faults: list[Fault]) -> list[int]:
     """Un-commit what the faults name and open the store for writing again; returns the shards to make again.
 
-    A damaged ledger is made again from the commit records at once, if no shard is at fault; so is the metadata of
-    arrays, which only other readers of Zarr go by.
+    A damaged ledger is rebuilt from the commit records at once if no shard is at fault. So is the metadata of arrays,
+    which only other readers of Zarr use.
 
     Raises:
-        CorruptShardError: tokens or root attributes are damaged, which no re-extraction of shards can mend.
+        CorruptShardError: tokens or root attributes are damaged, which extracting shards again cannot repair.
 
     Examples:
         >>> from pathlib import Path
@@ -41,7 +41,7 @@ def repair(path: str | Path | Objects, faults: list[Fault]) -> list[int]:
     objects = to_write(path)
     beyond = [fault for fault in faults if fault.column in ("tokens", "attributes")]
     if beyond:
-        raise CorruptShardError(f"{objects} cannot be repaired: {beyond[0].reason}; extract it anew to another place")
+        raise CorruptShardError(f"{objects} cannot be repaired: {beyond[0].reason}; extract it again to another place")
     bad = sorted({(fault.shard, fault.column) for fault in faults if fault.shard >= 0})
     bad_ledger = any(fault.column == "ledger" for fault in faults)
     with WriterLock(objects):
@@ -50,7 +50,7 @@ def repair(path: str | Path | Objects, faults: list[Fault]) -> list[int]:
         if not bad_ledger:
             store.check()
         elif bad:
-            check_open(objects, root.spec)  # without a ledger the fingerprint tells nothing
+            check_open(objects, root.spec)  # without a ledger the fingerprint proves nothing
         objects.remove_partial_writes()
         if bad_ledger and not bad:
             seal(objects, expected=(root.fingerprint or "none") if root.state == "sealed" else None)

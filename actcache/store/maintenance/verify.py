@@ -1,7 +1,7 @@
-"""Check a store against its commit records, byte for byte, and un-commit what is damaged.
+"""Check a store against its commit records, byte for byte.
 
-`verify` names every fault: column, shard and reason. `repair` un-commits exactly what is faulty, so that the extract
-command that made the store makes it again.
+In: a store. Out: every fault, with its column, shard and reason. `repair` un-commits exactly these, so that the command
+that made the store makes them again.
 """
 
 from __future__ import annotations
@@ -24,13 +24,11 @@ from actcache.store.format.keys import ROWS, columns_of
 from actcache.store.format.records import committed_shards
 from actcache.store.format.site_arrays import arrays_of
 from actcache.store.store import Store, open_store
-from actcache.store.writing.hold import Homes
+from actcache.store.writing.integrity import Homes
 
 _MOST_MISSING = 1000
-
-
 _DISK_FAULTS = (errno.EIO, errno.EISDIR)
-"""What the system says of an object that is there and cannot be read: damage too, and not a reason to stop looking."""
+"""Errors of the system for an object that is there and cannot be read: damage too, and no reason to stop checking."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,28 +44,28 @@ class Fault:
 
 
 class Faults(list[Fault]):
-    """What `verify` has found: faults, and what it could not hold against all that it should be."""
+    """What `verify` has found: faults, and shards of which not everything could be checked."""
 
     def __init__(self, faults: Iterable[Fault] = ()) -> None:
         super().__init__(faults)
         self.not_bound: dict[str, list[int]] = {}
-        """By site: shards whose record does not say which tokens it belongs to, as those of earlier versions. No fault:
-        that the row table is of the store's tokens has been seen, that the site's values are of these rows has not."""
+        """By site: shards whose record does not say which tokens it belongs to, as in earlier versions. That is not a
+        fault: the row table has been compared with the tokens, but nothing proves that the values are of these rows."""
 
 
 def verify(
     path: str | Path | Objects, *, sample: float = 1.0, threads: int = 2, progress: Progress | None = None
 ) -> Faults:
-    """Read and check every committed byte; an empty list means that the store is sound.
+    """Read and check every committed byte; an empty list means that the store is intact.
 
-    Stored bytes are held against the checksums in the commit records, those against the ledger, and the ledger against
-    the fingerprint, so that nothing has to be decompressed. The row table is held against the tokens, and each site's
-    record against the tokens and rows that it is bound to; those that are bound to nothing are listed in `not_bound`.
+    Stored bytes are compared with the checksums in the commit records, those with the ledger, and the ledger with the
+    fingerprint, so nothing has to be decompressed. The row table is compared with the tokens, and each site's record
+    with the tokens and rows that it is bound to; records that are not bound are listed in `not_bound`.
 
     Args:
         path: the store.
-        sample: share of the shards to check, evenly chosen; what belongs to the whole store is always checked.
-        threads: that read and check.
+        sample: share of the shards to check, chosen at random; what belongs to the whole store is always checked.
+        threads: threads that read and check.
         progress: called with (columns of shards done, in all).
 
     Raises:
@@ -84,9 +82,9 @@ def verify(
         store = open_store(path)
     except CorruptShardError as error:
         return Faults([Fault(column="attributes", shard=-1, reason=_reason(error))])
-    store.is_checked = True  # all of it here, fault by fault
+    store.is_checked = True  # done below, fault by fault
     faults = Faults(_check(lambda: _check_ledger(store), "ledger", -1))
-    # A damaged ledger says nothing of the shards: they are held against their own commit records then.
+    # With a damaged ledger, shards are compared with their own commit records only.
     if faults:
         store = Store(store.objects, store.root, held_against_ledger=False)
         store.is_checked = True
@@ -143,7 +141,7 @@ def _check_shards(
 
 
 def _shards_to_check(store: Store) -> tuple[list[int], list[Fault]]:
-    """The shards that are committed; of a store whose ledger is damaged those that have a record, and what has none."""
+    """The committed shards; with a damaged ledger, those that have a record, and faults for those that have none."""
     if store.held_against_ledger or not store.sealed:
         return store.committed, []
     known = set().union(*(committed_shards(store.objects, name) for name in columns_of(store.spec)))
@@ -155,7 +153,7 @@ def _shards_to_check(store: Store) -> tuple[list[int], list[Fault]]:
     ]
     left = store.spec.n_shards - len(shards) - len(faults)
     if left:  # a ledger and a root may claim millions of them
-        faults.append(Fault(column="ledger", shard=-1, reason=f"{left:,} shards more are missing"))
+        faults.append(Fault(column="ledger", shard=-1, reason=f"{left:,} more shards are missing"))
     return shards, faults
 
 
@@ -177,7 +175,7 @@ def _check_root(store: Store) -> None:
 def _check_tokens(store: Store) -> None:
     store.tokens()
     if "tokens" not in store.spec.text:
-        raise CorruptShardError(f"{store.path}: its attributes give no digest of the tokens")
+        raise CorruptShardError(f"{store.path}: its attributes have no digest of the tokens")
 
 
 def _check_column(store: Store, column: str, shard: int) -> None:

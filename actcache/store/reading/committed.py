@@ -1,7 +1,7 @@
 """What of a store is committed: its root, the records of its shards, and how many rows there are.
 
-In: the objects of a store and its root. Out: records, each held against the ledger of a sealed store; the errors that
-name what is damaged.
+In: the objects of a store and its root. Out: records, compared with the ledger if the store is sealed, and the errors
+that name what is damaged.
 """
 
 from __future__ import annotations
@@ -14,12 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.errors import (
-    CorruptShardError,
-    SiteError,
-    StoreError,
-    StoreIncompleteError,
-)
+from actcache.errors import CorruptShardError, SiteError, StoreError, StoreIncompleteError
 from actcache.memory import Kept
 from actcache.spec import StoreSpec, expand_names
 from actcache.store import codecs
@@ -30,7 +25,7 @@ from actcache.store.format.root import Root
 from actcache.store.format.sealed import Sealed, changed_since, check_open
 
 _RECORD_BYTES = 32 << 20
-"""Of commit records that are kept."""
+"""Memory for commit records that are kept."""
 
 
 class Committed:
@@ -39,14 +34,14 @@ class Committed:
     Args:
         objects: the objects of the store.
         root: its root attributes.
-        lies_there: whether `root` is the one that lies there; a writer also looks at a store as it was or will be.
-        held_against_ledger: hold the records of a sealed store against its ledger; `verify` does so itself.
+        lies_there: whether `root` is the root on disk; a writer also looks at a store as it was or will be.
+        held_against_ledger: compare the records of a sealed store with its ledger; `verify` goes without if that is
+            damaged.
     """
 
     def __init__(
         self, objects: Objects, root: Root, *, lies_there: bool = True, held_against_ledger: bool = True
     ) -> None:
-        # A writer also looks at stores as they were, or as they are going to be: with a root that does not lie there.
         self.objects, self.root, self._lies_there = objects, root, lies_there
         self.spec: StoreSpec = root.spec
         self.stored_dtype = codecs.STORED_DTYPE[self.spec.dtype]
@@ -57,7 +52,7 @@ class Committed:
         self._records = Kept[tuple[str, int], Record](_RECORD_BYTES)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # What was read so far is read again where the store is unpickled.
+        # What has been read so far is read again where the store is unpickled.
         return type(self), (self.objects, self.root)
 
     @property
@@ -92,12 +87,12 @@ class Committed:
 
     @property
     def fingerprint(self) -> str | None:
-        """sha256 (hex) over all that the store is, None unless it is sealed; raises like `check`."""
+        """sha256 (hex) over all that the store holds, None unless it is sealed; raises like `check`."""
         self.check()
         return self.root.fingerprint
 
     def check(self) -> None:
-        """Hold what the root says against what lies there, when it is first asked for: no value is read before.
+        """Compare the root with what lies there, once, before the first value is read.
 
         Raises:
             CorruptShardError: they disagree. StoreError: the store has changed since it was opened.
@@ -113,7 +108,7 @@ class Committed:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Tell damage from a change: what is not as this store's root says may be as a newer one says."""
+        """Tell damage from a change: what differs from this store's root may agree with a newer root."""
         try:
             yield
         except CorruptShardError as error:
@@ -127,7 +122,7 @@ class Committed:
 
     @property
     def ledger(self) -> NDArray[np.uint8]:
-        """`(S, C, 48)` heads of all records, of a sealed store; raises like `check`."""
+        """`(S, C, 48)` heads of all records of a sealed store; raises like `check`."""
         self.check()
         return self._seal.ledger
 
@@ -138,7 +133,7 @@ class Committed:
 
     @cached_property
     def committed(self) -> list[int]:
-        """Shards whose every column is committed."""
+        """Shards of which all columns are committed."""
         if self.sealed:
             return list(range(self.spec.n_shards))
         shards = set.intersection(*(committed_shards(self.objects, name) for name in self._columns))
@@ -170,7 +165,7 @@ class Committed:
         return record
 
     def corrupt(self, column: str, shard: int, reason: str) -> CorruptShardError | StoreError:
-        """The error that names a shard's column and what is wrong with it, or says that the store has changed."""
+        """The error that names a shard's column and what is wrong with it, or that the store has changed."""
         return self._changed() or CorruptShardError(
             f"shard {shard} of {column} in {self.path} {reason}", store=self.path
         )

@@ -1,6 +1,6 @@
 """From a row back to its text: the tokens around the one that a row's activations were computed for.
 
-In: an open store and a row id. Out: a `Context`, for which one shard's row table and one chunk of the tokens are read.
+In: an open store and a row id. Out: a `Context`; one shard's row table and one chunk of the tokens are read for it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from actcache.store.reading.rows import checked_rows
 from actcache.store.reading.tables import Tables
 
 _MOST_PIECES = 4
-"""Tokens that a character is made of at most: UTF-8 has as many bytes."""
+"""The most tokens that one character can consist of: UTF-8 has up to four bytes."""
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -53,14 +53,14 @@ class Context:
     def text(self, tokenizer: Any, *, marks: tuple[str, str] = ("«", "»")) -> str:
         """The text, with the row's token between two marks: `the cat «sat» on the mat`.
 
-        Where several tokens make one character (byte by byte), the marks stand around the whole character.
+        Where several tokens make one character (byte by byte), the marks enclose the whole character.
 
         Args:
             tokenizer: the model's; anything with `decode(ids, skip_special_tokens=False)`.
             marks: what to put before and behind the token.
         """
-        whole = self._decoded(tokenizer, (*self.before, self.token, *self.after))
-        # The text is decoded once and cut: decoded apart, its parts would lose spaces and halves of characters.
+        whole = self._decode(tokenizer, (*self.before, self.token, *self.after))
+        # The text is decoded once and cut: parts decoded separately would lose spaces and halves of characters.
         shorter = (self.before[: len(self.before) - k] for k in range(len(self.before) + 1))
         longer = ((*self.before, self.token, *self.after[:k]) for k in range(len(self.after) + 1))
         begin = self._cut(tokenizer, whole, shorter, otherwise=0)
@@ -68,14 +68,14 @@ class Context:
         return f"{whole[:begin]}{marks[0]}{whole[begin:end]}{marks[1]}{whole[end:]}"
 
     def _cut(self, tokenizer: Any, whole: str, starts: Any, *, otherwise: int) -> int:
-        """Where the first of some starts of the tokens ends whose text is a start of the whole text."""
+        """The length of the first of some prefixes of the tokens whose text is a prefix of the whole text."""
         for ids in islice(starts, _MOST_PIECES):
-            text = self._decoded(tokenizer, ids)
+            text = self._decode(tokenizer, ids)
             if whole.startswith(text) and not text.endswith(_INCOMPLETE):
                 return len(text)
         return otherwise
 
-    def _decoded(self, tokenizer: Any, ids: Sequence[int]) -> str:
+    def _decode(self, tokenizer: Any, ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=False)) if ids else ""
 
 
@@ -91,7 +91,7 @@ def context(store: Tables, row: int, before: int, after: int, across_documents: 
     ids, documents = store.shard_tokens(shard)[here], store.shard_documents(shard)[here]
     if ids[position] != token:
         raise CorruptShardError(
-            f"row {row} of {store.path} belongs to token {token}, the tokens have {ids[position]} at its place",
+            f"row {row} of {store.path} belongs to token {token}, but the tokens have {ids[position]} at its place",
             store=store.path,
         )
     inside = documents != NO_DOCUMENT if across_documents else documents == documents[position]

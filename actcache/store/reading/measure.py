@@ -1,6 +1,6 @@
 """Statistics and covariance of a site's rows.
 
-In: the chunks of a store, a site, and which rows are meant. Out: figures, in memory that does not grow with the rows.
+In: the chunks of a store, a site, and a selection of rows. Out: figures; memory does not grow with the rows.
 """
 
 from __future__ import annotations
@@ -18,49 +18,49 @@ from actcache.store.reading.rows import Rows
 from actcache.store.reading.values import blocks_of_rows
 
 _THREADS = 2
-"""That read rows to be measured."""
+"""Threads that read the rows to be measured."""
 _MOST_MATRIX_BYTES = 1 << 33
-"""A site of width 32,768; a wider one would rather be asked for by mistake."""
+"""A site of width 32,768; a wider one is more likely a mistake."""
 
 
 def stats(store: Chunks, site: str, shards: Sequence[int] | None, rows: Rows | None) -> SiteStats:
     """Statistics over all committed rows of a site, those of some shards, or some rows."""
     store.check_site(site)
     if shards is not None and rows is not None:
-        raise ConfigError("stats: of shards or of rows, not of both; name the rows")
+        raise ConfigError("stats: give shards or rows, not both")
     if rows is not None:
-        return measured(store, site, rows, _THREADS)
+        return measure_rows(store, site, rows, _THREADS)
     if store.sealed and shards is None:
         line = store.total(site)
     elif store.committed:
         line = merge(store.shard_line(site, shard) for shard in (store.committed if shards is None else shards))
     else:
         raise StoreError(f"{store.path} has no committed shard yet, so there are no statistics of {site}")
-    if not (np.isfinite(line).all() and (line[-6:] >= 0).all()):  # hostile: rows that are not finite do not count
+    if not (np.isfinite(line).all() and (line[-6:] >= 0).all()):  # rows that are not finite were never counted
         raise CorruptShardError(
             f"the stored statistics of {site} in {store.path} cannot be right: negative or not finite", store=store.path
         )
     return stats_of(line)
 
 
-def measured(store: Chunks, site: str, rows: Rows, threads: int) -> SiteStats:
-    """Statistics of some rows, which are read for it."""
+def measure_rows(store: Chunks, site: str, rows: Rows, threads: int) -> SiteStats:
+    """Statistics of some rows, from their values."""
     total = None
     for values in blocks_of_rows(store, site, rows, threads):
         builder = LineBuilder(values.shape[1], store.spec.dtype)
         builder.add(values)
         total = builder.line if total is None else merge([total, builder.line])
     if total is None:
-        raise StoreError(f"{store.path} has no row of those asked for, so there are no statistics of {site}")
+        raise StoreError(f"{store.path} has none of the rows asked for, so there are no statistics of {site}")
     return stats_of(total)
 
 
 def covariance(store: Chunks, site: str, rows: Rows | None, threads: int) -> NDArray[np.float64]:
     """`(D, D)` population covariance of the rows that are finite; see `Store.covariance`.
 
-    Products are taken of the deviations from a shift that is near the mean: the store's own mean, and for some of the
-    rows that of the first of them. What the shift is off is taken away at the end, so it costs digits only where rows
-    lie many thousand deviations apart.
+    Products are of deviations from a shift near the mean: the store's own mean, or for a selection of rows the mean of
+    the first block. The shift's error is corrected at the end, so digits are lost only where rows lie many thousand
+    deviations apart.
     """
     import torch
 
@@ -88,7 +88,7 @@ def covariance(store: Chunks, site: str, rows: Rows | None, threads: int) -> NDA
     matrix /= n_rows
     matrix -= np.outer(sums / n_rows, sums / n_rows)
     np.fill_diagonal(matrix, np.maximum(matrix.diagonal(), 0.0))
-    return (matrix + matrix.T) / 2  # a product of matrices is symmetric but for its last digits
+    return (matrix + matrix.T) / 2  # a matrix product is symmetric except in its last digits
 
 
 def _finite_blocks(store: Chunks, site: str, rows: Rows | None, threads: int) -> Iterator[NDArray[np.float64]]:

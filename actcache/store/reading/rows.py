@@ -1,7 +1,7 @@
-"""Which rows: those that there are, and those that a slice, row ids, a mask or a `RowFilter` mean.
+"""Which rows: those that exist, and those that a slice, row ids, a mask or a `RowFilter` select.
 
-In: an open store and how rows were asked for. Out: row ids, or one shard's mask at a time, where ids of all the rows
-would take more memory than there should be need of.
+In: an open store and a selection of rows. Out: row ids; or, where the ids of all rows would take too much memory, one
+mask for each shard.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from actcache.store.format.keys import ROWS
 from actcache.store.reading.tables import Tables
 
 Choice = range | slice | Collection[int]
-"""How positions, sequences or documents are chosen."""
+"""How positions, sequences or documents are selected."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowFilter:
-    """Rows by where they come from: a row is wanted when everything that is said here holds for it.
+    """Selects rows by their origin: a row is selected when it meets all the conditions.
 
     Every activation is stored; a filter says which of them are read: `Loader(..., rows=RowFilter(...))`,
     `store.read(site, RowFilter(...))`.
@@ -40,9 +40,9 @@ class RowFilter:
     exclude_tokens: Collection[int] = ()
     """Token ids whose rows are left out."""
     only_tokens: Collection[int] | None = None
-    """Token ids whose rows are wanted; None for all."""
+    """Token ids whose rows are selected; None for all."""
     positions: Choice | None = None
-    """Positions in the sequence, counted from its first token, whether that has a row or not."""
+    """Positions in the sequence, counted from its first token, whether or not that has a row."""
     sequences: Choice | None = None
     """Sequences, as `row_table()["sequence"]` numbers them."""
     documents: Choice | None = None
@@ -59,15 +59,15 @@ class RowFilter:
 
     @classmethod
     def without_special_tokens(cls, tokenizer: Any) -> RowFilter:
-        """Without the rows of a tokenizer's special tokens: those that begin, end, pad or separate texts.
+        """Leaves out the rows of a tokenizer's special tokens: those that begin, end, pad or separate texts.
 
-        Whatever else is wanted is added with `dataclasses.replace`.
+        Add other conditions with `dataclasses.replace`.
 
         Args:
-            tokenizer: one of transformers, which knows its `all_special_ids`.
+            tokenizer: a tokenizer of transformers, with `all_special_ids`.
 
         Raises:
-            ConfigError: it does not.
+            ConfigError: it has no `all_special_ids`.
         """
         special = getattr(tokenizer, "all_special_ids", None)
         if special is None:
@@ -78,31 +78,31 @@ class RowFilter:
         return cls(exclude_tokens=special)
 
     def of_shard(self, store: Tables, shard: int) -> NDArray[np.bool_]:
-        """`(n,)` which of a shard's rows are wanted; of a shard that is not committed there are none.
+        """`(n,)` mask of a shard's rows that are selected; empty for a shard that is not committed.
 
         Raises:
             CorruptShardError: the row table, or the tokens that tell the documents, are damaged.
         """
         n_rows = int(store.shard_n_rows[shard])
         here = np.array(store.spec.shard_sequences(shard))
-        if n_rows == 0 or not _chosen(here, self.sequences, store.spec.n_sequences).any():
+        if n_rows == 0 or not _select(here, self.sequences, store.spec.n_sequences).any():
             return np.zeros(n_rows, bool)
         wanted, table = np.ones(n_rows, bool), store.shard_row_table(shard, self._arrays())
         if self.sequences is not None:
-            wanted &= _chosen(table["sequence"], self.sequences, store.spec.n_sequences)
+            wanted &= _select(table["sequence"], self.sequences, store.spec.n_sequences)
         if self.positions is not None:
-            wanted &= _chosen(table["position"], self.positions, store.spec.sequence_length)
+            wanted &= _select(table["position"], self.positions, store.spec.sequence_length)
         if self.only_tokens is not None:
-            wanted &= _chosen(table["token"], self.only_tokens, 1 << 32)
+            wanted &= _select(table["token"], self.only_tokens, 1 << 32)
         if self.exclude_tokens:
-            wanted &= ~_chosen(table["token"], self.exclude_tokens, 1 << 32)
+            wanted &= ~_select(table["token"], self.exclude_tokens, 1 << 32)
         if self.documents is not None:
             document = store.shard_documents(shard)[table["sequence"].astype(np.int64) - here[0], table["position"]]
-            wanted &= _chosen(document, self.documents, 1 << 32)
+            wanted &= _select(document, self.documents, 1 << 32)
         return wanted
 
     def _arrays(self) -> set[str]:
-        """The arrays of the row table that tell."""
+        """The arrays of the row table that the conditions need."""
         needed = {
             "sequence": self.sequences is not None or self.documents is not None,
             "position": self.positions is not None or self.documents is not None,
@@ -112,7 +112,7 @@ class RowFilter:
 
 
 def _numbers(name: str, values: Any) -> tuple[int, ...]:
-    """Distinct numbers in order; ConfigError when they are none, so that whatever a filter holds is legal."""
+    """Distinct numbers in order; ConfigError when they are not numbers, so that what a filter holds is legal."""
     try:
         numbers = np.asarray(values if hasattr(values, "__array__") else list(values))
     except TypeError:
@@ -122,8 +122,8 @@ def _numbers(name: str, values: Any) -> tuple[int, ...]:
     return tuple(np.unique(numbers).tolist())
 
 
-def _chosen(values: NDArray[Any], choice: Choice | None, n: int) -> NDArray[np.bool_]:
-    """Which of some values, each below `n`, a choice has."""
+def _select(values: NDArray[Any], choice: Choice | None, n: int) -> NDArray[np.bool_]:
+    """Mask of the values, each below `n`, that a choice selects."""
     if choice is None:
         return np.ones(len(values), bool)
     if isinstance(choice, slice):
@@ -138,11 +138,11 @@ def _chosen(values: NDArray[Any], choice: Choice | None, n: int) -> NDArray[np.b
 
 
 Rows = slice | Sequence[int] | NDArray[Any] | RowFilter
-"""How rows are asked for: a slice of row ids, row ids, a mask over all of them, or a filter."""
+"""How rows are selected: a slice of row ids, row ids, a mask over all of them, or a filter."""
 
 
 def row_ids(store: Tables, start: int, stop: int) -> NDArray[np.int64]:
-    """Ids of the rows from `start` up to `stop` that can be read now; takes memory for those alone."""
+    """Ids of the rows from `start` up to `stop` that can be read now; takes memory only for those."""
     size, n_rows = store.spec.rows_per_shard, store.shard_n_rows
     shards = np.flatnonzero(n_rows)
     shards = shards[(shards >= start // size) & (shards * size < stop)].tolist()
@@ -151,7 +151,11 @@ def row_ids(store: Tables, start: int, stop: int) -> NDArray[np.int64]:
 
 
 def _bounds(store: Tables, rows: slice) -> tuple[int, int, int]:
-    """Start, stop and step of a slice of row ids; IndexError when they are no whole numbers, or rows are missing."""
+    """Start, stop and step of a slice of row ids.
+
+    Raises:
+        IndexError: they are not whole numbers. StoreIncompleteError: a shard with such rows is not written yet.
+    """
     try:
         start, stop, step = rows.indices(store.spec.n_rows)
     except (TypeError, ValueError) as error:
@@ -161,7 +165,7 @@ def _bounds(store: Tables, rows: slice) -> tuple[int, int, int]:
 
 
 def checked_rows(store: Tables, rows: Rows) -> NDArray[np.int64]:
-    """The row ids that are meant; IndexError when there is one that is no row."""
+    """The row ids that are selected; IndexError when one of them does not exist."""
     if isinstance(rows, RowFilter):
         size = store.spec.rows_per_shard
         parts = (shard * size + np.flatnonzero(rows.of_shard(store, shard)) for shard in store.committed)
@@ -171,7 +175,7 @@ def checked_rows(store: Tables, rows: Rows) -> NDArray[np.int64]:
         if step == 1:
             return row_ids(store, start, stop)
         wanted = np.arange(start, stop, step)
-        return wanted[_there(store, wanted)]
+        return wanted[_exist(store, wanted)]
     wanted = np.asarray(rows)
     if wanted.dtype == bool and wanted.shape == (store.spec.n_rows,):
         wanted = np.flatnonzero(wanted)
@@ -185,35 +189,35 @@ def checked_rows(store: Tables, rows: Rows) -> NDArray[np.int64]:
         raise IndexError(
             f"rows {wanted.min()} to {wanted.max()} asked of {store.path}, which has 0 to {store.spec.n_rows - 1}"
         )
-    absent = wanted[~_there(store, wanted)]
+    absent = wanted[~_exist(store, wanted)]
     if len(absent):
         raise _left_out(store, int(absent[0]))
     return wanted
 
 
 def shard_masks(store: Tables, rows: Rows) -> Callable[[int], NDArray[np.bool_]]:
-    """A function that gives, for a committed shard, `(n,)` which of its rows are meant. A row is meant or not: once.
+    """A function from a committed shard to the `(n,)` mask of its rows that are selected.
 
     Raises:
-        IndexError: rows are meant that there are none of. ConfigError: a row id is named twice.
+        IndexError: a selected row does not exist. ConfigError: a row id is given twice.
     """
     size, n_rows = store.spec.rows_per_shard, store.shard_n_rows
     if isinstance(rows, RowFilter):
         return lambda shard: rows.of_shard(store, shard)
     if isinstance(rows, slice):
         start, stop, step = _bounds(store, rows)
-        return lambda shard: _chosen(np.arange(n_rows[shard]) + shard * size, range(start, stop, step), 0)
+        return lambda shard: _select(np.arange(n_rows[shard]) + shard * size, range(start, stop, step), 0)
     mask = np.asarray(rows)
     if mask.dtype == bool and mask.shape == (store.spec.n_rows,):
         for shard in np.flatnonzero(n_rows < size).tolist():
             absent = np.flatnonzero(mask[shard * size + n_rows[shard] : (shard + 1) * size])
             if len(absent):
-                store.record(ROWS, shard)  # says so where the shard is still to be written
+                store.record(ROWS, shard)  # raises if the shard is not written yet
                 raise _left_out(store, int(shard * size + n_rows[shard] + absent[0]))
         return lambda shard: mask[shard * size : shard * size + n_rows[shard]]
     ids = np.sort(checked_rows(store, mask))
     if (twice := ids[1:][ids[1:] == ids[:-1]]).size:
-        raise ConfigError(f"row {twice[0]} is named more than once; name each row once: numpy.unique(rows)")
+        raise ConfigError(f"row {twice[0]} is given more than once; give each row once: numpy.unique(rows)")
 
     def of_shard(shard: int) -> NDArray[np.bool_]:
         first, last = np.searchsorted(ids, (shard * size, (shard + 1) * size))
@@ -229,14 +233,14 @@ def _left_out(store: Tables, row: int) -> IndexError:
 
 
 def _check_written(store: Tables, start: int, stop: int) -> None:
-    """StoreIncompleteError for the first shard with such rows that is still to be written."""
+    """StoreIncompleteError for the first shard with such rows that is not written yet."""
     if not store.sealed:
         low, high = sorted((start, stop))
         for shard in range(low // store.spec.rows_per_shard, -(-high // store.spec.rows_per_shard)):
             store.record(ROWS, shard)
 
 
-def _there(store: Tables, wanted: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _exist(store: Tables, wanted: NDArray[np.int64]) -> NDArray[np.bool_]:
     shard, within = np.divmod(wanted, store.spec.rows_per_shard)
     if store.sealed:
         n_rows = store.shard_n_rows[shard]

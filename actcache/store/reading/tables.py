@@ -1,4 +1,4 @@
-"""What a store holds beside its activations: its tokens, where the rows of a shard come from, and their statistics.
+"""What a store holds beside its activations: its tokens, the origin of each row, and statistics.
 
 In: what is committed. Out: tables, every byte of which has been checked.
 """
@@ -13,13 +13,7 @@ from numpy.typing import NDArray
 from actcache.order import permutation
 from actcache.spec import TokenBlocks
 from actcache.store.backends.objects import Objects
-from actcache.store.format.keys import (
-    ROW_ARRAYS,
-    ROWS,
-    TOKEN_ARRAYS,
-    row_key,
-    stats_key,
-)
+from actcache.store.format.keys import ROW_ARRAYS, ROWS, TOKEN_ARRAYS, row_key, stats_key
 from actcache.store.format.records import stats_place
 from actcache.store.format.root import Root
 from actcache.store.format.stats import line_length
@@ -38,7 +32,7 @@ class Tables(Committed):
         self._tokens = TokenArrays(objects, root.spec)
 
     def shard_row_table(self, shard: int, arrays: Collection[str] = ROW_ARRAYS) -> dict[str, NDArray[np.uint32]]:
-        """`sequence`, `position` and `token` of each row of a shard, or those that are named, in row order."""
+        """`sequence`, `position` and `token` (or some of these arrays) of each row of a shard, in row order."""
         record, spec = self.record(ROWS, shard), self.spec
         shape, table = (spec.rows_per_shard,), {}
         for name, expected in zip(ROW_ARRAYS, record.checksums, strict=False):
@@ -55,14 +49,14 @@ class Tables(Committed):
                 record.n_rows
                 and not possible[name].start <= table[name].min() <= table[name].max() < possible[name].stop
             ):
-                raise self.corrupt(ROWS, shard, f"lists rows of a {name} that it cannot have")
+                raise self.corrupt(ROWS, shard, f"lists rows with a {name} that is impossible there")
         return table
 
     def check_rows(self, shard: int) -> None:
-        """Hold a shard's row table against the tokens of its sequences, and its order against that of the spec's seed.
+        """Compare a shard's row table with the tokens of its sequences, and its order with that of the spec's seed.
 
         Raises:
-            CorruptShardError: it is of other tokens or of another order.
+            CorruptShardError: it has other tokens or another order.
         """
         spec, table = self.spec, self.shard_row_table(shard)
         ids, within = self.shard_tokens(shard), table["sequence"].astype(np.int64) - spec.shard_sequences(shard).start
@@ -72,7 +66,7 @@ class Tables(Committed):
             raise self.corrupt(ROWS, shard, "lists other rows than the store's tokens and seed give")
 
     def kept_rows(self, shard: int) -> NDArray[np.bool_] | None:
-        """`(q * rows_per_sequence,)` which rows of the shard's sequences there are, in reading order; None for all."""
+        """`(q * rows_per_sequence,)` mask of the shard's rows that are stored, in reading order; None for all."""
         spec = self.spec
         capacity = len(spec.shard_rows(shard))
         if self.shard_n_rows[shard] == capacity:
@@ -99,15 +93,15 @@ class Tables(Committed):
             return self._tokens.whole(array)
 
     def check_tokens(self) -> None:
-        """Hold all tokens against the digest in the spec, in little memory; raises like `tokens`."""
+        """Compare all tokens with the digest in the spec, in little memory; raises like `tokens`."""
         self.check()
         with self.explained():
             self._tokens.check()
 
     def shard_tokens(self, shard: int) -> NDArray[np.uint32]:
-        """`(q, T)` token ids of a shard's sequences, of which only that part of the tokens is read.
+        """`(q, T)` token ids of a shard's sequences; only that part of the tokens is read.
 
-        The shard need not be committed. Whoever goes from shard to shard reads every chunk of the tokens once.
+        The shard need not be committed. Going from shard to shard reads every chunk of the tokens once.
 
         Raises:
             IndexError: no such shard. CorruptShardError: the tokens are missing or damaged.
@@ -115,7 +109,7 @@ class Tables(Committed):
         return self._tokens_of_shard("ids", shard)
 
     def shard_documents(self, shard: int) -> NDArray[np.uint32]:
-        """`(q, T)` number of the text that each token of `shard_tokens` is from; raises like that."""
+        """`(q, T)` number of the text that each token of `shard_tokens` is from; raises like `shard_tokens`."""
         return self._tokens_of_shard("document", shard)
 
     def _tokens_of_shard(self, array: str, shard: int) -> NDArray[np.uint32]:

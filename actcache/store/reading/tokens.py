@@ -1,6 +1,6 @@
-"""The tokens of a store: all of them, or those of a shard, with no more read than that takes.
+"""The tokens of a store: all of them, or those of a shard, for which only the chunks that hold them are read.
 
-In: an opened place and the spec of what lies there. Out: arrays whose every byte has been checked.
+In: the objects of a store and its spec. Out: arrays of which every byte has been checked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from actcache.store.format.table_objects import UINT32, get_table
 
 
 class TokenArrays:
-    """`ids` and `document` of a store; the chunk that was read last is kept, since the next shard mostly lies in it."""
+    """`ids` and `document` of a store. The last chunk is kept, because the next shard usually lies in it."""
 
     def __init__(self, objects: Objects, spec: StoreSpec) -> None:
         self.objects, self.spec = objects, spec
@@ -26,7 +26,7 @@ class TokenArrays:
         self._last: dict[str, tuple[int, NDArray[np.uint32]]] = {}
 
     def whole(self, array: str) -> NDArray[np.uint32]:
-        """The `(Q, T)` array; CorruptShardError when it is not the one that the store was begun with."""
+        """The `(Q, T)` array; CorruptShardError when it is not what the store was begun with."""
         values, checksums = self._read(array)
         if self._checksums.get(array) != checksums:  # the digest is of both arrays
             digest, seen = hashlib.sha256(), {}
@@ -38,7 +38,7 @@ class TokenArrays:
         return values
 
     def check(self) -> None:
-        """Hold all tokens against their digest, a chunk at a time; CorruptShardError when they do not match it."""
+        """Compare all tokens with their digest, a chunk at a time; CorruptShardError when they do not match it."""
         digest, per_chunk = hashlib.sha256(), token_sequences_per_chunk(self.spec)
         for array in TOKEN_ARRAYS:
             for first in range(0, self.spec.n_sequences, per_chunk):
@@ -51,7 +51,7 @@ class TokenArrays:
             raise CorruptShardError(f"the tokens of {self.objects} do not match their digest", store=self.objects)
 
     def of_shard(self, array: str, shard: int) -> NDArray[np.uint32]:
-        """`(q, T)` of the sequences of one shard, a copy; of one chunk only, whose own crc32c is checked.
+        """`(q, T)` of one shard's sequences, as a copy; only one chunk is read, and its own crc32c is checked.
 
         Raises:
             IndexError: no such shard. CorruptShardError: the chunk is missing or damaged.
@@ -66,7 +66,7 @@ class TokenArrays:
             known = self._checksums.get(array)
             if known and known[chunk] != checksum:
                 raise CorruptShardError(
-                    f"{token_key(array, chunk)} of {self.objects} is not what it was when it was read before",
+                    f"{token_key(array, chunk)} of {self.objects} is not what it was when it was read earlier",
                     store=self.objects,
                 )
             self._last[array] = chunk, values
@@ -74,7 +74,7 @@ class TokenArrays:
 
     def _read(self, array: str) -> tuple[NDArray[np.uint32], list[int]]:
         n_chunks = -(-self.spec.n_sequences // token_sequences_per_chunk(self.spec))
-        # Nothing is allocated by what the spec claims alone: it may be a hostile one.
+        # Memory is allocated for what has been read, never for what the spec claims: it may be hostile.
         parts = [self._read_chunk(array, chunk) for chunk in range(n_chunks)]
         return np.concatenate([part for part, _ in parts])[: self.spec.n_sequences], [crc for _, crc in parts]
 

@@ -1,6 +1,6 @@
-"""A store as others like to look at it: a summary, a lazy dask array, an xarray dataset.
+"""Other views of a store: a summary, a lazy dask array, an xarray dataset.
 
-In: an open store. Out: values that read it when they are asked to, through the store's own checks.
+In: an open store. Out: a dictionary, or lazy arrays that read the store, with its checks, when they are computed.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _Read = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[Any]]
 
 
 def info(store: Chunks) -> dict[str, Any]:
-    """What the store is, how far it is, how large, and its statistics: JSON-able.
+    """What the store is, how complete, how large, and its statistics: JSON-able.
 
-    A finished store has all of this in a few objects. Of an unfinished one with many shards, sizes and statistics are
-    those of some, evenly spread over the committed ones; `n_shards_measured` says of how many.
+    A finished store has all of this in a few objects. For an unfinished one with many shards, sizes and statistics are
+    those of a sample spread evenly over the committed ones; `n_shards_measured` is its size.
     """
     spec, names = store.spec, columns_of(store.spec)
     measured = _evenly(store.committed, len(store.committed) if store.sealed else _MOST_SHARDS)
@@ -94,11 +94,11 @@ def _evenly(shards: list[int], most: int) -> list[int]:
 
 
 def as_dask(store: Chunks, site: str) -> dask.array.Array:
-    """A site as a lazy `(n_rows, D)` dask array of the rows that there are, one block a shard, every read checked.
+    """A site as a lazy `(n_rows, D)` dask array of its rows, one block a shard, every read checked.
 
-    Its dtype is the logical one; bfloat16, which numpy does not have, shows as float32, which holds every bfloat16
-    exactly. The bfloat16 of ml_dtypes would need that package wherever the array is computed, and most of numpy and
-    dask computes nothing with it without widening it first; `astype` gives it to those who want it.
+    Its dtype is the logical one. numpy has no bfloat16, so that is shown as float32, which holds every bfloat16
+    exactly. The bfloat16 of ml_dtypes would be needed wherever the array is computed, and most of numpy and dask has to
+    widen it first; `astype` converts to it.
 
     Raises:
         SiteError: no such site. CorruptShardError: a shard is damaged, when it is computed.
@@ -114,11 +114,11 @@ def as_dask(store: Chunks, site: str) -> dask.array.Array:
 
 
 def as_xarray(store: Chunks, sites: Sequence[str] | str | None = None) -> xarray.Dataset:
-    """Sites as a lazy xarray dataset: one variable each, over the rows that there are, as `as_dask` gives them.
+    """Sites as a lazy xarray dataset: one variable each, over the store's rows, as `as_dask` gives them.
 
-    The dimensions are `row` and `feature_768` (for a site that is 768 wide), so that sites of equal width can be
-    subtracted from each other, and others cannot. `sequence`, `position` and `token` are coordinates of `row`, as lazy
-    as the rest. A variable's attributes say its hook, the shape of its feature axes, its dtype and its codec.
+    The dimensions are `row` and `feature_768` (for a site of width 768), so that only sites of equal width can be
+    subtracted from each other. `sequence`, `position` and `token` are lazy coordinates of `row`. A variable's
+    attributes are its hook, the shape of its feature axes, its dtype and its codec.
 
     Args:
         store: the store.
@@ -147,8 +147,8 @@ def as_xarray(store: Chunks, sites: Sequence[str] | str | None = None) -> xarray
 class _Rows:
     """What dask needs of an array to slice it lazily: shape, dtype, blocks, and an index that reads.
 
-    Positions count the rows that there are, while the store knows rows by their shard and their place in it: `read`
-    takes those two arrays and gives the values.
+    Positions count the rows that exist, while the store finds rows by shard and place within it: `read` takes these two
+    arrays and returns the values.
     """
 
     def __init__(self, store: Chunks, width: tuple[int, ...], dtype: np.dtype[Any], read: _Read) -> None:
@@ -162,7 +162,7 @@ class _Rows:
         if not isinstance(rows, slice):
             return self[(slice(rows, rows + 1), *features)][0]  # type: ignore[no-any-return]  # a row of an array
         positions = np.arange(*rows.indices(self.shape[0]))
-        # Shards without rows start where the next one does; `right` steps over them.
+        # A shard without rows starts where the next one does; `right` skips it.
         shards = np.searchsorted(self._starts, positions, side="right") - 1
         return self._read(shards, positions - self._starts[shards])[(slice(None), *features)]
 
@@ -172,7 +172,7 @@ def _lazy(store: Chunks, array: str, width: tuple[int, ...], dtype: np.dtype[Any
     import dask.base
 
     rows = _Rows(store, width, dtype, read)
-    # What a finished store holds does not change, so that equal parts of several graphs need to be read only once.
+    # A finished store does not change, so equal parts of several graphs are read only once.
     name = f"{array}-{dask.base.tokenize(store.path, store.fingerprint)}" if store.sealed else False
     meta = np.empty((0,) * rows.ndim, dtype)
     return dask.array.from_array(rows, chunks=rows.chunks, name=name, asarray=False, fancy=False, meta=meta)

@@ -1,4 +1,4 @@
-"""Look for a store, or begin one: what is there, whether it is what is asked for, and its arrays and tokens."""
+"""Look for a store, or create one: what is there, whether it is what was asked for, and its arrays and tokens."""
 
 from __future__ import annotations
 
@@ -20,42 +20,42 @@ from actcache.store.format.root import Root, exists_any, read_root, write_root
 from actcache.store.format.table_objects import UINT32, put_table
 from actcache.store.store import Store
 from actcache.store.writing.agenda import Agenda
-from actcache.store.writing.growth import check, check_same_spec
+from actcache.store.writing.growth import check_growth, check_same_spec
 
 
 def look(objects: Objects, spec: StoreSpec, blocks: TokenBlocks | None, *, may_grow: bool) -> Root | None:
-    """The root of the store that is there, None where one has to be made.
+    """The root of the store that is there, None where one has to be created.
 
     Raises:
         NotAStoreError: something else is there. StoreMismatchError: another store is there. StoreNotFoundError: nothing
-        is there, and without tokens nothing can be made. ConfigError: the place lies in a store. CorruptShardError: the
-        root is not the one that the store was made with.
+        is there, and without tokens nothing can be created. ConfigError: the place lies in a store. CorruptShardError:
+        the root is not the one that the store was created with.
     """
     if objects.size("zarr.json") < 0:
-        # In this order: somebody may be making it at this moment.
+        # In this order: another process may be creating it at this moment.
         if exists_any(objects) and objects.size("zarr.json") < 0:
-            raise NotAStoreError(f"{objects} holds something else, no activation store; name another place")
+            raise NotAStoreError(f"{objects} holds something other than an activation store; name another place")
         if blocks is None:
             raise StoreNotFoundError(f"no activation store at {objects}; make one with 'actcache extract'")
         if isinstance(place := objects.root or objects.location, str | Path):
             refuse_inside_store(place, itself=False)
         return None
     root = read_root(objects)
-    if root.state == "creating":  # a crash before the first shard: nothing is lost by beginning again
+    if root.state == "creating":  # a crash before the first shard: starting again loses nothing
         return None
     Store(objects, root).check()
     if root.spec != spec:
         if may_grow and blocks is not None:
-            check(objects, root.spec, spec, blocks)
+            check_growth(objects, root.spec, spec, blocks)
         else:
             check_same_spec(objects, root.spec, spec)
     return root
 
 
 def create(objects: Objects, spec: StoreSpec, blocks: TokenBlocks, provenance: Mapping[str, Any]) -> Root:
-    """Make a store without shards, and return its root; of a writer that is alone."""
+    """Create a store without shards, and return its root. Call only while holding it alone."""
     write_root(objects, Root(state="creating", spec=spec, provenance=provenance))
-    objects.delete_all("sites")  # what a killed process has begun for other sites and settings
+    objects.delete_all("sites")  # what a killed process has left of other sites and settings
     put_arrays(objects, spec, blocks, 0)
     root = Root(state="open", spec=spec, provenance=provenance)
     write_root(objects, root)
@@ -63,7 +63,7 @@ def create(objects: Objects, spec: StoreSpec, blocks: TokenBlocks, provenance: M
 
 
 def put_arrays(objects: Objects, spec: StoreSpec, blocks: TokenBlocks, n_present: int) -> None:
-    """Metadata of all arrays, and the tokens from sequence `n_present` on."""
+    """Put the metadata of all arrays, and the tokens from sequence `n_present` on."""
     with objects.full_disk_explained("the arrays' metadata: a few kilobytes"):
         metadata.write_metadata(objects, spec)
     if n_present == spec.n_sequences:

@@ -1,4 +1,4 @@
-"""What a writer is given and what it tells: a shard's rows in memory, and what of it has been written."""
+"""What a writer is given and what it reports: a shard's rows in memory, and how much has been committed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from actcache.store import codecs
 from actcache.store.format.stats import merge
 
 Allocate: TypeAlias = Callable[[tuple[int, int], np.dtype[Any]], NDArray[Any]]
-"""From a shape and a dtype to an array, as `numpy.empty`."""
+"""Makes an array of a shape and a dtype, as `numpy.empty` does."""
 
 N_BUFFERS = 2
 """Shards in memory by default: one is filled while the other is encoded."""
@@ -24,7 +24,7 @@ N_BUFFERS = 2
 class ShardBuffers:
     """One shard's rows in memory, in stored dtype and reading order; reused from shard to shard.
 
-    They are shuffled when they are encoded, chunk by chunk, so that the forward pass's thread only appends.
+    They are shuffled chunk by chunk when they are encoded, so that the thread of the forward pass only appends.
     """
 
     def __init__(self, spec: StoreSpec, sites: Sequence[Site], allocate: Allocate | None = None) -> None:
@@ -37,7 +37,7 @@ class ShardBuffers:
         self.order: NDArray[np.int64] = np.empty(0, np.int64)
 
     def keep(self, kept: NDArray[np.bool_] | None) -> None:
-        """Say which of the shard's rows are in the buffers; row i on disk will be row `order[i]` of those."""
+        """Say which of the shard's rows are in the buffers, and draw the order: row i on disk will be `order[i]`."""
         capacity = len(self.spec.shard_rows(self.shard))
         self.kept = np.arange(capacity) if kept is None else np.flatnonzero(kept)
         self.order = permutation(len(self.kept), self.spec.seed, self.shard)
@@ -51,10 +51,10 @@ class Written:
     """Stored bytes of data and statistics."""
     n_shards: int = 0
     lines: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
-    """By site: the statistics line of all rows that it has committed."""
+    """By site: the statistics line of all rows that the writer has committed."""
 
     def with_shard(self, n_bytes: int, lines: Mapping[str, NDArray[np.float64]]) -> Written:
-        """This and one shard more."""
+        """The sum of this and one more shard."""
         merged = {
             name: merge([self.lines[name], line] if name in self.lines else [line]) for name, line in lines.items()
         }

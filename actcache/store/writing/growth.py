@@ -1,4 +1,4 @@
-"""What may change about a store that exists: nothing, unless it is asked to grow by sequences or by sites."""
+"""What may change about an existing store: nothing, unless it is asked to grow by sequences or by sites."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _differences(found: Any, asked: Any, where: str = "") -> Iterator[str]:
         yield f"{where}: the store has {found!r}, asked for {asked!r}"
 
 
-def check(objects: Objects, found: StoreSpec, asked: StoreSpec, blocks: TokenBlocks) -> None:
+def check_growth(objects: Objects, found: StoreSpec, asked: StoreSpec, blocks: TokenBlocks) -> None:
     """Raise `StoreMismatchError` unless `asked` is the store's spec with more sequences at the end, or more sites."""
     expected = replace(asked, sites=asked.sites[: len(found.sites)])
     if asked.n_sequences != found.n_sequences:
@@ -62,13 +62,13 @@ def check(objects: Objects, found: StoreSpec, asked: StoreSpec, blocks: TokenBlo
         stored = store.tokens(name)
         if not np.array_equal(stored, getattr(blocks, name)[: len(stored)]):
             raise StoreMismatchError(
-                f"the first {len(stored):,} sequences are not those of {objects}; give its tokens with the new ones "
-                "behind them"
+                f"the first {len(stored):,} sequences are not those of {objects}; give its tokens, followed by the new "
+                "ones"
             )
 
 
 def clear_leftovers(objects: Objects, found: StoreSpec, asked: StoreSpec, blocks: TokenBlocks) -> None:
-    """Un-commit what an earlier attempt to grow has left, where it is not of these tokens and settings."""
+    """Un-commit what an earlier attempt to grow has left, unless it is of these tokens and settings."""
     for site in asked.sites[len(found.sites) :]:
         if any(True for _ in metadata.differences(objects, asked, site)):
             remove_site(objects, site.name)
@@ -76,16 +76,16 @@ def clear_leftovers(objects: Objects, found: StoreSpec, asked: StoreSpec, blocks
     columns = columns_of(asked)
     committed = {name: committed_shards(objects, name) for name in columns}
     for shard in sorted(set().union(*committed.values())):
-        # Without a row table nothing says of which tokens a site's record is.
+        # Without a row table nothing says which tokens a site's record belongs to.
         behind = found.n_shards <= shard < asked.n_shards
         if behind and not (shard in committed[ROWS] and _fits(reader, shard, blocks)):
             for name in columns:
                 objects.delete(commit_key(name, shard))
-    objects.flush()  # before anything of them is written again
+    objects.flush()  # before any of it is written again
 
 
 def _fits(reader: Store, shard: int, blocks: TokenBlocks) -> bool:
-    """True when a shard's row table reaches to its last sequence and says of each row the token that is there."""
+    """Whether a shard's row table reaches its last sequence and lists, for each row, the token that is there."""
     try:
         table = reader.shard_row_table(shard)
     except CorruptShardError:
@@ -98,7 +98,7 @@ def _fits(reader: Store, shard: int, blocks: TokenBlocks) -> bool:
 
 
 def remove_site(objects: Objects, name: str) -> None:
-    """Remove a site's objects, its records first: what is left when this is cut short counts for nothing."""
+    """Remove a site's objects, its records first, so that what an interruption leaves does not count."""
     for prefix in (f"{site_prefix(name)}/commit", site_prefix(name)):
         objects.delete_all(prefix)
         objects.flush()

@@ -35,9 +35,9 @@ from actcache.store.writing.agenda import Agenda
 from actcache.store.writing.buffers import N_BUFFERS, Allocate, ShardBuffers, Written
 from actcache.store.writing.encode import ShardEncoder
 from actcache.store.writing.growth import clear_leftovers
-from actcache.store.writing.hold import TornShardsError, torn_among
+from actcache.store.writing.integrity import TornShardsError, torn_among
 from actcache.store.writing.row_table import put_row_table
-from actcache.store.writing.seal import Check, complete, provenance_after, seal
+from actcache.store.writing.seal import Check, check_complete, provenance_after, seal
 
 _Part: TypeAlias = tuple[Record, NDArray[np.float64]]
 _CREATION_PATIENCE_S = 600.0
@@ -269,14 +269,14 @@ class StoreWriter:
     def _seal(self, root: Root, check: Check | None) -> Root:
         """Seal a complete store whose root is `root`, and return the sealed root. Call only while holding it alone."""
         try:
-            held = complete(self.objects, self.spec, self._agenda.before)
+            complete = check_complete(self.objects, self.spec, self._agenda.before)
         except TornShardsError as error:
             own = self._agenda.columns_written_together
             self._agenda.uncommit({shard for shard, column in error.torn if column in own(shard)})
             raise
         provenance = None if check is None else provenance_after(self.objects, root, self.spec, check)
         self._put_grown_root()
-        return seal(self.objects, held, provenance)
+        return seal(self.objects, complete, provenance)
 
     def _seal_shared(self, check: Check | None) -> None:
         """Give the store back and, if it is complete, seal it alone; if several writers try at once, the first does.

@@ -1,8 +1,9 @@
-"""Commit records held against what lies there, before a store is continued and before it is sealed.
+"""Compare commit records with what lies there, before a store is continued and before it is sealed.
 
-A record is put last, but a copy of a folder may have it without the objects that it lists, or with some of another
-store. Every object has to be there, as long as its record says, which one listing a folder tells; and a site's record
-has to be bound to the tokens and rows of this store. What is in the objects is left to `verify`, and to reading.
+A record is put last, but a copy of a folder may have it without the objects that it lists, or with objects of another
+store. Every object has to be there, with the length that its record says (one listing of a folder shows it), and a
+site's record has to be bound to the tokens and rows of this store. The contents of the objects are left to `verify` and
+to reading.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ class TornShardsError(CorruptShardError):
         named = [f"shard {shard} of {column}: {reason}" for shard, column, reason in torn[:_MOST_NAMED]]
         more = f"\n  and {len(torn) - _MOST_NAMED:,} more" if len(torn) > _MOST_NAMED else ""
         super().__init__(
-            f"{objects} is not sealed, because what it has is not what its commit records list:\n  "
+            f"{objects} is not sealed, because what it holds is not what its commit records list:\n  "
             + "\n  ".join(named)
             + more
-            + "\ngive the same command again, which makes these shards again; where they were sealed before, run "
-            f"'actcache verify {objects}' and 'actcache repair {objects}' first"
+            + "\ngive the same command again, which makes these shards again; if they were sealed before, first run "
+            f"'actcache verify {objects}' and 'actcache repair {objects}'"
         )
         self.torn = [(shard, column) for shard, column, _ in torn]
         """Shard and column of each."""
@@ -52,7 +53,7 @@ class Homes:
         self._checked: set[int] = set()
 
     def of(self, shard: int) -> tuple[int, bytes]:
-        """How many rows a shard has, and what the records of its sites are bound to; raises what reading them does."""
+        """The number of rows of a shard, and what the records of its sites are bound to; raises like reading them."""
         if shard not in self._known:
             store = self._store
             rows = store.record(ROWS, shard)
@@ -61,24 +62,24 @@ class Homes:
         return self._known[shard]
 
     def check(self, site: str, shard: int, record: Record) -> None:
-        """Hold a site's record against the rows of its shard and the tokens of its sequences.
+        """Compare a site's record with the rows of its shard and the tokens of its sequences.
 
         Raises:
             CorruptShardError: they do not belong together.
         """
         n_rows, home = self.of(shard)
         if record.n_rows != n_rows:
-            raise self._store.corrupt(site, shard, f"is of {record.n_rows} rows, and the row table of {n_rows}")
+            raise self._store.corrupt(site, shard, f"has {record.n_rows} rows, and the row table {n_rows}")
         if record.binding and record.binding != self._bindings.of(site, shard, home):
             raise self._store.corrupt(
                 site, shard, "is of another store: its record is bound to other tokens, another model or other settings"
             )
 
     def check_rows(self, shard: int) -> None:
-        """Hold a shard's row table against the tokens, once: all that can be done where a site's record is not bound.
+        """Compare a shard's row table with the tokens, once: all that can be done if a site's record is not bound.
 
         Raises:
-            CorruptShardError: it is of other tokens.
+            CorruptShardError: it belongs to other tokens.
         """
         if shard not in self._checked:
             self._store.check_rows(shard)
@@ -88,13 +89,13 @@ class Homes:
 def torn_shards(
     store: Store, column: str, shards: Sequence[int], homes: Homes, heads: NDArray[np.uint8]
 ) -> Iterator[tuple[int, str, str]]:
-    """Of shards whose record of a column lies there: shard, column and reason where it cannot be sealed as it is.
+    """Shard, column and reason of the shards that cannot be sealed as they are.
 
     Args:
-        store: is read as one that is not sealed.
+        store: the store, read as one that is not sealed.
         column: which of its columns.
-        shards: which of its shards.
-        homes: of the same store.
+        shards: shards whose record of that column lies there.
+        homes: the homes of the same store.
         heads: `(n, 48)`, receives the heads of the records.
     """
     length, torn = record_length(store.spec, column), set()
@@ -117,7 +118,7 @@ def torn_shards(
 def _wrong_lengths(
     objects: Objects, spec: StoreSpec, column: str, shards: Iterable[int], heads: NDArray[np.uint8]
 ) -> Iterator[tuple[int, str]]:
-    """Shards whose objects are not all there, or not as long together as the heads of their records say."""
+    """Shards whose objects are missing, or whose total length is not what the heads of their records say."""
     folders = {key.rpartition("/")[0] for key in _objects_of(spec, column, 0)}
     found = {f"{folder}/{name}": n for folder in folders for name, n in objects.sizes(folder).items()}
     for shard, n_bytes in zip(shards, heads[:, 40:48].copy().view("<u8")[:, 0].tolist(), strict=True):
@@ -125,11 +126,11 @@ def _wrong_lengths(
         if -1 in sizes.values():
             yield shard, f"{next(key for key, size in sizes.items() if size < 0)} is missing"
         elif sum(sizes.values()) != n_bytes:
-            yield shard, f"its objects have {sum(sizes.values()):,} bytes, and its record lists {n_bytes:,}"
+            yield shard, f"its objects have {sum(sizes.values()):,} bytes, its record lists {n_bytes:,}"
 
 
 def _objects_of(spec: StoreSpec, column: str, shard: int) -> list[str]:
-    """Keys of what the record of a shard's column lists."""
+    """Keys of the objects that the record of a shard's column lists."""
     if column == ROWS:
         return [row_key(array, shard) for array in ROW_ARRAYS]
     site = spec.site(column)
@@ -137,7 +138,7 @@ def _objects_of(spec: StoreSpec, column: str, shard: int) -> list[str]:
 
 
 def torn_among(store: Store, made: Mapping[int, Sequence[str]]) -> set[int]:
-    """Shards that could not be sealed as they are, of those whose records of some columns lie there."""
+    """Shards that could not be sealed as they are; `made` has, by shard, the columns whose records lie there."""
     shards_of: dict[str, list[int]] = {}
     for shard, columns in made.items():
         for column in columns:
@@ -159,12 +160,12 @@ class Complete:
     """The merged statistics line of each site."""
 
 
-def complete(store: Store, earlier: Store | None) -> Complete:
-    """Hold every record of a store whose shards are all committed against what lies there, and sum them up.
+def compare_records(store: Store, earlier: Store | None) -> Complete:
+    """Compare every record of a store whose shards are all committed with what lies there, and sum them up.
 
     Args:
-        store: is read as one that is not sealed.
-        earlier: the same store as it was sealed, before sites were added or deleted: the records and statistics of the
+        store: the store, read as one that is not sealed.
+        earlier: the same store as it was sealed before sites were added or deleted: the records and statistics of the
             sites that stay are not read again.
 
     Raises:
