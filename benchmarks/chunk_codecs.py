@@ -43,9 +43,9 @@ FINDINGS = """\
   encode and more than half as long again to decode, and is larger on most sites; it is smaller where rows repeat with
   the tokens, as in a model's first residual streams. With Blosc's own choice of 32 KiB blocks zstd compresses high and
   low bytes mixed: a larger result again, decoded a third as fast.
-- lz4 behind a bit shuffle misses the goal on residual streams, most on models with outlier features. Since `lossless`
-  has frames of its own, it encodes at 0.9 to 1.6 of their speed and decodes at 0.9 to 1.1: hardly worth a sixth more
-  bytes, so it is not a preset. Where time matters more than room, take `raw`.
+- lz4 behind a bit shuffle misses the goal on residual streams, most on models with outlier features. It encodes at 0.9
+  to 1.6 of the speed of `lossless` and decodes at 0.9 to 1.1: hardly worth a sixth more bytes, so it is not a preset.
+  Where time matters more than room, take `raw`.
 - `sparse` is plain zstd-1. On ReLU activations level 6 saves nothing and encodes at a quarter of the speed, and any
   shuffle only breaks up the zeros. `auto` takes the smaller of `lossless` and `sparse`.
 - Chunks turned to lie feature by feature save one percent at most of dense values and take longer both ways.

@@ -161,7 +161,7 @@ def test_chunks_without_a_wanted_row_are_not_read(stores, monkeypatch):
     ids = [5, per_chunk * (2 * per_shard + 1), per_chunk * (2 * per_shard + 2) - 1]
     with small(store, rows=ids, epochs=1, read_ahead=1) as loader:
         assert sorted(torch.cat([batch.rows for batch in loader]).tolist()) == ids
-    arrays = [(site.name, array) for site in SITES for array in arrays_of(store.spec, site)]
+    arrays = [(site.name, array.name) for site in SITES for array in arrays_of(store.spec, site)]
     assert sorted(read) == sorted((*names, *place) for names in arrays for place in [(0, 0), (2, 1)])
 
 

@@ -57,7 +57,7 @@ class DeviceGather:
 
         steps, quantiser = self._steps[site], self._quantisers[site]
         if quantiser is not None:
-            rows, joining = quantiser.device_steps([part.index_select(0, places) for part in parts])
+            rows, joining = quantiser.device_steps([part.index_select(0, places) for part in parts], target.shape[1])
             steps = [*joining, *steps]
         elif not steps and parts[0].dtype == self._out:
             torch.index_select(parts[0], 0, places, out=target)

@@ -16,7 +16,7 @@ from actcache.store.codecs.fit import choose_codec, expected_row_bytes
 from actcache.store.codecs.presets import (
     PRESETS,
     TABLE,
-    UnknownStepError,
+    UnknownCodecError,
     parse_codec,
     quantiser_of,
     resolve_codec,
@@ -35,7 +35,7 @@ __all__ = [
     "Powers",
     "Quantiser",
     "StoredArray",
-    "UnknownStepError",
+    "UnknownCodecError",
     "checksum_of",
     "choose_codec",
     "crc_bytes",

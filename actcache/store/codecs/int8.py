@@ -83,7 +83,7 @@ class Int8:
 
         return gather
 
-    def device_steps(self, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Steps]:  # noqa: D102
+    def device_steps(self, parts: Sequence[torch.Tensor], width: int) -> tuple[torch.Tensor, Steps]:  # noqa: D102
         import torch
 
         codes, scales = parts

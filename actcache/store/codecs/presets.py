@@ -86,8 +86,8 @@ PRESETS: dict[str, Preset] = {
 """By name, measured in `docs/codecs.md`."""
 
 
-class UnknownStepError(ConfigError):
-    """A codec names a step that cannot be used."""
+class UnknownCodecError(ConfigError):
+    """There is no preset, or no step, of this name."""
 
 
 def offered() -> list[Preset]:
@@ -151,7 +151,7 @@ def _listed(codec: str | Sequence[Mapping[str, Any]]) -> Sequence[Any]:
     if not isinstance(codec, str):
         return list(codec)
     if not codec.lstrip().startswith("["):
-        raise ConfigError(f"no codec preset {codec[:64]!r}; {_choices()}")
+        raise UnknownCodecError(f"no codec preset {codec[:64]!r}; {_choices()}")
     if len(codec) > MAX_TEXT:
         raise ConfigError(f"the codec is {len(codec)} characters long, more than {MAX_TEXT}")
     try:
@@ -208,7 +208,7 @@ def _step(name: str, options: dict[str, Any]) -> Any:
     """One step; its own checks raise ConfigError."""
     if name not in STEPS:
         there_are = ", ".join(sorted((*STEPS, *_IMPLIED)))
-        raise UnknownStepError(f"codec {name[:64]!r} cannot be used here; there are {there_are}")
+        raise UnknownCodecError(f"codec {name[:64]!r} cannot be used here; there are {there_are}")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     try:
         return STEPS[name](**values)

@@ -89,8 +89,8 @@ class Quantiser(Protocol):
         `rounded`: to bits of bfloat16. To the same bits as `decode` and numpy.
         """
 
-    def device_steps(self, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Steps]:
-        """What makes values of gathered rows on a device, where `decode` would: a tensor, and steps from there.
+    def device_steps(self, parts: Sequence[torch.Tensor], width: int) -> tuple[torch.Tensor, Steps]:
+        """What joins gathered rows to values `(R, width)` on a device: a tensor, and steps from there.
 
         The multiplication by the powers of two is added by the caller. To the same bits as `decode`.
         """

@@ -72,9 +72,9 @@ def read_root(objects: Objects) -> Root:
         )
     try:
         return _root(attributes)
-    except codecs.UnknownStepError as error:
+    except codecs.UnknownCodecError as error:
         raise StoreVersionError(
-            f"{objects} has a site that this actcache cannot decode: {error}; read it with the version that wrote it"
+            f"{objects} has a site that this actcache cannot decode: {error}; use the version that wrote the store"
         ) from None
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptShardError(f"the attributes of {objects} are damaged: {str(error)[:300]}") from None
