@@ -29,9 +29,9 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 MOST_OBJECT_BYTES = 1 << 28
 """Largest piece of a store that is decoded whole: what a hostile store can make a reader allocate at a time."""
 NO_DOCUMENT = (1 << 32) - 1
-"""Document number of the positions behind the end of a sequence that is shorter than the others."""
+"""Document number of the positions after the end of a sequence that is shorter than the others."""
 _MOST_NAME_CHARACTERS = 240
-"""Of a site's name, escaped as in a URL: file systems take names of 255 bytes."""
+"""Longest name of a site, escaped as in a URL: file systems take names of 255 bytes."""
 _NO_SITE_NAMES = ("rows", "tokens", "ledger", "attributes", "metadata")
 
 Progress = Callable[[int, int], None]
@@ -46,7 +46,7 @@ def check_positive(where: str, **values: int) -> None:
 
 
 def check_number(where: str, least: float, most: float, **values: Any) -> None:
-    """Raise `ConfigError` for the first of the named values that is no finite number within these limits."""
+    """Raise `ConfigError` for the first of the named values that is not a finite number within these limits."""
     for name, value in values.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not least <= value <= most or not math.isfinite(value):
@@ -64,7 +64,7 @@ def integer(where: str, name: str, value: Any) -> int:
 
 
 def check_callable(where: str, **values: Any) -> None:
-    """Raise `ConfigError` for the first of the named values that is there and is no function."""
+    """Raise `ConfigError` for the first of the named values that is neither None nor a function."""
     for name, value in values.items():
         if value is not None and not callable(value):
             raise ConfigError(f"{where}: {name} must be a function, got {shown(value)}")
@@ -85,9 +85,9 @@ def digest_of(value: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Meaning:
-    """What the name of a site stands for in its model: enough to find the same value again without this package.
+    """What the name of a site stands for in its model: enough to find the value again without this package.
 
-    Equal meanings are equal values for the same model and tokens; a store is only continued under the same meaning.
+    Equal meanings give equal values for the same model and tokens; a store is only continued under the same meaning.
     """
 
     module: str
@@ -96,14 +96,14 @@ class Meaning:
     """The module's first argument, or its output (of a tuple the first element; of named fields `logits`, or the first
     tensor)."""
     call: int = 0
-    """Of a module that runs several times in one forward pass, which of its runs, from 1 on; 0 where it runs once."""
+    """Which run, from 1 on, of a module that runs several times in one forward pass; 0 for one that runs once."""
     transformer_lens: str = ""
-    """Version of transformer-lens, where only its instrumented model has the value; empty for a plain module."""
+    """Version of transformer-lens, if only its instrumented model has the value; empty for a plain module."""
 
     def __post_init__(self) -> None:
         texts = isinstance(self.module, str) and isinstance(self.transformer_lens, str)
         if not texts or self.side not in ("in", "out") or type(self.call) is not int or self.call < 0:
-            raise ConfigError(f"no meaning of a site: {self!r}")
+            raise ConfigError(f"invalid meaning of a site: {self!r}")
 
     def __str__(self) -> str:
         if self.transformer_lens:
@@ -113,7 +113,7 @@ class Meaning:
         return f"{module}, {'input' if self.side == 'in' else 'output'}{run}"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form without what is not said; `Meaning(**plain)` is the inverse."""
+        """JSON-able form without empty entries; `Meaning(**plain)` is the inverse."""
         optional = {"call": self.call, "transformer_lens": self.transformer_lens}
         return {"module": self.module, "side": self.side, **{key: value for key, value in optional.items() if value}}
 
@@ -131,7 +131,7 @@ class Site:
     codec_reason: str = ""
     """Why `auto` chose that codec; empty when it was given."""
     feature_exponents: tuple[int, ...] = ()
-    """Of a quantised site: powers of two, one a feature, that outlying features are divided by first; or empty."""
+    """Of a quantised site: powers of two, one for each feature, that outlying features are divided by; or empty."""
     meaning: Meaning | None = None
     """What the name stands for in the model; None for a store that does not say (imported, or of an early version)."""
 
@@ -154,7 +154,7 @@ class Site:
         try:
             length = len(quote(self.name))
         except UnicodeEncodeError:
-            raise ConfigError(f"site {self.name!r}: the name is no text that could be stored") from None
+            raise ConfigError(f"site {self.name!r}: the name is not text that could be stored") from None
         if length > _MOST_NAME_CHARACTERS:
             raise ConfigError(
                 f"site {self.name[:40]}...: the name of a site becomes that of a folder, of {length} characters "
@@ -169,7 +169,7 @@ class Site:
         return math.prod(self.shape)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form, the inverse of `from_dict`; a store that does not say what a name means stays as it is."""
+        """JSON-able form, the inverse of `from_dict`; without `meaning` if the store does not say it."""
         plain = {**asdict(self), "meaning": self.meaning and self.meaning.to_dict()}
         return plain if self.meaning else {key: value for key, value in plain.items() if key != "meaning"}
 
@@ -196,7 +196,7 @@ class StoreSpec:
     rows_per_chunk: int
     """Rows of an inner chunk, the unit of reading; divides `rows_per_shard`."""
     skip_first: int = 1
-    """Leading positions of each sequence that get no row: those have the least context, and often extreme norms."""
+    """Leading positions of each sequence without rows: they have the least context, and often extreme norms."""
     dtype: Dtype = "bfloat16"
     """Logical element type."""
     seed: int = 0
@@ -234,7 +234,7 @@ class StoreSpec:
     def _check_object_sizes(self) -> None:
         """No object that is read or written whole may be larger than `MOST_OBJECT_BYTES`.
 
-        A spec is read from a store that anybody may have made: what passes here is all that is ever allocated for it.
+        A spec may come from a hostile store: what passes here bounds every allocation that is made for it.
         """
         widest = max(site.width for site in self.sites)
         sizes = {
@@ -304,13 +304,13 @@ class TokenBlocks:
     """Token sequences in the order in which they are extracted, with where each token came from.
 
     Packed ones are all T tokens long. One that is shorter ends where its `document` becomes `NO_DOCUMENT` and stays so:
-    positions behind that are no tokens, and get no rows.
+    positions from there on hold no tokens, and get no rows.
     """
 
     ids: NDArray[np.uint32]
     """`(Q, T)` token ids; may be memory-mapped."""
     document: NDArray[np.uint32]
-    """`(Q, T)` number of the text that each token belongs to, `NO_DOCUMENT` behind the end of a shorter sequence."""
+    """`(Q, T)` number of the text that each token belongs to, `NO_DOCUMENT` after the end of a shorter sequence."""
     description: Mapping[str, Any]
     """How the blocks were made (length, seed, documents read, tokenizer digest, token digest): JSON-able."""
 
@@ -334,11 +334,11 @@ class TokenBlocks:
         return int(self.ids.shape[1])
 
     def lengths(self, sequences: range) -> NDArray[np.int64]:
-        """`(q,)` tokens of each of some sequences."""
+        """`(q,)` tokens of each of the sequences."""
         return lengths_of(np.asarray(self.document[sequences.start : sequences.stop]))
 
     def digest(self) -> str:
-        """sha256 (hex) of ids and documents: what a store and its verification go by."""
+        """sha256 (hex) of ids and documents, by which a store recognises and verifies its tokens."""
         digest = hashlib.sha256()
         for values in (self.ids, self.document):
             for start in range(0, self.n_sequences, 4096):  # memory-mapped arrays are read piece by piece
@@ -346,7 +346,7 @@ class TokenBlocks:
         return digest.hexdigest()
 
     def join(self, more: TokenBlocks) -> TokenBlocks:
-        """These sequences and then those, in memory; document numbers count within each part."""
+        """These sequences followed by `more`, in memory; document numbers count within each part."""
         ids, document = (np.concatenate([getattr(self, n), getattr(more, n)]) for n in ("ids", "document"))
         return TokenBlocks(ids=ids, document=document, description=self.description)
 
@@ -381,7 +381,7 @@ def _uint32_array(name: str, values: Any) -> NDArray[np.uint32]:
 
 
 def lengths_of(document: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """`(q,)` tokens of each of some sequences, by the `(q, T)` document numbers of their positions."""
+    """`(q,)` tokens of each of the sequences, from the `(q, T)` document numbers of their positions."""
     lengths: NDArray[np.int64] = (document != NO_DOCUMENT).sum(axis=1, dtype=np.int64)
     return lengths
 

@@ -1,4 +1,4 @@
-"""How far an extraction is, how fast, and what its activations look like so far: what `watch` is called with."""
+"""The argument of `watch`: how far an extraction is, how fast, and what its activations look like so far."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class SiteStatus:
     n_inf: int
     """Infinite values."""
     dead: bool
-    """Whether all rows are equal: there is nothing to learn from such a site."""
+    """Whether all rows are equal: nothing can be learned from such a site."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Status:
-    """How far an extraction is, and how fast; what `watch` is called with after each forward pass."""
+    """How far an extraction is, and how fast; passed to `watch` after each forward pass."""
 
     n_sequences_done: int
     """Sequences whose forward pass is done, those of earlier calls included."""
@@ -42,7 +42,7 @@ class Status:
     queue: int
     """Shards that wait to be encoded or are being encoded."""
     queue_size: int
-    """Shards that fit in memory: when `queue` stays there, encoding or the disk is what limits."""
+    """Shards that fit in memory: if `queue` stays at this number, encoding or the disk is the limit."""
     sites: Mapping[str, SiteStatus]
     """Statistics of what this call has stored; empty before its first shard."""
     n_sequences_here: int

@@ -1,6 +1,6 @@
-"""The options that stand together wherever a store is made; what is not said is chosen to suit the sites.
+"""The options that belong together wherever a store is made.
 
-In: what the user asked for. Out: a value that was checked once, so that nothing behind it checks again.
+In: what the user asked for. Out: a value that is legal, because it is checked where it is made.
 """
 
 from __future__ import annotations

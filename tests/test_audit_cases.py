@@ -55,7 +55,9 @@ def test_an_instrumented_model_that_disagrees(tmp_path: Path, monkeypatch: pytes
         return Comparison(trusted=frozenset(instrumented), before=frozenset(instrumented))
 
     monkeypatch.setattr(names, "compare", agreed)
-    monkeypatch.setattr(names, "agreeing", lambda plain, instrumented: {n: s.place for n, s in instrumented.items()})
+    monkeypatch.setattr(
+        names, "choose_places", lambda plain, instrumented: {n: s.place for n, s in instrumented.items()}
+    )
     config = hf.FalconConfig(**SIZES, alibi=True, parallel_attn=False, multi_query=False, bias=True, **SPECIAL)
     lm = ac.load_lm(noisy(hf.FalconForCausalLM(config)))
     with pytest.raises(AuditError, match="the instrumented model is not the plain one"):

@@ -31,12 +31,12 @@ from actcache.store import Store, open_store
 
 _FEWEST, _MOST, _ONE_OF, _ONE_SHARD_OF = 4, 32, 300, 8
 """The audit that ends an extraction looks at one sequence of 300, in one shard of 8, and at some rows of the others. A
-sequence alone takes about three times as long as in a batch, and reading a shard a thirtieth of making it: together a
-hundredth or two of the run, more of one that takes seconds."""
+sequence alone takes about three times as long as in a batch, and reading a shard takes a thirtieth of making it:
+together 1 or 2 % of the run, more of one that takes seconds."""
 _COPIES = 4
-"""Of a sequence, in the batch that shows how coarsely the model rounds."""
+"""Copies of a sequence in the batch that shows how coarsely the model rounds."""
 _DECIDING = ("weights", "dtype", "autocast", "quantization")
-"""What of a model's identity decides values."""
+"""Entries of a model's identity that decide values."""
 
 
 def audit(
@@ -48,7 +48,7 @@ def audit(
     sites: Sequence[str] | str = "*",
     progress: Progress | None = None,
 ) -> Audit:
-    """Hold rows of a store against what its model computes for their tokens.
+    """Compare rows of a store with what its model computes for their tokens.
 
     Sequences are drawn over all shards, each is run alone, at its own length, through the whole plain model, and every
     row that the store has of it is compared with what passes the module that the site's name stands for. A name that
@@ -56,16 +56,16 @@ def audit(
     have been seen to equal the plain model's for the same tokens.
 
     Args:
-        store: a store, or where it lies; of an unfinished one the committed shards are looked at.
-        lm: the model that it was made from, opened as it was then (dtype, autocast).
+        store: a store or its path; of an unfinished one, the committed shards are audited.
+        lm: the model that it was made from, opened in the same way (dtype, autocast).
         n_sequences: sequences to look at.
-        seed: which ones: the same number and seed draw the same sequences.
+        seed: decides which; the same number and seed draw the same sequences.
         sites: names or patterns of the sites to look at.
         progress: called with (sequences done, sequences in all).
 
     Returns:
         One row a site: the largest error of a row relative to its norm, the tolerance (which follows from the dtypes
-        and the codec), the worst row, and what the values were compared with. `audit.sound` says whether all is well.
+        and the codec), the worst row, and what the values were compared with. `audit.sound`: whether every site passed.
 
     Raises:
         StoreMismatchError: the store is of another model. SiteError: a pattern matches nothing. StoreIncompleteError:
@@ -134,7 +134,7 @@ def _failure(found: Audit) -> str:
 
 @dataclass(slots=True)
 class _Line:
-    """What is known of a site so far."""
+    """The result for a site so far."""
 
     site: Site
     tolerance: float = 0.0
@@ -148,13 +148,13 @@ class _Line:
     failed_lengths: list[int] = field(default_factory=list)
 
     def measure(self, rows: FloatRows, copy: FloatRows | str | None) -> None:
-        """Take in how far the model's own rows are off in another batch."""
+        """Record how much the model's own rows differ in another batch."""
         if isinstance(copy, np.ndarray) and copy.shape == rows.shape:
             finite = np.isfinite(rows).all(axis=1) & np.isfinite(copy).all(axis=1)
             self.measured = max(self.measured, float(relative_errors(rows[finite], copy[finite]).max(initial=0.0)))
 
     def take(self, errors: np.ndarray, sequence: StoredSequence) -> bool:
-        """Count a sequence's rows in; whether all of them are within the tolerance."""
+        """Add a sequence's rows; returns whether all of them are within the tolerance."""
         self.n_rows += len(errors)
         sound = bool((errors <= self.tolerance).all())
         (self.sound_lengths if sound else self.failed_lengths).append(len(sequence.ids))
@@ -181,7 +181,7 @@ def _audit(
     done: list[int] = []
     for entry in drawn:
         there = list(stored_sequences(store, entry))
-        stored = {name: _stored(store, name, there) for name in names}
+        stored = {name: _read_rows(store, name, there) for name in names}
         for number, sequence in enumerate(there):
             _compare(store, reference, lines, sequence, {name: stored[name][number] for name in names})
             done.append(sequence.sequence)
@@ -233,7 +233,7 @@ def _compare(
 
 
 def _as_wide(store: Store, name: str, rows: FloatRows) -> FloatRows:
-    """A pattern's rows with as many keys as the store's: behind the end of a shorter sequence there is no weight."""
+    """A pattern's rows with as many keys as the store's: keys after the end of a sequence have no weight."""
     site, length = store.spec.site(name), store.spec.sequence_length
     n_heads, n_keys = site.shape[0], len(rows)
     is_pattern = site.shape[1:] == (length,) and rows.shape[1] == n_heads * n_keys
@@ -245,7 +245,7 @@ def _as_wide(store: Store, name: str, rows: FloatRows) -> FloatRows:
     return wide.reshape(len(rows), -1)
 
 
-def _stored(store: Store, name: str, sequences: Sequence[StoredSequence]) -> list[FloatRows]:
+def _read_rows(store: Store, name: str, sequences: Sequence[StoredSequence]) -> list[FloatRows]:
     """`(n, D)` of each of some sequences of one shard, whose chunks are read once."""
     values = store.read(name, np.concatenate([s.rows for s in sequences])).to(torch.float64).numpy()
     return np.split(values, np.cumsum([len(s.rows) for s in sequences])[:-1])
@@ -269,7 +269,7 @@ def _meanings(store: Store, lm: LanguageModel, names: Sequence[str]) -> dict[str
     """What the store says each name stands for; where it does not say, what the model says today.
 
     Raises:
-        SiteError: the model does not know a name that the store says nothing of.
+        SiteError: the model does not have a name whose meaning the store does not say.
     """
     meanings = {}
     for name in names:
@@ -298,4 +298,4 @@ def _check_model(store: Store, lm: LanguageModel) -> None:
 
 
 def _untold(done: int, total: int) -> None:
-    """Nobody wants to know."""
+    """The progress of an audit that is not watched."""

@@ -23,7 +23,7 @@ FloatRows = NDArray[np.float64]
 """`(n, D)`."""
 
 _COMPUTED = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
-"""What one sequence alone may differ by from the same sequence in a batch, where kernels add in another order."""
+"""How much a sequence alone may differ from the same one in a batch, where kernels add in another order."""
 _COMPUTED_TF32 = 1e-2
 _MARGIN = 3.0
 """Where rounding is coarse it is measured, on the sequences that are looked at; other batches may round worse."""
@@ -32,11 +32,11 @@ _STORED = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 _SMALLEST_HALF_STEP_OF_FLOAT16 = 2.0**-25
 _SHORT_ROW = 0.01
 _MOST_PAIRS = 1 << 22
-"""Of a stored row and a position of the model, that are compared to find out where rows come from."""
+"""Pairs of a stored row and a position of the model that are compared to find out where rows come from."""
 
 
 def computed_tolerance(lm: LanguageModel) -> float:
-    """The relative error that the arithmetic of this model is allowed at least."""
+    """The smallest relative error that is allowed for the arithmetic of this model."""
     packed = any(not weight.is_floating_point() for weight in lm.module.parameters())
     coarse = _COMPUTED[torch.bfloat16]
     found = max(coarse if packed else 0.0, _COMPUTED.get(lm.autocast or lm.dtype, coarse))
@@ -45,7 +45,7 @@ def computed_tolerance(lm: LanguageModel) -> float:
 
 
 def rounds_coarsely(lm: LanguageModel) -> bool:
-    """Whether rounding adds up to so much from layer to layer that it has to be measured."""
+    """Whether rounding accumulates over layers so much that it has to be measured."""
     return computed_tolerance(lm) > _COMPUTED[torch.float32]
 
 
@@ -60,7 +60,7 @@ def tolerance_of(lm: LanguageModel, spec: StoreSpec, site: Site, measured: float
 
 
 def relative_errors(model: FloatRows, other: FloatRows, allowed: NDArray[np.float64] | float = 0.0) -> FloatRows:
-    """`(n,)` relative difference of rows, with what each value is allowed taken off; of finite values."""
+    """`(n,)` relative difference of rows, of finite values, minus what each value is allowed."""
     excess = np.linalg.norm(np.maximum(np.abs(other - model) - allowed, 0), axis=1)
     lengths = np.linalg.norm(model, axis=1)
     lengths = np.maximum(lengths, _SHORT_ROW * np.median(lengths)) if len(lengths) else lengths
@@ -68,7 +68,7 @@ def relative_errors(model: FloatRows, other: FloatRows, allowed: NDArray[np.floa
 
 
 def row_errors(spec: StoreSpec, site: Site, model: FloatRows, stored: FloatRows) -> NDArray[np.float64]:
-    """`(n,)` relative error of each row; infinite where other values than the model's are not finite."""
+    """`(n,)` relative error of each row; infinite where the store and the model differ in which values are finite."""
     quantiser = quantiser_of(site.codec)
     alike = _not_finite_alike(model, stored, by_row=quantiser is not None)
     finite = np.isfinite(model) & np.isfinite(stored)
@@ -107,12 +107,12 @@ class Difference:
 
 
 def likely_reasons(difference: Difference) -> list[str]:
-    """What the difference looks like, most telling first; empty when it looks like nothing that is known."""
+    """What the difference looks like, most telling first; empty if it is of no known kind."""
     return [*_of_other_rows(difference), *_of_other_sites(difference), *_of_values(difference)]
 
 
 def _fits(d: Difference, model: FloatRows, stored: FloatRows) -> bool:
-    """Whether most of the rows are these."""
+    """Whether these values of the model explain most of the rows."""
     return len(stored) > 0 and bool(np.median(row_errors(d.spec, d.site, model, stored)) <= d.tolerance)
 
 
@@ -155,7 +155,7 @@ def _of_values(d: Difference) -> Iterator[str]:
 
 
 def say_lengths(failed: Sequence[int], sound: Sequence[int]) -> list[str]:
-    """Whether only short sequences fail: their lengths, and those of the sequences that are right."""
+    """A finding if only short sequences fail, by their lengths and those of the sequences that agree."""
     if failed and sound and max(failed) < max(sound):
         return ["only sequences shorter than others fail: padding, or the rest of the batch, changes the values"]
     return []

@@ -1,7 +1,7 @@
 """Which sequences an audit looks at, and what the store has of them.
 
 Sequences are drawn from evenly spread stretches of the store, so that many shards are seen. Where lengths differ, the
-shortest and the longest sequence of a shard are taken as well: those are the ones that padding would change.
+shortest and the longest sequence of a shard are taken as well, because padding would change those.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class StoredSequence:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drawn:
-    """Sequences of one shard to look at."""
+    """Sequences of one shard that are audited."""
 
     shard: int
     sequences: list[int]
@@ -42,7 +42,7 @@ class Drawn:
 
 
 def draw_sequences(store: Store, n_sequences: int, seed: int, within: range | None = None) -> list[Drawn]:
-    """At most `n_sequences` sequences that have rows, of as many shards as possible; `within` limits them.
+    """At most `n_sequences` sequences with rows, from as many shards as possible; `within` limits them.
 
     The same store, number and seed give the same sequences.
     """
@@ -55,9 +55,9 @@ def draw_cheaply(
 ) -> list[Drawn]:
     """Sequences of a small audit: all rows of some, and of every other shard one chunk.
 
-    Rows are shuffled within a shard, so reading a sequence reads most of its shard. Therefore only one shard of so many
-    is read whole, for `n_sequences` sequences; of the others, `most_shards` at most, one sequence's rows in one chunk
-    are read: several processes may have made the shards, and not all of them alike.
+    Rows are shuffled within a shard, so reading a sequence reads most of its shard. Therefore only
+    one shard in every `one_shard_of` is read whole, for `n_sequences` sequences in all. Of at most `most_shards`
+    others, one sequence's rows in one chunk are read: several processes may have made the shards, not all alike.
     """
     rng, within = np.random.default_rng(0), within or range(store.spec.n_sequences)
     shards = _shards_within(store, within)
@@ -77,7 +77,7 @@ def _shards_within(store: Store, within: range) -> list[int]:
 
 
 def _spread(shards: list[int], n: int, rng: np.random.Generator) -> list[int]:
-    """At most `n` of some shards: one drawn from each of equal stretches."""
+    """At most `n` of the shards: one drawn from each of equal stretches."""
     edges = np.linspace(0, len(shards), min(len(shards), n) + 1).astype(int)
     return [shards[int(rng.integers(start, stop))] for start, stop in pairwise(edges.tolist())]
 
@@ -110,7 +110,7 @@ def stored_sequences(store: Store, drawn: Drawn) -> Iterator[StoredSequence]:
     """The tokens and rows of the sequences that were drawn from a shard.
 
     Raises:
-        CorruptShardError: a row is said to belong to another token than its sequence has there.
+        CorruptShardError: the row table names another token than the sequence has there.
     """
     shard = drawn.shard
     table, span = store.shard_row_table(shard), store.spec.shard_sequences(shard)

@@ -1,7 +1,7 @@
 """What the model computes for one sequence, alone, at its own length, in the whole forward pass.
 
 Plain torch hooks on the modules that a store names give the values. The axis of positions is found by a second run at
-another length, not by a layout that was guessed before: it is the one whose size follows the tokens.
+another length: it is the one whose size follows the tokens.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from actcache.spec import Meaning
 
 _SAME_FUNCTION = {torch.float32: 1e-3, torch.float64: 1e-3}
 _SAME_FUNCTION_16_BIT = 5e-2
-"""Relative difference of logits and block outputs up to which two models are one function."""
+"""Relative difference of logits and block outputs up to which two models count as the same function."""
 _BLOCK = "blocks.{}.hook_out"
 
 
 @dataclass(slots=True)
 class _Watched:
-    """What passed in one forward pass, each with its place in the order of events."""
+    """What passed in one forward pass; events are numbered in their order."""
 
     values: dict[tuple[str, str], list[tuple[int, Any]]] = field(default_factory=dict)
     """`(module path, side)` -> `(moment, value)` of each call."""
@@ -39,13 +39,13 @@ class _Watched:
     n_events: int = 0
 
     def moment(self) -> int:
-        """The place of an event that happens now."""
+        """Count an event, and return its number."""
         self.n_events += 1
         return self.n_events
 
 
 class Reference:
-    """The values of one model at some places, one sequence at a time.
+    """Computes the values of one model at some places, one sequence at a time.
 
     Args:
         lm: the model.
@@ -62,7 +62,7 @@ class Reference:
         return f"instrumented model, {meaning}" if meaning.transformer_lens else f"plain model, {meaning}"
 
     def values(self, ids: NDArray[np.uint32], n_copies: int = 1) -> dict[str, FloatRows | str]:
-        """`(T, D)` values of every site for the `(T,)` tokens, or for what reason there are none.
+        """`(T, D)` values of every site for the `(T,)` tokens, or the reason why there are none.
 
         With `n_copies`, those of the last of so many copies of the sequence in one batch: what differs from the values
         of the sequence alone is rounding.
@@ -73,7 +73,7 @@ class Reference:
         return {name: self._as_rows(name, value, len(ids)) for name, value in found.items()}
 
     def _find_axes(self, ids: NDArray[np.uint32], found: Mapping[str, Tensor | str]) -> dict[str, int]:
-        """For each site the first axis that is as long as the sequence, whatever its length."""
+        """For each site, the first axis that is as long as the sequence at two different lengths."""
         other_ids = ids[:-1] if len(ids) > 1 else np.repeat(ids, 2)
         others, both = self._run(other_ids), (len(ids), len(other_ids))
         axes: dict[str, int] = {}
@@ -114,8 +114,8 @@ class Reference:
         module, watched = self.lm.module, _Watched()
         modules = dict(module.named_modules(remove_duplicate=False))
         with torch.no_grad(), self._cast(), ExitStack() as attached:
-            with suppress(Exception):  # a model may not take a single token; then nothing is to be taken back
-                # Rotary frequencies that a long sequence has stretched stay so until a short one comes.
+            with suppress(Exception):  # a model that does not take a single token has nothing to undo
+                # Rotary frequencies that a long sequence has stretched stay stretched until a short one comes.
                 module(tokens[:1, :1])
             for path, side in dict.fromkeys((place.module, place.side) for place in places):
                 if path in modules:
@@ -148,7 +148,7 @@ class Reference:
         return {name: cache.get(meaning.module, missing) for name, meaning in hooks.items()}
 
     def _block_paths(self) -> dict[int, str]:
-        """Of each block of the instrumented model, the path of the plain model's block that it is made of."""
+        """The path of the plain model's block that each block of the instrumented model wraps."""
         bridge = self.lm.open_instrumented()
         if self.lm.kind == "stories":
             return {i: f"blocks.{i}" for i in range(len(bridge.blocks))}
@@ -161,7 +161,7 @@ class Reference:
     def _difference(
         self, output: Any, watched: _Watched, logits: Any, cache: Mapping[str, Tensor], blocks: Mapping[int, str]
     ) -> str:
-        """Where the instrumented model first computes something else than the plain one; empty if nowhere."""
+        """Where the instrumented model first computes something else than the plain one; empty if they agree."""
         for i, path in blocks.items():
             ours, theirs = watched.values.get((path, "out"), [(0, None)])[-1][1], cache.get(_BLOCK.format(i))
             if isinstance(ours, Tensor) and isinstance(theirs, Tensor) and not self._equal(ours, theirs):
@@ -195,7 +195,7 @@ def _watch(module: nn.Module, path: str, side: str, watched: _Watched) -> Any:
 
 
 def _first_tensor(value: Any) -> Any:
-    """The tensor that is meant by an output: itself, the first of a tuple, of named fields `logits` or the first."""
+    """The tensor in an output: itself, the first of a tuple, or of named fields `logits` or the first."""
     if isinstance(value, Mapping):
         tensors = {key: v for key, v in value.items() if isinstance(v, Tensor)}
         return tensors.get("logits", next(iter(tensors.values()), None))
@@ -213,7 +213,7 @@ def _lookup_watcher(watched: _Watched) -> Any:
 
 
 def _value_of(watched: _Watched, meaning: Meaning, tokens: Tensor) -> Tensor | str:
-    """What passed a place, or what is wrong with it."""
+    """The value that passed a place, or what is wrong with it."""
     calls = watched.values.get((meaning.module, meaning.side), [])
     if not calls:
         return "the model has no such module, or does not run it"
@@ -228,7 +228,7 @@ def _value_of(watched: _Watched, meaning: Meaning, tokens: Tensor) -> Tensor | s
 
 
 def _last_copy(value: Tensor | str, n_copies: int, n_tokens: int) -> Tensor | str:
-    """The last sequence's part of a value of a batch; one that the sequences share is that of each."""
+    """The last sequence's part of a batch's value; a value shared by all sequences as it is."""
     if isinstance(value, str) or n_copies == 1 or not value.ndim:
         return value
     if value.shape[0] == n_copies * n_tokens:
@@ -237,9 +237,9 @@ def _last_copy(value: Tensor | str, n_copies: int, n_tokens: int) -> Tensor | st
 
 
 def _fed_otherwise(watched: _Watched, moment: int, tokens: Tensor) -> str:
-    """Whether the token table was last given other tokens than the sequence's before this moment, as decoders are.
+    """Whether, before this moment, the token table was last given tokens other than the sequence's, as in decoders.
 
-    Tables as large as one that is given the sequence itself are token tables; of positions or of kinds others are.
+    A table is a token table if one of its size is given the sequence itself; others hold positions or types.
     """
     ids = tokens.flatten()
     fed = [(size, given.flatten()) for when, size, given in watched.lookups if when < moment]

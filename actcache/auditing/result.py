@@ -10,16 +10,16 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SiteAudit:
-    """One site's rows, held against what the model computes."""
+    """The comparison of one site's rows with what the model computes."""
 
     site: str
     """Its name."""
     reference: str
     """Where the values to compare with come from."""
     n_rows: int
-    """Rows that were looked at: all that the store has of the sequences drawn."""
+    """Rows that were compared: all that the store has of the sequences drawn."""
     max_relative_error: float
-    """Largest `|stored - model| / |model|` of a row, what its codec may do to each value taken off."""
+    """Largest `|stored - model| / |model|` of a row, minus what its codec may do to each value."""
     tolerance: float
     """How large it may be: rounding in the model's dtype, and in the store's."""
     worst: Mapping[str, int] | None
@@ -29,13 +29,13 @@ class SiteAudit:
 
     @property
     def sound(self) -> bool:
-        """Whether every row that was looked at is within the tolerance."""
+        """Whether every row that was compared is within the tolerance."""
         return self.max_relative_error <= self.tolerance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Audit:
-    """Whether a store's rows are what its model computes, as far as an audit has looked.
+    """Whether the audited rows of a store are what its model computes.
 
     Examples:
         >>> found = ac.audit(store, lm, n_sequences=2)
@@ -46,28 +46,28 @@ class Audit:
     """
 
     path: str
-    """Where the store lies."""
+    """Path of the store."""
     sites: tuple[SiteAudit, ...]
-    """One a site that was looked at."""
+    """The result of each site."""
     sequences: tuple[int, ...]
-    """The sequences that were looked at."""
+    """Numbers of the sequences that were run."""
     seed: int
-    """What they were drawn with."""
+    """Seed with which they were drawn."""
     model: str
     """The model's name."""
     dtype: str
-    """In which it computed."""
+    """Element type in which it computed."""
     device: str
-    """Where."""
+    """Device on which it ran."""
 
     @property
     def sound(self) -> bool:
-        """Whether every site is."""
+        """Whether every site is sound."""
         return all(site.sound for site in self.sites)
 
     @property
     def failed(self) -> list[SiteAudit]:
-        """The sites that are not."""
+        """The sites that are not sound."""
         return [site for site in self.sites if not site.sound]
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,11 +76,11 @@ class Audit:
         return {**asdict(self), "sites": sites, "sequences": list(self.sequences), "sound": self.sound}
 
     def to_entry(self, of: str) -> dict[str, Any]:
-        """What a store's provenance keeps of it: a line a site, and of what work it is the audit."""
+        """The entry in a store's provenance: a line for each site, and what work was audited."""
         sites = {
             site.site: {
                 "sound": site.sound,
-                # JSON has no infinity; where nothing could be compared there is no number.
+                # JSON has no infinity; without a comparison there is no number.
                 "max_relative_error": site.max_relative_error if isfinite(site.max_relative_error) else None,
                 "tolerance": site.tolerance,
                 "n_rows": site.n_rows,
@@ -98,7 +98,7 @@ class Audit:
 
 
 def describe_site(site: SiteAudit) -> str:
-    """A site's result in a sentence."""
+    """A site's result as a sentence."""
     mark = "ok  " if site.sound else "FAIL"
     error = f"{site.max_relative_error:.2g} of {site.tolerance:.2g} allowed"
     where = "" if site.worst is None or site.sound else f", worst at {said_of(site.worst)}"

@@ -1,4 +1,4 @@
-"""A scheduler's address, or so many processes of this machine, as a client of dask."""
+"""Connects to a scheduler, or starts processes on this machine, as a client of dask."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CLOSE_S, _CLOSE_LOST_S = 10.0, 1.0
 
 
 def local_workers(cluster: object) -> int | None:
-    """N of `local:N`; None for everything else."""
+    """N of `local:N`; None for any other cluster."""
     found = re.fullmatch(r"local:(\d+)", cluster) if isinstance(cluster, str) else None
     if found is None:
         return None
@@ -32,7 +32,7 @@ def local_workers(cluster: object) -> int | None:
 
 
 def model_threads(n_workers: int) -> int:
-    """Threads of the forward pass in each of so many workers of this machine."""
+    """Threads of the forward pass in each of `n_workers` on this machine."""
     from dask.system import CPU_COUNT
 
     return max(1, int(CPU_COUNT) // n_workers)
@@ -46,10 +46,10 @@ def check_installed() -> None:
 
 @contextmanager
 def connected(cluster: str | Client, say: Say) -> Iterator[Client]:
-    """A client whose workers are there; what was started for it ends with it.
+    """A client with workers; what was started for it is stopped afterwards.
 
     Raises:
-        ConfigError: what is given is no cluster. ClusterError: nobody answers, or there is no worker.
+        ConfigError: the argument does not name a cluster. ClusterError: no scheduler answers, or there is no worker.
     """
     n_workers = local_workers(cluster)
     if n_workers is not None:
@@ -73,7 +73,7 @@ def _local_cluster(n_workers: int) -> Iterator[Client]:
 
     dashboard = "127.0.0.1:0" if find_spec("bokeh") else None
     settings = {
-        # In place of dask's own, among which MALLOC_TRIM_THRESHOLD_ makes the allocator give back the pages of every
+        # In place of dask's own, in which MALLOC_TRIM_THRESHOLD_ makes the allocator return the pages of every
         # large tensor and fault them in again.
         "distributed.nanny.pre-spawn-environ": {"OMP_NUM_THREADS": model_threads(n_workers)},
         "distributed.worker.profile.enabled": False,
@@ -110,7 +110,7 @@ def _client_of(address: str) -> Iterator[Client]:
             _wait_for_a_worker(client, address)
             yield client
         finally:
-            # Where the scheduler is gone, the client goes on looking for it, and what is raised says so already.
+            # Without a scheduler, the client keeps looking for it; the error already says so.
             with suppress(TimeoutError):
                 client.close(timeout=_CLOSE_S if client.status == "running" else _CLOSE_LOST_S)
 
@@ -127,7 +127,7 @@ def _wait_for_a_worker(client: Client, address: str) -> None:
 
 @contextmanager
 def _quiet(logger_name: str) -> Iterator[None]:
-    """Without the log of a part of dask: what matters in it is raised."""
+    """While active, silence the log of a part of dask: what matters in it is raised as an error."""
     logger = logging.getLogger(logger_name)
     before = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""Hand out shards until all are there."""
+"""Hand out shards until all are made."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ _PAUSE_S = 2.0
 _PATIENCE_S = 600.0
 """Wait so long for others to commit what they are making, and for a new worker when none is left."""
 _RETRIES = 2
-"""Attempts more at a task that raises: disks and networks have their moments."""
+"""Further attempts at a task that raises: faults of disks and networks may pass."""
 _MOST_SHARDS = 8
-"""Of a task. Shards of one task overlap: one is encoded while the model runs over the next."""
+"""Most shards of a task. They overlap: one is encoded while the model runs over the next."""
 
 
 def extract_on_cluster(
@@ -65,8 +65,8 @@ def extract_on_cluster(
 ) -> Store:
     """Write the store that `extract` writes, by the workers of a cluster, and return it sealed.
 
-    Every worker process opens the model once. Workers may die, come and go; after an interruption of the whole the same
-    call goes on. The store and the model's folder must be reachable for all workers under the same names.
+    Every worker process opens the model once. Workers may join, leave and die; after an interruption of the whole, the
+    same call goes on. The store and the model's folder must be reachable for all workers under the same names.
 
     Args:
         lm: the base model, opened by name or from a folder (`lm.recipe` is what the workers open).
@@ -82,14 +82,14 @@ def extract_on_cluster(
         rows_per_chunk: rows of the unit of reading.
         batch_sequences: as for `extract`; `auto` is found out here, on the driver.
         threads: encoding threads of each worker; by default its share of its machine's cores.
-        audit: whoever seals the store audits it first, as `extract` does.
+        audit: the process that seals the store audits it first, as `extract` does.
         durable: as for `extract`.
         watch: called with a `Status` of all workers together, about twice a second.
         say: called with sentences for the user, such as where the dashboard is.
 
     Raises:
         ConfigError: the model was given as an object, so workers cannot open it. ClusterError: no scheduler or worker
-        answers, or workers die or fail at the same shards again and again. StoreBusyError: somebody else holds the last
+        answers, or workers repeatedly die or fail at the same shards. StoreBusyError: another process holds the last
         shards and does not finish them. StoreMismatchError: a worker has another model. The others are those of
         `extract`.
 
@@ -129,7 +129,7 @@ def extract_on_cluster(
             audit=audit,
         )
         Driver(client, task, watch or _unwatched).run()
-    return sealed(to_write(place, durable=durable), check_before_sealing(lm, "extract") if audit else None)
+    return seal(to_write(place, durable=durable), check_before_sealing(lm, "extract") if audit else None)
 
 
 class Driver:
@@ -153,7 +153,7 @@ class Driver:
         self._sums = Sums(store.spec, store.committed)
 
     def run(self) -> None:
-        """Hand out what is missing until nothing is; whatever ends this takes back what is handed out."""
+        """Hand out missing shards until there are none; tasks that are still out at the end are cancelled."""
         self._client.subscribe_topic(self._task.topic, lambda event: self._inbox.put(event[1]))
         try:
             missing, changed_at = self._missing(), monotonic()
@@ -165,7 +165,7 @@ class Driver:
                 elif monotonic() > changed_at + _PATIENCE_S:
                     raise self._others_hold(missing)
                 else:
-                    sleep(_PAUSE_S)  # somebody else is making them
+                    sleep(_PAUSE_S)  # another process is making them
             self._watch(self._sums.status())
         except KeyboardInterrupt as interrupt:
             n_done = self._n_shards - len(self._missing())
@@ -183,10 +183,10 @@ class Driver:
         return sorted(set(range(self._n_shards)) - set(committed))
 
     def _round(self, missing: Sequence[int]) -> None:
-        """Have every one of the missing shards tried once.
+        """Have each of the missing shards tried once.
 
-        A few tasks more than workers are out at a time, so that none waits for the next; whatever is not out can still
-        go to workers that come later.
+        Slightly more tasks than workers are out at a time, so that no worker waits for the next; the rest can still go
+        to workers that join later.
         """
         left = deque(missing)
         while left or self._running:
@@ -198,10 +198,10 @@ class Driver:
             self._watch(self._sums.status())
 
     def _n_workers(self) -> int:
-        """Processes that are at work, looked up now and then.
+        """Number of worker processes, looked up now and then.
 
         Raises:
-            ClusterError: there has been none for a long time.
+            ClusterError: there has been no worker for a long time.
         """
         now = monotonic()
         if now >= self._look_again_at or not self._workers:
@@ -224,7 +224,7 @@ class Driver:
         future.add_done_callback(self._inbox.put)
 
     def _take(self, message: Any) -> None:
-        """A report of an attempt that goes on, or a task that has ended."""
+        """Take in a report of a running attempt, or a task that has ended."""
         if isinstance(message, dict):
             self._sums.take(message)
             return
@@ -232,17 +232,17 @@ class Driver:
         report = self._result_of(message, task)
         self._sums.end(report)
         for said in report["warnings"]:
-            # What differs in numbers only, such as how many values are NaN, has been said.
+            # Warnings that differ only in numbers, such as how many values are NaN, are shown once.
             if (known := re.sub(r"[\d,.]+", "", said)) not in self._warned:
                 self._warned.add(known)
                 warnings.warn(said, stacklevel=5)
 
     @staticmethod
     def _result_of(future: Future, task: Task) -> Report:
-        """What the task returned.
+        """The report that the task returned.
 
         Raises:
-            ClusterError: workers died of it, or the scheduler is gone. Or whatever the last attempt raised.
+            ClusterError: workers died at it, the scheduler is gone, or the last attempt failed in another library.
         """
         from distributed import CancelledError, KilledWorker
 
@@ -274,7 +274,7 @@ class Driver:
 
 
 def _next_group(left: deque[int], n_workers: int) -> tuple[int, ...]:
-    """Neighbours from the front of what is left: many at first, single ones in the end, so that all end together.
+    """Neighbours from the front of `left`: many at first, single ones at the end, so that workers end together.
 
     Guided self-scheduling: Polychronopoulos and Kuck, IEEE Transactions on Computers 36 (1987).
     """
@@ -285,12 +285,12 @@ def _next_group(left: deque[int], n_workers: int) -> tuple[int, ...]:
     return tuple(group)
 
 
-def sealed(path: Objects, check: Check | None) -> Store:
+def seal(path: Objects, check: Check | None) -> Store:
     """The finished store, sealed after this check if the worker that made the last shard has not done so.
 
     Raises:
         AuditError: what the check raised.
-        StoreBusyError: somebody else is still at work in it.
+        StoreBusyError: another process is still writing it.
     """
     give_up_at = monotonic() + _PATIENCE_S
     store = open_store(path)
@@ -308,14 +308,14 @@ def sealed(path: Objects, check: Check | None) -> Store:
 
 
 def _place_of(path: str | Path) -> str:
-    """The same place for whoever is told of it: a URL, or a folder's whole path."""
+    """The place as every process can find it: a URL, or an absolute path."""
     text = str(path)
     return text if "://" in text else str(Path(text).expanduser().absolute())
 
 
 @contextmanager
 def _torch_threads(n: int | None) -> Iterator[None]:
-    """Use as many threads as the workers will, so that what is found out here holds there."""
+    """While active, use as many threads as the workers will, so that what is measured here holds there."""
     import torch
 
     before = torch.get_num_threads()
@@ -327,8 +327,8 @@ def _torch_threads(n: int | None) -> Iterator[None]:
 
 
 def _silent(sentence: str) -> None:
-    """Nobody wants to hear it."""
+    """Drop a sentence that no caller asked for."""
 
 
 def _unwatched(status: Any) -> None:
-    """Nobody looks on."""
+    """Drop a status that no caller asked for."""

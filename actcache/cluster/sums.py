@@ -1,4 +1,4 @@
-"""The workers' reports added up: one status of the whole."""
+"""Adds up the workers' reports to one status."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _COUNTS = ("n_sequences", "n_tokens", "n_bytes")
 
 
 class Sums:
-    """Adds up what the attempts at tasks report, the newest report of each.
+    """Adds up the newest report of each attempt at a task.
 
     Args:
         spec: of the store.
-        committed: shards that are there at the beginning.
+        committed: shards that exist at the beginning.
     """
 
     def __init__(self, spec: StoreSpec, committed: Iterable[int]) -> None:
@@ -30,32 +30,32 @@ class Sums:
         self._past_sites: dict[str, SiteStatus] = {}
 
     def take(self, report: Report) -> None:
-        """A report of an attempt that goes on."""
+        """Take in a report of a running attempt."""
         if report["attempt"] not in self._ended and "n_tokens" in report:
             self._running[report["attempt"]] = report
 
     def end(self, report: Report) -> None:
-        """The last report of an attempt; one that found nothing to do has no counts."""
+        """Take in the last report of an attempt, which has no counts if there was nothing to do."""
         self.take(report)
         self._ended.add(report["attempt"])
         self._put_away(self._running.pop(report["attempt"], None))
 
     def found(self, committed: Iterable[int]) -> None:
-        """What is in the store while nobody is at work for us: from here on is counted from there."""
-        for report in self._running.values():  # of workers that died
+        """Take the store's shards, while no task runs, as the base that later reports are added to."""
+        for report in self._running.values():  # reports of workers that died
             self._put_away(report)
         self._running.clear()
         self._ended.clear()
         self._n_committed, self._past["n_sequences"] = self._sequences_of(committed), 0
 
     def status(self) -> Status:
-        """The whole, as of now."""
+        """The current status of the whole."""
         running = list(self._running.values())
         totals = {name: self._past[name] + sum(report[name] for report in running) for name in _COUNTS}
         n_done = min(self._n_committed + totals["n_sequences"], self._spec.n_sequences)
         sites, weight = self._past_sites, self._past["n_tokens"]
         for report in running:
-            sites = _joined(sites, weight, report)
+            sites = _join(sites, weight, report)
             weight += report["n_tokens"]
         return Status(
             n_sequences_done=n_done,
@@ -76,13 +76,13 @@ class Sums:
     def _put_away(self, report: Report | None) -> None:
         if report is None:
             return
-        self._past_sites = _joined(self._past_sites, self._past["n_tokens"], report)
+        self._past_sites = _join(self._past_sites, self._past["n_tokens"], report)
         for name in _COUNTS:
             self._past[name] += report[name]
 
 
-def _joined(sites: Mapping[str, SiteStatus], n_tokens: int, report: Report) -> dict[str, SiteStatus]:
-    """Statistics of `n_tokens` tokens and those of a report, together. Means are weighted by tokens, not by rows."""
+def _join(sites: Mapping[str, SiteStatus], n_tokens: int, report: Report) -> dict[str, SiteStatus]:
+    """Merge the statistics of `n_tokens` tokens with those of a report. Means are weighted by tokens, not by rows."""
     both = dict(sites)
     for name, plain in report["sites"].items():
         other = SiteStatus(**plain)

@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from actcache.lm import LanguageModel
 
 Report = dict[str, Any]
-"""How far an attempt at a task is: plain numbers, as `report_of` makes them."""
+"""Progress of an attempt at a task: plain numbers, made by `report_of`."""
 
 _REPORT_EVERY_S = 0.5
 _MODELS: dict[str, LanguageModel] = {}
 _ONE_AT_A_TIME = threading.Lock()
-"""A model runs for one task at a time: its hooks are part of it, and the forward pass uses all threads anyway."""
+"""A model runs for one task at a time, because hooks change it; the forward pass uses all threads anyway."""
 
 
 class TaskCancelledError(Exception):
-    """Nobody waits for this task any more."""
+    """The driver has cancelled this task."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +39,7 @@ class Task:
     """Some shards for a worker to make."""
 
     shards: tuple[int, ...]
-    """Neighbours."""
+    """Numbers of neighbouring shards."""
     path: str = field(repr=False)  # it may hold a password
     """The store's folder or URL, the same for all workers."""
     recipe: Mapping[str, Any]
@@ -61,10 +61,10 @@ class Task:
 
 
 def make_shards(task: Task) -> Report:
-    """Make those of the task's shards that are not there, and that nobody else is making.
+    """Make the shards of the task that are missing and that no other process is making.
 
     Raises:
-        ActcacheError: whatever `fill` raises; what is not of this package, as `ClusterError`. The message says where.
+        ActcacheError: an error of `fill`; errors of other libraries become a `ClusterError`. The message says where.
     """
     from distributed import get_worker
 
@@ -84,7 +84,7 @@ def make_shards(task: Task) -> Report:
 
 
 def where(task: Task, address: str = "") -> str:
-    """Of which shards, on which worker: for messages."""
+    """Shards and worker of a task, for messages."""
     first, last = task.shards[0], task.shards[-1]
     shards = f"shard {first}" if first == last else f"shards {first} to {last}"
     return f"{shards} on worker {address}" if address else shards
@@ -113,7 +113,7 @@ def _fill(task: Task, worker: Worker, reporter: Reporter) -> None:
 
 
 def _model(recipe: Mapping[str, Any]) -> LanguageModel:
-    """The model of the recipe, kept from task to task; one at a time, for they are large."""
+    """The model of the recipe, kept from task to task; only one at a time, because models are large."""
     from actcache.lm import load_lm
 
     key = json.dumps(recipe, sort_keys=True)
@@ -132,10 +132,10 @@ class Reporter:
         self.last: Report = {"attempt": self._attempt}
 
     def __call__(self, status: Status) -> None:
-        """Take the status in, and send it if the last one was sent a while ago.
+        """Take in the status, and send it if the last one was sent a while ago.
 
         Raises:
-            TaskCancelledError: the task was taken back, so that its shards are free for others.
+            TaskCancelledError: the task was cancelled; its shards are free for other processes.
         """
         self.last = {"attempt": self._attempt, **report_of(status)}
         if monotonic() < self._next_s:
@@ -148,7 +148,7 @@ class Reporter:
 
 
 def report_of(status: Status) -> Report:
-    """What the driver adds up, of a worker's status."""
+    """The part of a worker's status that the driver adds up."""
     return {
         "n_sequences": status.n_sequences_here,
         "n_tokens": status.n_tokens,

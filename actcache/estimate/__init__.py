@@ -1,4 +1,4 @@
-"""What an extraction is going to cost, said before it runs: bytes, time, memory, money, and whether it is worth it.
+"""What an extraction is going to cost, before it runs: bytes, time, memory, money, and whether it is worth it.
 
 In: a model, a sample of the text's tokens, sites. Out: a `Plan`. A few batches run through the model and are encoded
 and read with every preset in a temporary folder; everything else is arithmetic on what was measured there, so one

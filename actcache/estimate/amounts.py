@@ -1,4 +1,4 @@
-"""How many of everything a store of so many sequences has: tokens, rows, shards, chunks. Integers and no disk."""
+"""How many tokens, rows, shards and chunks a store of a number of sequences has. Integers only, no disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Asked:
     options: StoreOptions
     """How the store is laid out."""
     sequence_length: int
-    """T, tokens of a sequence that is full."""
+    """T, tokens of a full sequence."""
     threads: int
     """Encoding threads."""
 
@@ -57,7 +57,7 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Amounts:
-    """Of a store, or of the stores that so many tokens have to be spread over."""
+    """Amounts of a store, or of the several stores that very many tokens need."""
 
     n_tokens: int
     """Tokens that the model is run over."""
@@ -74,7 +74,7 @@ class Amounts:
     n_chunks: int
     """Chunks of one site."""
     n_stores: int
-    """Stores: the ledger of one, which is read whole, lists `MOST_OBJECT_BYTES` of shards at most."""
+    """Stores: the ledger of one, which is read as a whole, may be `MOST_OBJECT_BYTES` large."""
     token_chunks: int
     """Objects of each of the two token arrays."""
 
@@ -85,7 +85,7 @@ class Amounts:
 
 
 def amounts_of(asked: Asked, n_sequences: int, rows_per_sequence: float, tokens_per_sequence: float) -> Amounts:
-    """How many of everything, for sequences that give so many rows and tokens each on average."""
+    """Amounts for sequences with this average number of rows and tokens."""
     shard, chunk = asked.sizes(n_sequences)
     n_shards = math.ceil(n_sequences / shard)
     in_last = n_sequences - (n_shards - 1) * shard

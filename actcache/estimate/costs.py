@@ -1,4 +1,4 @@
-"""A plan: measured once, then given for any number of tokens and of workers."""
+"""A plan: measured once, and computed for any number of tokens and workers."""
 
 from __future__ import annotations
 
@@ -44,27 +44,27 @@ class Plan:
     out: str | None
     """Where the store is going to be."""
     free_bytes: int | None
-    """Room there; None for buckets, and where no place was named."""
+    """Free space there; None for buckets, and if no place was named."""
     forward_s: float
     """Seconds of the forward passes alone, all workers side by side."""
     forward_s_range: tuple[float, float]
-    """The same at the pace of the fastest of the sample's batches, and of the slowest."""
+    """The same at the speed of the fastest batch of the sample, and of the slowest."""
     memory: Memory
-    """Of one worker."""
+    """Memory of one worker."""
     presets: Mapping[str, PresetPlan]
     """By preset, and `auto`."""
     terms: Terms
-    """What was said of prices."""
+    """Prices and expected use."""
     measured: Measured
-    """What everything is computed from."""
+    """The measurements that everything is computed from."""
     host: Host
     """The process that measured."""
 
     def scaled(self, n_tokens: int | None = None, workers: int | None = None) -> Plan:
-        """The same for another number of tokens, or of workers among whom the shards are shared out.
+        """The same for another number of tokens, or of workers that share the shards.
 
-        Workers are taken to be as fast as this machine, and to wait neither for each other nor for the storage. More
-        workers than shards have nothing to do.
+        Workers are assumed to be as fast as this machine, and to wait neither for each other nor for the storage. Those
+        beyond the number of shards are idle.
 
         Raises:
             ConfigError: a number below one.
@@ -74,7 +74,7 @@ class Plan:
         check_positive("plan", n_tokens=tokens, workers=workers)
         same = tokens == self.amounts.n_tokens
         n_sequences = self.amounts.n_sequences if same else math.ceil(tokens / self.measured.tokens_per_sequence)
-        return _planned(
+        return _make_plan(
             self.measured,
             self.asked,
             self.terms,
@@ -108,23 +108,23 @@ def plan(
     time_budget_s: float = 20.0,
     sample_sequences: int | None = None,
 ) -> Plan:
-    """Say what `extract` with these arguments is going to cost, after a few real batches, and how sure that is.
+    """Estimate what `extract` with these arguments is going to cost, from a few real batches, and how certain that is.
 
     Args:
         lm: the base model.
-        blocks: `(Q, T)` tokens: all, or a part of them and then `n_tokens`.
+        blocks: `(Q, T)` tokens: all, or a part of them together with `n_tokens`.
         patterns: hook names or glob patterns of them.
-        options: how the store is going to be laid out; a plan is made for all presets, whatever its codec is.
+        options: how the store is going to be laid out; its codec is not used, because a plan covers all presets.
         terms: prices, and how the store is going to be used.
-        out: where the store is going to be: only the free space is looked up there.
+        out: where the store is going to be; only the free space there is looked up.
         batch_sequences: sequences in one forward pass, or `auto`: as many as make this model fast here.
         threads: encoding threads; by default one per core.
         n_tokens: tokens in all, where the blocks are a part of them.
         workers: processes that share the work.
-        time_budget_s: about how long the measurement may take. A slow model takes longer: three batches of one
-            sequence are the least.
+        time_budget_s: about how long the measurement may take. A slow model takes longer: at least three batches of
+            one sequence are run.
         sample_sequences: measure on so many of the first sequences (one shard at most), however long it takes; bytes
-            and amounts then do not depend on how fast or busy the machine is. By default on as many as
+            and amounts do not depend on how fast or busy the machine is in that case. By default on as many as
             `time_budget_s` allows.
 
     Raises:
@@ -169,7 +169,7 @@ def plan(
         setup_s=perf_counter() - began,
     )
     before, after = measured.resident_bytes
-    return _planned(
+    return _make_plan(
         measured,
         asked,
         terms or Terms(),
@@ -191,12 +191,12 @@ def plan(
 
 
 def _sequences_of(n_tokens: int, blocks: TokenBlocks) -> int:
-    """Sequences that so many tokens make, if all are like those that are there."""
+    """Sequences for this number of tokens, if all are like the given ones."""
     there = int(blocks.lengths(range(blocks.n_sequences)).sum())
     return math.ceil(n_tokens * blocks.n_sequences / max(1, there))
 
 
-def _planned(
+def _make_plan(
     measured: Measured,
     asked: Asked,
     terms: Terms,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from actcache.lm import LanguageModel
 
 _RESERVE = 4 / 3
-"""An allocator that cannot use all that was freed takes so much at most."""
+"""Most that an allocator takes, relative to what is needed, because it cannot reuse all that was freed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,8 +25,8 @@ class Memory:
 
     `buffers = min(2, shards) * rows per shard * bytes of a row at all sites`: one shard is filled while the other is
     encoded. `encoders = threads * (for each width: a chunk as it is shuffled, and half of that as int8; and an encoded
-    chunk of the widest)`. The others were measured. An allocator that cannot use all that was freed takes some more:
-    `total_range` has a third in reserve.
+    chunk of the widest)`. The others were measured. An allocator takes more, because it cannot reuse all that was
+    freed: `total_range` has a third in reserve.
     """
 
     process: int
@@ -34,24 +34,24 @@ class Memory:
     weights: int
     """Parameters and buffers of the model."""
     batch: int
-    """What a batch takes: its activations at all sites, and what the forward pass holds between them."""
+    """A batch: its activations at all sites, and what the forward pass holds between them."""
     batch_range: tuple[int, int]
-    """The same after those of the sample's batches that left the least and the most."""
+    """The same for the batches of the sample that took the least and the most."""
     buffers: int
     """Shards of all sites."""
     encoders: int
-    """What the encoding threads keep."""
+    """Memory that the encoding threads keep."""
     model_on_device: bool
-    """Whether weights and batch are in the memory of another device, and not of the machine."""
+    """Whether weights and batch are in the memory of another device, not in that of the machine."""
 
     @property
     def total(self) -> int:
-        """Of the machine's memory."""
+        """Memory of the machine that is needed."""
         return self._total(self.batch)
 
     @property
     def total_range(self) -> tuple[int, int]:
-        """With the smallest batch of the sample; and with the largest, and a third more for the allocator."""
+        """The same with the smallest batch of the sample; and with the largest, plus a third for the allocator."""
         low, high = (self._total(batch) for batch in self.batch_range)
         return low, round(_RESERVE * high)
 
@@ -62,16 +62,16 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Host:
-    """What does not depend on the sizes of a store: measured, or of the model."""
+    """The part of the memory that does not depend on the sizes of a store."""
 
     process: int
-    """See `Memory`."""
+    """The interpreter, its libraries and the text."""
     weights: int
-    """See `Memory`."""
+    """Parameters and buffers of the model."""
     batch_per_sequence: float
-    """Bytes of a batch by the sequence; on another device those of its activations at the sites only."""
+    """Bytes of a batch per sequence; on another device only those of its activations at the sites."""
     batch_per_sequence_range: tuple[float, float]
-    """The same after the batches that left the least and the most."""
+    """The same for the batches that took the least and the most."""
     on_device: bool
     """Whether the model is on another device."""
 
@@ -79,7 +79,7 @@ class Host:
 def host_of(
     lm: LanguageModel, asked: Asked, *, before: int, after: int, after_range: tuple[int, int], n_sequences: int
 ) -> Host:
-    """From the memory of this process before and after it ran batches of so many sequences."""
+    """Computed from the memory of this process before and after it ran batches of `n_sequences`."""
     weights = sum(t.numel() * t.element_size() for t in chain(lm.module.parameters(), lm.module.buffers()))
     activations = asked.sequence_length * sum(asked.sites.values()) * lm.dtype.itemsize
     on_device = lm.device.type != "cpu"
@@ -96,7 +96,7 @@ def host_of(
 
 
 def memory_of(host: Host, asked: Asked, amounts: Amounts, batch_sequences: int) -> Memory:
-    """What an extraction of these sizes holds; see `Memory`."""
+    """Memory of an extraction of these sizes, by the formulas of `Memory`."""
     rows_per_shard = amounts.sequences_per_shard * (asked.sequence_length - asked.options.skip_first)
     chunks = [amounts.rows_per_chunk * width * DTYPE_BYTES[asked.dtype] for width in set(asked.sites.values())]
     n_sequences = min(batch_sequences, amounts.sequences_per_shard)
@@ -118,7 +118,7 @@ def _encoder_bytes(chunks: Iterable[int]) -> int:
 
 
 def resident_bytes() -> int:
-    """Memory of this process now; where that cannot be told, its peak."""
+    """Memory of this process now; its peak if the system does not tell that."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))

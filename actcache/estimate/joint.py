@@ -1,4 +1,4 @@
-"""The model and the encoding side by side: how much they are in each other's way."""
+"""The model and the encoding side by side: how much they slow each other down."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def contention(
     seconds: float,
     n_batches: int,
 ) -> float:
-    """How long a second of encoding holds the model up: the model runs while all threads encode without a pause.
+    """How long a second of encoding delays the model, measured while all threads encode without a pause.
 
-    It runs for so many seconds, and over so many batches at least.
+    The model runs for `seconds`, and over at least `n_batches`.
 
-    In a window of W seconds the model does f tokens, and the threads what takes them e seconds on an empty machine.
-    With F seconds a token for the model alone, just before and just after, `W = f * F + e * kappa`.
+    In a window of W seconds the model runs f tokens, and the threads do work that takes e seconds on an idle machine.
+    With F seconds a token for the model alone, measured just before and after, `W = f * F + e * kappa`.
     """
     spec, order, over = replace(sample.spec, sites=tuple(sites)), sample.order, threading.Event()
-    # Of its own memory: what is encoded stays as it is while the model runs.
+    # With memory of its own: the rows being encoded must not change while the model runs.
     model = Sample(sample.lm, sample.blocks, sample.sites, sample.spec, sample.batch_sequences, sample.batch_sequences)
     alone = [model.run() for _ in range(_ALONE)]
 

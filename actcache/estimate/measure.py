@@ -1,7 +1,7 @@
 """Measurements on a sample: a few batches through the model, then encoded, stored and read with every preset.
 
 In: a model, tokens, the spec of the store that is planned. Out: `Measured`, costs by the row, shard and token. What is
-written lies in a temporary folder and is gone afterwards.
+written lies in a temporary folder that is deleted afterwards.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 _TABLE_ROWS = 1 << 20
 """Rows of a shard's row table that are encoded to see how large it is."""
 _JOINT_CODEC = "lossless"
-"""The preset that is encoded beside the model, to see how much they are in each other's way."""
+"""The preset that is encoded beside the model, to see how much they slow each other down."""
 _BATCHES_ENCODED = 10
-"""Batches that are encoded one by one at most, to see how much their sizes differ."""
+"""Most batches that are encoded one by one, to see how much their sizes differ."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,21 +48,21 @@ class SiteCosts:
     """What a row of a site costs with a codec."""
 
     codec: str
-    """The preset; of `auto` the one that it chose."""
+    """The preset; for `auto`, the one that it chose."""
     bytes_per_row: float
     """Stored bytes of a row in a chunk, checksum included."""
     bytes_per_row_range: tuple[float, float]
-    """Of the batches with the smallest rows and with the largest; of more than ten, without a tenth at either end."""
+    """The same for the batches with the smallest and largest rows; of more than ten, without a tenth at each end."""
     bytes_per_shard: int
-    """Beside them, in every shard: the indexes of its chunks and its line of statistics."""
+    """Further bytes in every shard: the indexes of its chunks and its line of statistics."""
     pads_chunks: bool
-    """Whether a chunk that is not full takes as many bytes as a full one; what compresses makes nothing of padding."""
+    """Whether a partly filled chunk takes as many bytes as a full one; compressed padding takes almost none."""
     encode_s_per_row: float
-    """To shuffle, measure, compress and write a row, on one thread with the machine for itself."""
+    """Seconds to shuffle, measure, compress and write a row, on one thread of an idle machine."""
     encode_s_range: tuple[float, float]
     """The same in the fastest and in the slowest of the measurements."""
     read_s_per_row: float
-    """To read, check and decode a row, on as many threads as there are cores, from the page cache."""
+    """Seconds to read, check and decode a row, on as many threads as there are cores, from the page cache."""
     read_s_range: tuple[float, float]
     """The same in the fastest and in the slowest of the measurements."""
     n_arrays: int
@@ -77,12 +77,12 @@ class PresetCosts:
     n_metadata: int
     """`zarr.json` objects of the store."""
     metadata_bytes: int
-    """Bytes of those."""
+    """Bytes of those objects."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """What the sample showed; seconds are this machine's."""
+    """Measurements of the sample; seconds are those of this machine."""
 
     n_tokens: int
     """Tokens that were run through the model and timed."""
@@ -91,22 +91,22 @@ class Measured:
     rows_per_sequence: float
     """Rows that a sequence gives, on average."""
     tokens_per_sequence: float
-    """Its tokens, on average."""
+    """Tokens of a sequence, on average."""
     batch_sequences: int
-    """Sequences in a batch; fewer than asked for where that would have taken too long."""
+    """Sequences in a batch; fewer than asked for if that would have taken too long."""
     forward_s_per_token: float
-    """The model and the copy into a shard's buffers: the median batch."""
+    """Seconds for the model and the copy into a shard's buffers: the median batch."""
     forward_s_range: tuple[float, float]
-    """Of the fastest batch and of the slowest; of more than ten, without a tenth at either end."""
+    """The same for the fastest and the slowest batch; of more than ten, without a tenth at each end."""
     contention: float
     """Seconds by which one second of encoding (on one thread) delays the model beside it, kappa. It is 1 / cores where
     the model fills all cores, and nearly 0 where the model runs on a device of its own."""
     resident_bytes: tuple[int, int]
     """Memory of this process before and after it ran whole batches, buffers not counted."""
     resident_range: tuple[int, int]
-    """After those of the batches that left the least and the most."""
+    """Memory after the batches that left the least and the most."""
     setup_s: float
-    """What is done before the first batch: digests of weights and tokens."""
+    """Seconds before the first batch: digests of weights and tokens."""
     row_table_bytes_per_row: float
     """Sequence, position and token of a row, compressed."""
     token_bytes: float
@@ -127,10 +127,10 @@ def measure(
     sample_sequences: int | None,
     setup_s: float,
 ) -> Measured:
-    """Run the sample: so many sequences, however long they take; or as many as fit into `time_budget_s`.
+    """Run the sample: `sample_sequences`, however long they take, or else as many as fit into `time_budget_s`.
 
-    The latter takes longer only where three batches of one sequence do. What the former measures, times aside, depends
-    on the text and the model alone.
+    The latter takes longer only if three batches of one sequence do. Apart from times, the measurements of the former
+    depend on the text and the model alone.
     """
     keep_freed_memory()
     began = perf_counter()
@@ -189,7 +189,7 @@ def _fit_sites(sample: Sample) -> dict[str, tuple[Site, ...]]:
 def _costs(sample: Sample, sites: tuple[Site, ...], folder: Path) -> PresetCosts:
     """Store the sample, time the encoding of each site on one thread and its reading on all."""
     spec = replace(sample.spec, sites=sites)
-    store = _stored(sample, spec, folder.with_suffix(".zarr"))
+    store = _store_sample(sample, spec, folder.with_suffix(".zarr"))
     encoder, order = ShardEncoder(Objects(folder, read_only=False), spec), sample.order
     found = {}
     for site in sites:
@@ -219,9 +219,9 @@ def _costs(sample: Sample, sites: tuple[Site, ...], folder: Path) -> PresetCosts
 
 
 def _bytes_range(sample: Sample, encoder: ShardEncoder, site: Site, bytes_per_row: float) -> tuple[float, float]:
-    """How small and how large the rows of single batches are, in proportion to those of the whole sample.
+    """How small and how large the rows of single batches are, relative to those of the whole sample.
 
-    Of each batch a chunk is encoded. It may not be full, which makes its rows larger, but those of all batches alike.
+    A chunk of each batch is encoded. It may be partly filled, which makes its rows larger, in all batches alike.
     """
     batches = list(sample.batches_of_rows(_BATCHES_ENCODED))
     fewest = min(map(len, batches))
@@ -234,7 +234,7 @@ def _bytes_range(sample: Sample, encoder: ShardEncoder, site: Site, bytes_per_ro
     return min(low, bytes_per_row), max(high, bytes_per_row)
 
 
-def _stored(sample: Sample, spec: StoreSpec, path: Path) -> Store:
+def _store_sample(sample: Sample, spec: StoreSpec, path: Path) -> Store:
     """The sample as a store."""
     spec = replace(spec, text={"tokens": sample.blocks.digest()})
     with StoreWriter(path, spec, sample.blocks, threads=_cores()) as writer:
@@ -246,7 +246,7 @@ def _stored(sample: Sample, spec: StoreSpec, path: Path) -> Store:
 
 
 def _read(store: Store, site: Site) -> None:
-    """Every chunk of a site, checked and decoded as a loader has it done."""
+    """Read every chunk of a site, checked and decoded as in a loader."""
     spec, arrays = store.spec, arrays_of(store.spec, site)
     n_chunks, n_threads = -(-store.n_rows // spec.rows_per_chunk), _cores()
 
@@ -262,7 +262,7 @@ def _read(store: Store, site: Site) -> None:
 
 
 def _auto(costs: Mapping[str, PresetCosts], chosen: tuple[Site, ...]) -> PresetCosts:
-    """`auto` costs at each site what the preset costs that it chose there."""
+    """Costs of `auto`: at each site, those of the preset that it chose there."""
     found = {site.name: costs[site.codec].sites[site.name] for site in chosen}
     return replace(costs[_JOINT_CODEC], sites=found)
 
@@ -288,7 +288,7 @@ def _token_bytes(spec: StoreSpec, blocks: TokenBlocks) -> float:
 
 
 def _seconds(work: Callable[[], object], n_rows: int) -> list[float]:
-    """Seconds a row of work that is done twice."""
+    """Seconds per row of some work, measured twice."""
 
     def once() -> float:
         began = perf_counter()
@@ -299,7 +299,7 @@ def _seconds(work: Callable[[], object], n_rows: int) -> list[float]:
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """Of ten values or fewer the least and the largest; of more without a tenth of them at either end."""
+    """The smallest and the largest value; of more than ten, without a tenth at each end."""
     return float(np.quantile(values, 0.1, method="lower")), float(np.quantile(values, 0.9, method="higher"))
 
 

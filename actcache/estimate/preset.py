@@ -1,6 +1,6 @@
-"""Bytes, time and money with one preset, and when a store pays. Arithmetic; each formula stands where it is computed.
+"""Bytes, time and money with one preset, and when a store pays. Arithmetic; each formula is where it is computed.
 
-In: amounts, the measured costs, what the user says of prices. Out: a `PresetPlan`.
+In: amounts, the measured costs, prices. Out: a `PresetPlan`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SECONDS_PER_HOUR = 3600.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Terms:
-    """What the user says of prices and of the use to come."""
+    """Prices, and how the store is going to be used."""
 
     price_per_tb_month: float = 20.0
     """US dollars for a terabyte (10^12 bytes) and month of storage."""
@@ -35,7 +35,7 @@ class Terms:
     months: float = 1.0
     """How long the store is kept."""
     read_bytes_per_s: float | None = None
-    """What the disk or the network gives a worker; None: it is not what limits."""
+    """Speed of the disk or the network for each worker; None if it is not the limit."""
 
     def __post_init__(self) -> None:
         check_positive("plan", epochs=self.epochs)
@@ -50,11 +50,11 @@ class Terms:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BreakEven:
-    """Keeping activations against computing them anew in every epoch.
+    """Keeping activations, compared with computing them again in every epoch.
 
     With T seconds to extract, R to read the store once and F for the forward passes alone (worker-seconds, all of
-    them), the store has cost `T + n R` after n epochs, and recomputing `n F`. In money every hour costs the compute
-    price, and to the store comes its price a month for as many months as it is kept.
+    them), the store has cost `T + n R` after n epochs, and recomputing `n F`. In money, every hour costs the compute
+    price, and the store also costs its price per month for as many months as it is kept.
     """
 
     epochs_in_time: int | None
@@ -62,7 +62,7 @@ class BreakEven:
     epochs_in_money: int | None
     """Likewise in money; None: never, or there is no compute price."""
     store_s: float
-    """Worker-seconds of the store after the epochs that were asked about."""
+    """Worker-seconds with the store after `Terms.epochs`."""
     recompute_s: float
     """Worker-seconds of as many epochs of forward passes."""
     store_cost: float | None
@@ -82,27 +82,27 @@ class PresetPlan:
     bytes: int
     """Activations, statistics and the row table: what `info` is going to say."""
     bytes_range: tuple[int, int]
-    """The same if all batches were as small as the smallest of the sample, and as large as the largest."""
+    """The same if all batches were like the smallest of the sample, and like the largest."""
     other_bytes: int
-    """Beside them: tokens, commit records, ledger, metadata."""
+    """Further bytes: tokens, commit records, ledger, metadata."""
     bytes_per_activation: float
-    """Of the sites' bytes, over the values that are kept."""
+    """Bytes of the sites, divided by the number of values kept."""
     ratio: float
-    """Of the sites' bytes to those of the values in the dtype of the store."""
+    """Bytes of the sites, relative to the values in the dtype of the store."""
     n_objects: int
     """Objects (files in a folder), all included."""
     fits: bool | None
-    """Whether there is room for it; None where nobody knows."""
+    """Whether there is room for it; None if that is unknown."""
     seconds: float
-    """Of the extraction, without loading model and text; all workers side by side."""
+    """Duration of the extraction with all workers side by side, without loading model and text."""
     seconds_range: tuple[float, float]
-    """The same at the pace of the fastest batches and the fastest encoding, and of the slowest."""
+    """The same at the speed of the fastest batches and encoding, and of the slowest."""
     tokens_per_s: float
-    """Of all workers together."""
+    """Speed of all workers together."""
     read_s: float
     """To read everything once, by one worker."""
     read_s_range: tuple[float, float]
-    """The same as fast as in the fastest of the measurements, and as slow as in the slowest."""
+    """The same at the speed of the fastest measurement, and of the slowest."""
     cost_per_month: float
     """Dollars for storage."""
     compute_cost: float | None
@@ -120,7 +120,7 @@ def preset_plan(
     workers: int,
     free_bytes: int | None,
 ) -> PresetPlan:
-    """What a store of these amounts takes with a preset of these costs."""
+    """The plan of one preset with these costs, for these amounts."""
     sites = {name: _site_bytes(site, amounts, site.bytes_per_row) for name, site in costs.sites.items()}
     row_table = round(amounts.n_rows * measured.row_table_bytes_per_row)
     n_bytes = sum(sites.values()) + row_table
@@ -182,7 +182,7 @@ def extraction_seconds(
     amounts: Amounts,
     workers: int,
 ) -> float:
-    """Seconds until the last of some workers is done, each of which makes whole shards.
+    """Seconds until the last worker is done, if each makes whole shards.
 
     A token takes the model F seconds (`forward_s`) and one encoding thread E (its rows at all sites). The first shard
     is computed while nothing is encoded, and the last is encoded while nothing is computed; between them a token takes
@@ -201,12 +201,12 @@ def extraction_seconds(
 
 
 def _columns(values: Iterable[tuple[float, ...]]) -> list[tuple[float, ...]]:
-    """For every site one tuple; all first values, all second ones, ..."""
+    """From one tuple for each site: all first values, all second values, ..."""
     return list(zip(*values, strict=True))
 
 
 def _site_bytes(site: SiteCosts, amounts: Amounts, bytes_per_row: float) -> int:
-    """Rows (or chunks, where those that are not full take as many bytes as full ones), and a little for each shard."""
+    """Bytes of rows (of whole chunks, if partly filled ones are as large), and a little for each shard."""
     n_rows = amounts.n_chunks * amounts.rows_per_chunk if site.pads_chunks else amounts.n_rows
     return round(n_rows * bytes_per_row + amounts.n_shards * site.bytes_per_shard)
 
@@ -228,7 +228,7 @@ def _n_objects(costs: PresetCosts, amounts: Amounts) -> int:
 
 
 def _break_even(terms: Terms, *, extract_s: float, read_s: float, forward_s: float, storage_cost: float) -> BreakEven:
-    """See `BreakEven`."""
+    """Compute a `BreakEven`; times are worker-seconds."""
     price = None if terms.compute_price_per_hour is None else terms.compute_price_per_hour / _SECONDS_PER_HOUR
     store_s, recompute_s = extract_s + terms.epochs * read_s, terms.epochs * forward_s
     return BreakEven(

@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     from actcache.lm import LanguageModel, ResolvedSite
 
 _SAMPLE_BYTES = 64 << 20
-"""Of the sample at all sites: some hundred chunks, encoded in tenths of a second."""
+"""Size of the sample at all sites: some hundred chunks, encoded in tenths of a second."""
 FEWEST_BATCHES = 3
 _GROWTH = 4
-"""A batch to measure with is made so many times larger while it is done fast enough."""
+"""Factor by which the batch to measure with grows while it is fast enough."""
 
 
 class Sample:
     """Some of the first sequences in one shard of the planned store, and how long they took.
 
-    Their number is any that chunks of the planned size fit to; the shard may have room for a few more.
+    The shard may have room for a few more sequences, so that chunks of the planned size divide it.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Sample:
             )
 
     def run(self) -> float:
-        """Fill the buffers once; seconds. Each batch is timed."""
+        """Fill the buffers once, timing each batch; returns the seconds of all."""
         began = before = perf_counter()
 
         def count(n_sequences: int, n_tokens: int) -> None:
@@ -81,14 +81,14 @@ class Sample:
         return seconds
 
     def run_for(self, seconds: float) -> None:
-        """Run once, and again until there are enough batches and so much time has passed."""
+        """Run at least once, until there are enough batches and `seconds` have passed."""
         began = perf_counter()
         while len(self.seconds_per_token) < FEWEST_BATCHES or perf_counter() - began < seconds:
             self.run()
 
     @property
     def order(self) -> NDArray[np.int64]:
-        """`(n,)` which row is stored where, as a writer shuffles them."""
+        """`(n,)` the row at each place of the shard, shuffled as a writer does."""
         return permutation(self.n_rows, self.spec.seed, 0)
 
     def rows(self, site: str) -> NDArray[Any]:
@@ -96,7 +96,7 @@ class Sample:
         return self.buffers.rows[site][: self.n_rows]
 
     def batches_of_rows(self, most: int) -> Iterator[NDArray[np.int64]]:
-        """Numbers of rows, a chunk of them at most, out of each batch of the text; of many batches, some of them."""
+        """Row numbers, at most a chunk of them, from each batch of the text; from some batches if there are many."""
         n_batches = -(-self.spec.n_sequences // self.batch_sequences)
         ends = np.linspace(0, self.n_rows, min(n_batches, self.n_rows) + 1).astype(np.int64)
         for batch in np.unique(np.linspace(0, len(ends) - 2, min(most, len(ends) - 1)).astype(np.int64)):
@@ -105,7 +105,7 @@ class Sample:
 
 
 def _wait_for(lm: LanguageModel) -> None:
-    """Until the model's device has done what it was given."""
+    """Wait until the model's device has finished its work."""
     if lm.device.type == "cuda":
         import torch
 
@@ -113,7 +113,7 @@ def _wait_for(lm: LanguageModel) -> None:
 
 
 def sequences_wanted(spec: StoreSpec, batch_sequences: int) -> int:
-    """How many sequences make a sample that sizes and speeds can be told from."""
+    """Number of sequences in a sample large enough to measure sizes and speeds."""
     row_bytes = sum(site.width for site in spec.sites) * DTYPE_BYTES[spec.dtype]
     n_rows = max(ROWS_TO_FIT, 2 * spec.rows_per_chunk, _SAMPLE_BYTES // row_bytes)
     return max(FEWEST_BATCHES * batch_sequences, -(-n_rows // spec.rows_per_sequence))
@@ -121,16 +121,16 @@ def sequences_wanted(spec: StoreSpec, batch_sequences: int) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Warm:
-    """What was learned while the model and the process were warmed up."""
+    """Measurements made while the model and the process were warmed up."""
 
     batch_sequences: int
     """Sequences in a batch to measure with."""
     batch_s: float
-    """Seconds that one takes."""
+    """Seconds that one batch takes."""
     resident_before: int
     """Bytes of this process with all libraries, before it ran whole batches."""
     resident_after: tuple[int, ...]
-    """And after each of some batches of that size, without what is kept of them."""
+    """The same after each of several batches of that size, without the rows kept."""
 
 
 def warm_up(
@@ -141,12 +141,12 @@ def warm_up(
     batch_sequences: int,
     limit_s: float,
 ) -> Warm:
-    """Find the batch to measure with: what was asked for, or less where that would take longer than the limit.
+    """Find the batch to measure with: the size asked for, or less if that would take longer than the limit.
 
-    Without a limit (`inf`) it depends on nothing but what was asked for.
+    Without a limit (`inf`) it is always the size asked for.
     """
     one = Sample(lm, blocks, sites, spec, 1, 1)
-    one.run()  # the first forward pass of a process is none to measure
+    one.run()  # warm-up: the first pass of a process is not representative
     with tempfile.TemporaryDirectory(prefix="actcache-plan-") as folder:
         encoder = ShardEncoder(Objects(folder, read_only=False), one.spec)
         encoder.write(one.spec.sites[0], 0, one.rows(one.spec.sites[0].name), one.order)  # loads the compiled loops

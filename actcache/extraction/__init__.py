@@ -5,10 +5,10 @@ by the same call: shards that are committed stay, the others are made, and the b
 the same reason several processes can fill one store, each some of its shards.
 
     make.py     extract, extend, add_sites; begin and fill, for many processes
-    settle.py   what is settled before: spec, codecs, batch size, provenance
+    settle.py   decisions before the first pass: spec, codecs, batch size, provenance
     run.py      the loop: the forward pass on this thread, encoding and disk behind it
     sink.py     from the model's device into a shard's buffers
-    follow.py   how far it is, how fast, and what of it is alarming
+    follow.py   progress, speed, and warnings about the activations
 """
 
 from actcache.extraction.make import add_sites, begin, extend, extract, fill

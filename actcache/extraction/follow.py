@@ -1,4 +1,4 @@
-"""How far an extraction is, how fast, and what of its activations is alarming."""
+"""Follows an extraction: progress, speed, and warnings about its activations."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from actcache.store.format.stats import stats_of
 
 
 class Follower:
-    """Counts along, tells those who want to know, and warns of a site once.
+    """Counts what is done, calls `progress` and `watch`, and warns once about each bad site.
 
     Args:
-        writer: what is stored is seen there.
-        n_done: sequences that were done before.
-        n_share: sequences that are going to be done here.
+        writer: knows what has been stored.
+        n_done: sequences that were done by earlier calls.
+        n_share: sequences that this call is going to do.
         progress: called with (sequences done, sequences in all).
         watch: called with a `Status`.
     """
@@ -35,7 +35,7 @@ class Follower:
         self._warned: set[str] = set()
 
     def count(self, n_sequences: int, n_tokens: int) -> None:
-        """Some sequences more are through the model."""
+        """Record that more sequences have passed the model."""
         self._n_here += n_sequences
         self._n_tokens += n_tokens
         self.look()
@@ -46,13 +46,13 @@ class Follower:
             self._watch(self.status())
 
     def end(self) -> None:
-        """All is stored."""
+        """Report the final state, once everything is stored."""
         self.look()
         if self._watch:
             self._watch(self.status())
 
     def look(self) -> None:
-        """Take in the statistics of shards that were stored meanwhile, and warn of what should alarm."""
+        """Take in the statistics of newly stored shards, and warn of NaN, infinite and constant values."""
         written = self._writer.written
         if written.n_shards == self._n_shards:
             return
@@ -65,7 +65,7 @@ class Follower:
                 warnings.warn(f"{name}: {alarm}", stacklevel=4)
 
     def status(self) -> Status:
-        """Where it stands."""
+        """The current status."""
         return Status(
             n_sequences_done=self._n_done + self._n_here,
             n_sequences=self._writer.spec.n_sequences,

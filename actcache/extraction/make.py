@@ -1,4 +1,4 @@
-"""Make a store, or make it larger: what is asked for is settled, then run."""
+"""The verbs: make a store, extend it, add sites; each settles the details first and runs the model afterwards."""
 
 from __future__ import annotations
 
@@ -76,11 +76,11 @@ def extract(
             that of the store that is continued, or 32. Halved when memory does not suffice.
         threads: encoding threads; by default one per core.
         part: `(i, n)`, to make only part i of n (from 1 on) of the shards, while other processes, here or on other
-            machines, make the others with the same call. Whoever comes last seals the store; before that, the store
-            that is returned is not sealed.
+            machines, make the others with the same call. The last process to finish seals the store; the others
+            return one that is not sealed.
         audit: end with a small audit of what was made (see `actcache.audit`): one sequence of 300, at least four
             and at most 32. If it fails, nothing is deleted and the store is not sealed; without it the store is sealed.
-        durable: flush what is written (`fsync`), so that a power cut takes no shard that counts; False is for scratch.
+        durable: flush what is written (`fsync`), so that a power cut loses no committed shard; False is for scratch.
         progress: called with (sequences done, sequences in all) after each forward pass.
         watch: called with a `Status` after each forward pass: speeds, queue, statistics.
 
@@ -155,10 +155,10 @@ def fill(
     durable: bool = True,
     watch: Watch | None = None,
 ) -> Store:
-    """Make some shards of a store that exists, from the tokens that lie in it, as one of several processes.
+    """Make some shards of an existing store, from the tokens that lie in it, as one of several processes.
 
-    Shards that are there, or that another process is making, are passed over. Whoever makes the last one seals the
-    store; otherwise what is returned is not sealed.
+    Shards that exist, or that another process is making, are skipped. The process that makes the last one seals the
+    store; otherwise the store returned is not sealed.
 
     Raises:
         StoreMismatchError: the store is of another model, or a name means something else. The others are those of
@@ -166,7 +166,7 @@ def fill(
     """
     place = to_write(path, durable=durable)
     store = open_store(place)
-    _resolved(lm, store)
+    _resolve(lm, store)
     batch = batch_size(batch_sequences, store, lambda: 0)
     spec = replace(store.spec, model=lm.identity_for(store.spec.model))
     writer = _writer(lm, place, spec, None, batch, threads, shared=True)
@@ -212,7 +212,7 @@ def extend(
     lm.check_ids(more.ids)
     blocks, text = _append(store, more)
     spec = replace(spec, n_sequences=blocks.n_sequences, text=text)
-    resolved = _resolved(lm, store)
+    resolved = _resolve(lm, store)
     batch = batch_size(batch_sequences, store, lambda: fastest_batch(lm, resolved, blocks))
     writer = _writer(lm, place, spec, blocks, batch, threads, grow=True)
     new = range(spec.n_sequences - more.n_sequences, spec.n_sequences)
@@ -221,7 +221,7 @@ def extend(
 
 
 def _append(store: Store, more: TokenBlocks) -> tuple[TokenBlocks, Mapping[str, Any]]:
-    """The store's sequences with these behind them, unless they are its last part already; and the spec's `text`."""
+    """The store's sequences followed by these, unless they are its last part already; and the spec's `text`."""
     blocks, text, digest = store.token_blocks(), store.spec.text, more.digest()
     parts = text.get("parts", [{**text, "n_sequences": store.spec.n_sequences}])
     if len(parts) > 1 and parts[-1]["tokens"] == digest:
@@ -246,7 +246,7 @@ def add_sites(
 ) -> Store:
     """Add sites to the rows that a store has; only those are computed, and until they are all there it stays as it was.
 
-    The row table of every shard is held against the store's own, so that the new activations belong to the same tokens.
+    The row table of every shard is compared with the store's, so that the new activations belong to the same tokens.
     It ends with a small audit of the new sites, as `extract` does.
 
     Raises:
@@ -322,7 +322,7 @@ def _begin(
         return open_writer(open_if_there(place)), batch
 
 
-def _resolved(lm: LanguageModel, store: Store) -> list[ResolvedSite]:
+def _resolve(lm: LanguageModel, store: Store) -> list[ResolvedSite]:
     """A store's sites in the model, once it is clear that their names mean what they meant when it was begun."""
     resolved = lm.resolve(store.sites, length=store.spec.sequence_length)
     check_meanings(store.path, store.spec.sites, [site.site for site in resolved])
@@ -330,7 +330,7 @@ def _resolved(lm: LanguageModel, store: Store) -> list[ResolvedSite]:
 
 
 def _known(lm: LanguageModel, store: Store) -> list[ResolvedSite]:
-    """Those of a store's sites that the model still has."""
+    """The sites of a store that the model still has."""
     found: list[ResolvedSite] = []
     for name in store.sites:
         with suppress(SiteError):
@@ -369,4 +369,4 @@ def _writer(
 def _check_part(part: tuple[int, int]) -> None:
     i, n = part
     if type(i) is not int or type(n) is not int or not 1 <= i <= n:
-        raise ConfigError(f"part is (i, n), part i of n with i from 1 to n, not {part!r}")
+        raise ConfigError(f"part must be (i, n), part i of n with i from 1 to n, not {part!r}")

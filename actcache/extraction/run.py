@@ -1,4 +1,4 @@
-"""The loop: forward passes on this thread; encoding and disk run behind it, on as many bounded buffers as there are."""
+"""The loop: forward passes on this thread; other threads encode and write, with a bounded number of buffers."""
 
 from __future__ import annotations
 

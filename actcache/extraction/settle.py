@@ -1,4 +1,4 @@
-"""What is settled before the first forward pass: the spec, codecs fitted to the sites, the batch size, provenance."""
+"""Decisions before the first forward pass: the spec, codecs fitted to the sites, the batch size, provenance."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def with_codecs(
         name = site.site.name
         rows = partial(first_rows, name)
         fitted[name] = fit_to_first_rows(site.site, asked[name], rows, spec.dtype, spec.rows_per_chunk)
-    # What a name means is the model's to say, whatever the store says that the codec is known from.
+    # Only the model says what a name means, even if the codec comes from the store.
     return tuple(replace(fitted[site.site.name], meaning=site.site.meaning) for site in resolved)
 
 
@@ -138,7 +138,7 @@ def _run_on_first(
 def meanings_of(
     path: Objects | str, found: Sequence[Site], asked: Sequence[Site], *, warn: bool = True
 ) -> tuple[Site, ...]:
-    """The sites that are asked for, without a meaning where the store that is continued has none.
+    """The sites that are asked for, without the meanings that the continued store does not record.
 
     Warns:
         UserWarning: the store does not say what its names meant.
@@ -171,7 +171,7 @@ def check_meanings(path: Objects | str, found: Sequence[Site], asked: Sequence[S
 
 
 def provenance(lm: LanguageModel | None, batch_sequences: int) -> dict[str, Any]:
-    """What else a store's last bits depend on: versions, batch, and device and threads of the model if it runs here."""
+    """What else a store's last bits depend on: versions, batch, and the model's device and threads if it runs here."""
     import torch
 
     common = {"versions": {"python": platform.python_version(), **_versions()}, "batch_sequences": batch_sequences}
@@ -185,7 +185,7 @@ def provenance(lm: LanguageModel | None, batch_sequences: int) -> dict[str, Any]
 def batch_size(asked: BatchSequences | None, found: Store | None, fastest: Callable[[], int]) -> int:
     """The batch that is asked for; where that is `auto` or nothing, that of the store that is there, or a new one.
 
-    A matrix product may round differently for another batch, so a store had better be continued with its own batch.
+    A matrix product may round differently for another batch, so a store is continued with its own batch size.
     """
     if asked is not None and asked != "auto":
         check_positive("extraction", batch_sequences=asked)
@@ -218,7 +218,7 @@ def _sequences_per_s(lm: LanguageModel, sites: Sequence[ResolvedSite], ids: np.n
             began = perf_counter()
             values = lm.capture(ids, sites)
             for value in values.values():
-                value[-1, -1, -1].item()  # a device that works on its own has to be waited for
+                value[-1, -1, -1].item()  # waits for a device that works asynchronously
             seconds.append(perf_counter() - began)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -228,7 +228,7 @@ def _sequences_per_s(lm: LanguageModel, sites: Sequence[ResolvedSite], ids: np.n
 
 
 def warn_of_other_circumstances(path: Objects, mine: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Say what is not as it was when the store was begun: shards made now may differ in their last bits."""
+    """Warn if circumstances differ from those in which the store was begun: last bits of new shards may differ."""
     both = [key for key in found if key in mine]
     differences = [f"{key}: {found[key]!r}, now {mine[key]!r}" for key in both if found[key] != mine[key]]
     if differences:
@@ -240,7 +240,7 @@ def warn_of_other_circumstances(path: Objects, mine: Mapping[str, Any], found: M
 
 
 def warn_of_the_slow_path(lm: LanguageModel, sites: Sequence[ResolvedSite]) -> None:
-    """Say which sites only the instrumented model has; with one of them it runs beside the plain one."""
+    """Warn of sites that only the instrumented model has, because it has to run beside the plain one for them."""
     slow = [site.site.name for site in sites if site.instrumented]
     if slow and lm.kind != "transformer_lens":
         named = ", ".join(slow[:3]) + ", ..." * (len(slow) > 3)

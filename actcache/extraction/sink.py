@@ -31,7 +31,7 @@ class Sink:
     Args:
         buffers: of the shard.
         lengths: `(q,)` tokens of its sequences.
-        kept: `(q * rows_per_sequence,)` the only rows to keep, or None for every token behind `skip_first`.
+        kept: `(q * rows_per_sequence,)` the only rows to keep, or None for every token after `skip_first`.
     """
 
     def __init__(self, buffers: ShardBuffers, lengths: NDArray[np.int64], kept: NDArray[np.bool_] | None) -> None:
@@ -62,9 +62,9 @@ class Sink:
         batch_sequences: int,
         on_batch: Callable[[int, int], None] = lambda n_sequences, n_tokens: None,
     ) -> int:
-        """Run the model over the shard's `(q, T)` ids; returns the batch size, smaller when memory did not suffice.
+        """Run the model over the shard's `(q, T)` ids; returns the batch size, which is smaller if memory ran out.
 
-        `on_batch` is called with sequences and tokens that are done; sequences without rows are no tokens to it.
+        `on_batch` is called with the sequences and tokens that are done; sequences without rows count no tokens.
         """
         for batch in self._batches(
             batch_sequences, lambda longest: lm.takes_padding_to(self._width(sites, longest), sites)
@@ -79,9 +79,9 @@ class Sink:
         return batch_sequences
 
     def _batches(self, batch_sequences: int, takes_padding: Callable[[int], bool]) -> Iterator[NDArray[np.int64]]:
-        """Sequences of the shard that go together: in order if all are equally long, otherwise longest first.
+        """Batches of the shard's sequences: in order if all are equally long, otherwise longest first.
 
-        Those without rows to keep are no work. Where padding is not harmless only equal lengths go together.
+        Sequences without rows to keep are skipped. If padding is not harmless, a batch has only one length.
         """
         order = np.flatnonzero(self._kept_QR.any(axis=1))
         if len(order) and (self.lengths[order] != self.lengths[order[0]]).any():
@@ -103,7 +103,7 @@ class Sink:
         size: int,
         usual: int,
     ) -> int:
-        """One batch, in halves for as long as memory does not suffice; returns the batch size to go on with."""
+        """Run one batch, halved as long as memory runs out; returns the batch size to go on with."""
         done = 0
         while done < len(sequences):
             part = sequences[done : done + size]
@@ -140,11 +140,11 @@ class Sink:
                 self._copy(target[self._starts[sequence] : self._starts[sequence + 1]], values)
 
     def _width(self, sites: Sequence[ResolvedSite], longest: int) -> int:
-        """Positions of a batch: a row of an attention pattern is as wide as the store's sequences, whatever these."""
+        """Positions of a batch; attention patterns are as wide as the store's sequences, even in shorter ones."""
         return self.spec.sequence_length if any(site.is_pattern for site in sites) else longest
 
     def _copy(self, target: Tensor, values: Tensor) -> None:
-        """Cast and copy; from a GPU it is done when the stream is."""
+        """Cast and copy; from a GPU the copy is complete when its stream is."""
         import torch
 
         if values.device.type != "cuda":
@@ -156,11 +156,11 @@ class Sink:
         stream.wait_stream(torch.cuda.current_stream(values.device))
         with torch.cuda.stream(stream):
             target.copy_(values, non_blocking=True)
-        values.record_stream(stream)  # its memory is not given to others before it is copied
+        values.record_stream(stream)  # its memory is not reused before it is copied
 
 
 def pinned_for(device: torch.device) -> Callable[[tuple[int, int], np.dtype[Any]], NDArray[Any]] | None:
-    """How buffers are allocated that this device copies to while it computes; None for the ordinary way."""
+    """Allocates buffers that this device can copy to while it computes; None for the ordinary way."""
     if device.type != "cuda":
         return None
     import torch

@@ -1,4 +1,4 @@
-"""Transformer-lens: instrumented models, and what their hook names stand for in the plain one.
+"""transformer-lens: instrumented models, and what their hook names stand for in the plain model.
 
 `import transformer_lens` takes six seconds and more, so everything here imports it only when called.
 """
@@ -36,7 +36,7 @@ class Opened:
 
 def native_bridge(module: StoriesLM, tokenizer: Any) -> Opened:
     """A `TransformerBridge.boot_native` of the embedded architecture with equal weights."""
-    with _opening("the embedded architecture"):
+    with _guard_opening("the embedded architecture"):
         return _native_bridge(module, tokenizer)
 
 
@@ -69,12 +69,12 @@ def hf_bridge(module: nn.Module, tokenizer: Any, name: str) -> Opened:
 
     A bridge rewires the model that it is given, so it gets a copy of the modules that shares their parameters: the
     plain model stays as it was, and no weight is held twice (but for joint projections, which a bridge splits).
-    A bridge also wants a head. A model without one is given one of zeros, whose names are left out.
+    A bridge also needs a head. A model without one is given one of zeros, whose names are left out.
 
     Raises:
-        ConfigError: transformer-lens cannot open the model, whatever the reason.
+        ConfigError: transformer-lens cannot open the model, for any reason.
     """
-    with _opening(f"{type(module).__name__} ({name})"):
+    with _guard_opening(f"{type(module).__name__} ({name})"):
         return _hf_bridge(module, tokenizer, name)
 
 
@@ -86,7 +86,7 @@ def _hf_bridge(module: nn.Module, tokenizer: Any, name: str) -> Opened:
     shell = _with_head(shell) if is_bare(module) else shell
     head = {id(m) for m in shell.modules() if id(m) not in originals}
     weight = next(module.parameters())
-    # A model made from a config does not say its architecture by name.
+    # A model made from a config does not name its architecture.
     config: Any = shell.config
     config.architectures = config.architectures or [type(shell).__name__]
     bridge = TransformerBridge.boot_transformers(
@@ -96,11 +96,11 @@ def _hf_bridge(module: nn.Module, tokenizer: Any, name: str) -> Opened:
         device=str(weight.device),
         dtype=weight.dtype,
     )
-    return _opened(bridge, originals, head)
+    return _name_places(bridge, originals, head)
 
 
 def _weights_by_id(module: nn.Module) -> dict[int, Any]:
-    """What a copy of a model shares with it: parameters, and what bitsandbytes makes of them in the first forward."""
+    """What a copy of a model shares with it: parameters, and their packed form that bitsandbytes makes in a forward."""
     packed = [vars(m.state) for m in module.modules() if hasattr(getattr(m, "state", None), "CB")]
     tensors = [value for state in packed for value in state.values() if isinstance(value, torch.Tensor)]
     return {id(tensor): tensor for tensor in (*module.parameters(), *tensors)}
@@ -132,10 +132,10 @@ def _with_head(shell: Any) -> Any:
     return whole.eval()
 
 
-def _opened(bridge: Any, originals: dict[int, nn.Module], head: set[int]) -> Opened:
+def _name_places(bridge: Any, originals: dict[int, nn.Module], head: set[int]) -> Opened:
     """The names of a bridge but for those in a head, and candidates for those that are a component's input or output.
 
-    Only candidates: what a component does between its hooks and its module is its own affair, so values must agree.
+    They are only candidates: a component may compute something between its hooks and its module, so values must agree.
     """
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
@@ -171,8 +171,8 @@ def is_transformer_lens(module: nn.Module) -> bool:
 def _bridge_tokenizer(tokenizer: Any | None) -> Any:
     """A copy of the tokenizer for a bridge, which adds special tokens to it.
 
-    A bridge insists on a tokenizer, so a model without one, only ever given token ids, gets a stand-in. A bridge would
-    also load the tokenizer again from where it came, unless told that it adds BOS; it then adds BOS itself.
+    A bridge requires a tokenizer, so a model without one gets a stand-in. A bridge would also load the tokenizer again
+    from its origin, unless told that it adds BOS; it adds BOS itself in that case.
     """
     tokenizer = _stand_in_tokenizer() if tokenizer is None else copy.deepcopy(tokenizer)
     tokenizer.init_kwargs |= {"name_or_path": tokenizer.name_or_path, "add_bos_token": True}
@@ -190,11 +190,12 @@ def _stand_in_tokenizer() -> Any:
 
 
 @contextmanager
-def _opening(what: str) -> Iterator[None]:
-    """Around opening a bridge: no process is started, and whatever an adapter raises is that it cannot be opened.
+def _guard_opening(what: str) -> Iterator[None]:
+    """While a bridge is opened, no process is started, and any error of an adapter means that it cannot be opened.
 
-    Of some hundred adapters each has its own assumptions, so no list of exceptions is complete. transformer-lens warns
-    of aliases that an architecture has no hook for; here a missing name is an error when it is asked for.
+    There are some hundred adapters, each with its own assumptions, so no list of exceptions is complete.
+    transformer-lens warns of aliases that an architecture has no hook for; here a missing name is an error when it is
+    asked for.
     """
     try:
         with warnings.catch_warnings(), no_processes():

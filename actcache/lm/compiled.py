@@ -1,7 +1,7 @@
 """`torch.compile` around hooks: what lies between the sites is compiled, the sites themselves are not.
 
 A module's hooks run outside of its `forward`. So the `forward` of a module that has no hooked module inside may be
-compiled, whatever is hooked at its own input and output, and leaving the forward pass from a hook works as ever.
+compiled, even if its own input or output is hooked, and a hook may still leave the forward pass early.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import nn
 class CompiledParts:
     """The compiled parts of a model, made when they are first needed and kept.
 
-    The lengths of the first batch are compiled for; when another comes, once more for any (torch's default).
+    They are compiled for the length of the first batch, and once more for any length when another comes (torch's
+    default).
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -50,7 +51,7 @@ class CompiledParts:
 
 
 def largest_parts_without(module: nn.Module, hooked: Collection[nn.Module]) -> list[nn.Module]:
-    """The largest modules inside that have none of `hooked` strictly inside and are worth compiling."""
+    """The largest submodules that are worth compiling and contain none of `hooked`."""
     inside = list(module.modules())[1:]
     if _runs(module) and not any(m in hooked for m in inside):
         return [module] if inside or not type(module).__module__.startswith("torch.nn.") else []

@@ -15,20 +15,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from actcache.memory import is_out_of_memory
 
 TOO_LONG = (IndexError, RuntimeError, ValueError, AssertionError)
-"""What models raise at a position that they do not have."""
+"""What models raise for a position beyond their context."""
 
 _SHORT = 8
 """Tokens that every model takes."""
 _MOST_UNASKED = 1 << 13
 _MOST_UNASKED_PRODUCTS = 1 << 38
-"""Positions, and parameters x positions, up to which a config's claim is tried without having been asked for."""
+"""Positions, and parameters x positions, up to which a config's claim is tried unasked."""
 
 
 class Context:
     """The lengths that a model takes.
 
     Args:
-        claimed: positions that its config says it has; None where it says nothing sensible.
+        claimed: positions according to its config; None if that says nothing sensible.
         run: one forward pass of `(1, T)` token ids.
         ids: `(1, T)` token ids of any length, none of them special: padding has no position in some models.
         n_parameters: how large the model is.
@@ -103,7 +103,7 @@ class Context:
     def _find_limit(self) -> None:
         """Narrow down where it ends: in steps that double, from the length that failed, then by halves.
 
-        Models that do not run at all, at no length, are not a matter of length: then nothing is known.
+        If the model does not run at any length, the length is not the reason, and nothing is known.
         """
         if not self.takes(min(_SHORT, max(1, (self._fails or 1) - 1))):
             self._fails = None

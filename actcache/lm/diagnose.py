@@ -1,4 +1,4 @@
-"""Why the files of a model cannot be used: said of the file, in words that tell what to do.
+"""Why the files of a model cannot be used: a sentence about the file that tells what to do.
 
 In: a folder, or a file in it, and what a loader raised over them. Out: a sentence. Only beginnings, lengths and JSON
 are looked at; nothing here knows the libraries that load models.
@@ -20,9 +20,9 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.
 _POINTER = b"version https://git-lfs"
 _PAGES = (b"<!doctype", b"<html", b"<?xml")
 _MOST_HEADER_BYTES = 100_000_000
-"""Of a safetensors file; the library refuses more."""
+"""Largest header of a safetensors file that the library reads."""
 _SIZES = ("_size", "_layers", "_heads", "_layer", "_head", "_embd", "d_model", "d_ff", "n_positions", "head_dim")
-"""How the names of numbers end that have to be positive."""
+"""Endings of the names of numbers that must be positive."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def fault_in(path: Path) -> str | None:
-    """What is wrong with a file, as a sentence without its subject; None where nothing is to be seen."""
+    """What is wrong with a file, as a sentence without its subject; None if no fault is found."""
     try:
         if path.is_symlink() and not path.exists():
             return "is a link to a file that is missing"
@@ -71,7 +71,7 @@ def fault_in(path: Path) -> str | None:
 
 
 def fault_in_model(folder: Path) -> str | None:
-    """What is wrong with the config or the weights in a folder, as a whole sentence; None if nothing is to be seen."""
+    """What is wrong with the config or the weights in a folder, as a whole sentence; None if no fault is found."""
     for path in (folder / CONFIG, *_weight_files(folder)):
         reason = fault_in(path)
         if reason is not None:
@@ -86,7 +86,7 @@ def fault_in_model(folder: Path) -> str | None:
 
 
 def reason_of(error: BaseException) -> str:
-    """What another library's error says, on one line and not endless."""
+    """What another library's error says, shortened to one line."""
     said = " ".join(str(error).split())
     said = said if len(said) <= 300 else f"{said[:300]}..."
     return f"{type(error).__name__}: {said}" if said else type(error).__name__

@@ -21,20 +21,20 @@ _LOGITS = ("logits", "log_probs", "log_probabilities")
 
 
 class Forward:
-    """One way of calling a model: `forward(tokens, mask)` with the keyword arguments that it always gets."""
+    """Calls a model: `forward(tokens, mask)`, with keyword arguments that are the same each time."""
 
     def __init__(self, module: nn.Module, always: Mapping[str, Any], *, masks: bool) -> None:
         """`masks`: whether its `attention_mask`, if it takes one, is what Hugging Face means by that."""
         self._module = module
         self._always = dict(always)
         self.takes_mask = masks and "attention_mask" in inspect.signature(module.forward).parameters
-        # It may have been used before: a single token undoes what longer sequences have done to it.
-        with torch.no_grad(), suppress(Exception):  # whatever is raised by a model that wants more than one token
+        # It may have been used already: a single token undoes what longer sequences have done to it.
+        with torch.no_grad(), suppress(Exception):  # some models do not take a single token, and may raise anything
             module(torch.zeros((1, 1), dtype=torch.int64, device=device_of(module)), **self._always)
         self._remembered = Remembered(module)
 
     def __call__(self, tokens: Tensor, mask: Tensor | None = None) -> Any:
-        """The model's output, in its own form, whatever was run before."""
+        """The model's output in its own form, independent of what was run before."""
         self._remembered.prepare(tokens.shape[1])
         if mask is None:
             return self._module(tokens, **self._always)
@@ -47,13 +47,13 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def huggingface_forward(module: Any) -> Forward:
-    """A Hugging Face model without its cache of keys and values, which only costs here; encoders know no cache."""
+    """A Hugging Face model without its cache of keys and values, which is of no use here; encoders have none."""
     named = "use_cache" in inspect.signature(module.forward).parameters
     return Forward(module, {"use_cache": False} if named or module.can_generate() else {}, masks=True)
 
 
 def padding_mask(lengths: Tensor, n_positions: int) -> Tensor:
-    """`(Q, T)` int64: 1 at the positions that are tokens, 0 behind the end of a sequence."""
+    """`(Q, T)` int64: 1 at positions that are tokens, 0 after the end of a sequence."""
     return (torch.arange(n_positions, device=lengths.device) < lengths[:, None]).long()
 
 
@@ -81,9 +81,9 @@ def logits_of(output: Any, name: str) -> Tensor:
 
 
 def ignores_what_follows(run: Callable[[Tensor], Any], ids: Tensor, d_vocab: int) -> bool:
-    """Whether positions stay bit for bit what they are when other tokens follow: then padding cannot change them.
+    """Whether positions keep their values, bit for bit, when other tokens follow: padding cannot change them.
 
-    Two forward passes of a few tokens decide, since no config says it of all models.
+    Two forward passes of a few tokens decide, because no config field tells this for all models.
     """
     n_first = ids.shape[1] // 2
     other = ids.clone()
@@ -96,7 +96,7 @@ def ignores_what_follows(run: Callable[[Tensor], Any], ids: Tensor, d_vocab: int
 
 
 def first_tensor(output: Any) -> Tensor | None:
-    """What a model puts out in the first place: logits, or hidden states."""
+    """The main output of a model: logits, or hidden states."""
     if isinstance(output, Tensor):
         return output
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()

@@ -29,7 +29,7 @@ Layout = str
 `K` the keys of attention patterns. The usual one is `Q T F`."""
 
 PATTERN: Layout = "Q F T K"
-"""Attention patterns, whose width is as large as the sequence is long."""
+"""Attention patterns, as wide as the sequence is long."""
 
 Use = Callable[[Tensor], Tensor | None]
 """What a hook does with the value; a tensor that it returns takes the value's place."""
@@ -45,7 +45,7 @@ class Spot:
     side: Side
     instrumented: bool = False
     call: int = 0
-    """Of a module that runs several times in one forward pass, which of its runs, from 1 on; 0 where it runs once."""
+    """Which run, from 1 on, of a module that runs several times in one forward pass; 0 for one that runs once."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ResolvedSite:
     overwritten: bool = False
     """Whether the model changes the value in place later in the same forward, so that it must be copied when read."""
     call: int = 0
-    """As `Spot.call`."""
+    """Which run of its module, as in `Spot.call`."""
 
     @property
     def is_pattern(self) -> bool:
@@ -76,7 +76,7 @@ class ResolvedSite:
 
 
 class ForwardStopped(BaseException):
-    """Leaves a forward pass from inside a hook; no `Exception`, so that no model code catches it on the way out."""
+    """Leaves a forward pass from inside a hook; not an `Exception`, so that no model code catches it on the way."""
 
 
 def attach(spot: Spot, use: Use, number_of_pass: Callable[[], int] = int) -> Callable[[], object]:
@@ -86,7 +86,7 @@ def attach(spot: Spot, use: Use, number_of_pass: Callable[[], int] = int) -> Cal
     attached for a single pass does not need it.
 
     A HookPoint is hooked through its own method: it converts values to the layout that transformer-lens documents,
-    and models ask it whether anybody listens.
+    and models ask it whether it has hooks.
     """
     if spot.call:
         use = partial(_on_call, use, spot.call, number_of_pass, [])
@@ -118,7 +118,7 @@ def _on_input(use: Use, module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
 
 
 def _first_parameter(module: nn.Module, kwargs: dict[str, Any]) -> str:
-    """Name of the first parameter of `forward`, for models that call their modules with keywords only."""
+    """Name of the first parameter of `forward`, for models that call modules with keywords only."""
     first = next(iter(inspect.signature(module.forward).parameters), "")
     return first if first in kwargs else next(iter(kwargs), "")
 
@@ -159,14 +159,14 @@ def layout_of(
 ) -> tuple[Layout | None, str]:
     """The layout of a value, by its shapes for two batches of other Q and other T; or None, and why it has none.
 
-    An axis is one of sequences or positions only if it follows their number in both, whatever it may equal in one.
+    An axis belongs to sequences or positions only if it follows their number in both; equality in one is no proof.
     """
     if len({len(shape) for shape in shapes}) > 1:
-        return None, f"has another number of axes for another batch ({_said(shapes, ids_shapes)})"
+        return None, f"has another number of axes for another batch ({_describe_shapes(shapes, ids_shapes)})"
     axes, one_position = [_role(sizes, ids_shapes) for sizes in zip(*shapes, strict=True)], ids_shapes[0][1] == 1
     if pattern:
         known = axes == ["Q", "F", "T", "T"] or (one_position and axes[0] == "Q" and shapes[0][2:] == (1, 1))
-        return (PATTERN, "") if known else (None, f"is no attention pattern ({_said(shapes, ids_shapes)})")
+        return (PATTERN, "") if known else (None, f"is no attention pattern ({_describe_shapes(shapes, ids_shapes)})")
     if one_position:
         axes = _roles_of_one_position(axes, shapes[0])
     if "Q" not in axes and axes[:2] == ["F", "T"] and shapes[0][0] == 1:
@@ -175,7 +175,7 @@ def layout_of(
     once = sorted(axis for axis in axes if axis != "F") == ["Q", "T"] and "F" in axes
     if once or re.fullmatch(r"(1 T|T|QT)( F)+", layout):
         return layout, ""
-    return None, f"{_why_no_layout(axes)} ({_said(shapes, ids_shapes)})"
+    return None, f"{_why_no_layout(axes)} ({_describe_shapes(shapes, ids_shapes)})"
 
 
 def _role(sizes: tuple[int, ...], ids_shapes: Sequence[tuple[int, int]]) -> str:
@@ -188,7 +188,7 @@ def _role(sizes: tuple[int, ...], ids_shapes: Sequence[tuple[int, int]]) -> str:
 
 
 def _roles_of_one_position(axes: list[str], shape: tuple[int, ...]) -> list[str]:
-    """For a model of a single position, whose axes of one are all alike: the first that may be it is it."""
+    """For a model of a single position, whose axes of size one are all alike: the first possible one."""
     ones = [i for i, n in enumerate(shape) if n == 1 and i >= min(1, len(shape) - 2)]
     if ones:
         return [*axes[: ones[0]], "T", *axes[ones[0] + 1 :]]
@@ -205,7 +205,7 @@ def _why_no_layout(axes: list[str]) -> str:
     return "has no axis of features" if "Q" in axes else "has no axis of sequences"
 
 
-def _said(shapes: Sequence[tuple[int, ...]], ids_shapes: Sequence[tuple[int, int]]) -> str:
+def _describe_shapes(shapes: Sequence[tuple[int, ...]], ids_shapes: Sequence[tuple[int, int]]) -> str:
     both = zip(shapes, ids_shapes, strict=True)
     return ", ".join(f"shape {'x'.join(map(str, shape))} for {q}x{t} tokens" for shape, (q, t) in both)
 
@@ -216,7 +216,7 @@ def feature_axes(value: Tensor, layout: Layout) -> tuple[int, ...]:
 
 
 def ids_shape_of(value: Tensor, layout: Layout) -> tuple[int, int] | None:
-    """Q and T of the batch that a value is of, if it has an axis of each."""
+    """Q and T of the batch that a value belongs to, if it has an axis for each."""
     axes = layout.split()
     return (value.shape[axes.index("Q")], value.shape[axes.index("T")]) if "Q" in axes else None
 
@@ -225,11 +225,11 @@ def to_rows(value: Tensor, layout: Layout, ids_shape: tuple[int, int]) -> Tensor
     """The value as `(Q, T, D)`: without a copy where possible (always, in the usual layout with one feature axis).
 
     Raises:
-        SiteError: the value is not of these sequences and positions, so that no row of it is known to be a token's.
+        SiteError: the value does not have these sequences and positions, so its rows cannot be assigned to tokens.
     """
     n_sequences, n_positions = ids_shape
     axes = layout.split()
-    if axes[0] == "T" and value.ndim == len(axes) + 1:  # what a splice has put in its place is each sequence's own
+    if axes[0] == "T" and value.ndim == len(axes) + 1:  # a spliced value has a row for each sequence
         axes = ["1", *axes]
     sizes = {"Q": n_sequences, "T": n_positions, "QT": n_sequences * n_positions}
     if len(axes) != value.ndim or any(sizes.get(axis, n) != n for axis, n in zip(axes, value.shape, strict=True)):

@@ -43,19 +43,19 @@ class Source:
 
     @property
     def is_folder(self) -> bool:
-        """Whether it is on this machine."""
+        """Whether it is a folder on this machine."""
         return Path(self.place).exists()
 
     @property
     def name(self) -> str:
-        """What the model is called, wherever it lies: its hub name, or the name of its folder or file."""
+        """Name of the model, independent of where it lies: its hub name, or the name of its folder or file."""
         if self.gguf_file is not None:
             return Path(self.gguf_file).stem
         return Path(self.place).resolve().name if self.is_folder else self.place
 
     @property
     def address(self) -> str:
-        """What `load_lm` finds it by from any working directory."""
+        """What `load_lm` finds it by, from any working directory."""
         place = str(Path(self.place).absolute()) if self.is_folder else self.place
         return place if self.gguf_file is None else f"{place}/{self.gguf_file}"
 
@@ -64,8 +64,8 @@ def find_source(name: str) -> Source:
     """What a name means: `FOLDER`, `FOLDER/FILE.gguf`, a folder with one GGUF file, or a name on the hub.
 
     Raises:
-        ModelNotFoundError: it is a path, and there is nothing. ConfigError: a folder of several GGUF files, or a file
-        that is none.
+        ModelNotFoundError: it is a path where nothing exists. ConfigError: a folder with several GGUF files, or a file
+        that is not one.
     """
     path = Path(name).expanduser()
     if not path.exists() and name.startswith(("/", ".", "~")):
@@ -102,8 +102,8 @@ def load_huggingface(
             module = _open(source, {"dtype": dtype or "auto", **options, **placement})
         except ActcacheError:
             raise
-        except Exception as error:  # loaders raise what their readers and checks do
-            raise _not_loaded(source, options["revision"], error) from error
+        except Exception as error:  # loaders pass on anything that their readers raise
+            raise _loading_error(source, options["revision"], error) from error
         folder = Path(source.place) if source.is_folder else None
         tokenizer = tokenizer or load_tokenizer(source.place, folder, options)
     lm = huggingface_lm(module, tokenizer, source.name)
@@ -132,12 +132,12 @@ def huggingface_lm(module: nn.Module, tokenizer: Any | None, name: str) -> Langu
 
 
 def short_name(source: str) -> str:
-    """What a model is called that says where it came from."""
+    """Name of a model that says where it came from."""
     return Source(place=source).name
 
 
 def _commit_of(source: Source, revision: str) -> str | None:
-    """The commit of a hub model, by the folder of the cache that it was read from."""
+    """The commit of a hub model, according to the cache folder that it was read from."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(source.place, source.gguf_file or "config.json", revision=revision)
@@ -145,7 +145,7 @@ def _commit_of(source: Source, revision: str) -> str | None:
 
 
 def _placement(device_map: DeviceMap | None, load_in_8bit: bool) -> dict[str, Any]:
-    """How `from_pretrained` is told where the weights go, and in how many bits."""
+    """Arguments of `from_pretrained` that say where the weights go, and in how many bits."""
     placement: dict[str, Any] = {}
     if device_map is not None:
         _needs("accelerate", "device_map")
@@ -156,7 +156,7 @@ def _placement(device_map: DeviceMap | None, load_in_8bit: bool) -> dict[str, An
         from transformers import BitsAndBytesConfig
 
         placement["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-        # It would say for every matrix of every forward pass that it rounds its input to float16.
+        # It would warn for every matrix of every forward pass that it rounds its input to float16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return placement
 
@@ -167,13 +167,13 @@ def _needs(package: str, what: str) -> None:
 
 
 def _open(source: Source, options: Mapping[str, Any]) -> nn.Module:
-    """The first class that the checkpoint has all weights of."""
+    """The model in the first class whose weights are all in the checkpoint."""
     lacking = []
     for opener in _openers(source, options):
         module, report = _opened_by(opener, source, options)
         missing = sorted(report["missing_keys"])
         if missing and all(key.startswith("pooler.") for key in missing):
-            # Trained with another head, it has no pooler; that reads one position and is read by none.
+            # A model trained with another head lacks the pooler, which reads one position and feeds no site.
             module, report = _opened_by(opener, source, {**options, "add_pooling_layer": False})
             missing = sorted(report["missing_keys"])
         if not missing:
@@ -204,7 +204,7 @@ def _opened_by(opener: Any, source: Source, options: Mapping[str, Any]) -> tuple
 
 
 def _warn_of_unused_weights(source: Source, module: nn.Module, unused: Iterable[str]) -> None:
-    """Say which weights inside the model's own parts the config leaves out; heads that are not opened do not count."""
+    """Warn of weights inside the model's parts that its config leaves out; unopened heads do not count."""
     parts = {name for name, _ in module.named_children()}
     inside = sorted(key for key in unused if key.partition(".")[0] in parts)
     if inside:
@@ -216,7 +216,7 @@ def _warn_of_unused_weights(source: Source, module: nn.Module, unused: Iterable[
 
 
 def _openers(source: Source, options: Mapping[str, Any]) -> list[Any]:
-    """The classes that the model may be of: the one its config names, else every one that there is for its type.
+    """The classes that may fit the model: the one its config names, or else all that exist for its type.
 
     transformers would open an encoder as a decoder, with a head of random numbers.
 
@@ -268,12 +268,12 @@ def _classes_for(source: Source, config: Any, named: str | None) -> list[Any]:
         return [*found, hf.AutoModel]
     if found:
         return found
-    # The bare model would have a decoder too many.
+    # The bare model would include a decoder that nothing feeds.
     return [known_class] if bare is None or has_decoder else [hf.AutoModel, known_class]
 
 
 def _check_no_adapter(source: Source) -> None:
-    """Refuse what is only, or also, an adapter: without peft it would be left out without a word."""
+    """Refuse what is only, or also, an adapter: without peft it would silently be left out."""
     adapter = Path(source.place) / "adapter_config.json"
     if source.is_folder and adapter.exists() and importlib.util.find_spec("peft") is None:
         raise ConfigError(
@@ -282,8 +282,8 @@ def _check_no_adapter(source: Source) -> None:
         )
 
 
-def _not_loaded(source: Source, revision: str, error: Exception) -> ActcacheError:
-    """What to tell a user whose model transformers cannot open: what is wrong with its files, else what it says."""
+def _loading_error(source: Source, revision: str, error: Exception) -> ActcacheError:
+    """The error for a model that transformers cannot open: a fault of its files, or else what transformers says."""
     import transformers as hf
 
     found = reason_of(error).removeprefix("OSError: ").removeprefix("ValueError: ")
@@ -332,17 +332,17 @@ def _folder_of(source: Source, revision: str) -> Path | None:
 
 @contextmanager
 def _quiet(gguf: bool) -> Iterator[None]:
-    """transformers draws a bar over each loading, and logs a table under it; the library prints nothing."""
+    """While active, transformers draws no progress bar and logs no table: the library prints nothing."""
     from transformers.utils import logging as hf_logging
 
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
-    # A table of weights that are missing or left over, which are errors and warnings of ours.
+    # A table of missing and unused weights, for which this library has errors and warnings of its own.
     reports = logging.getLogger("transformers.modeling_utils")
     level = reports.level
     reports.setLevel(logging.ERROR)
     try:
-        # The bar over a GGUF file is of another kind, which cannot be switched off.
+        # The bar for a GGUF file is another one, which cannot be switched off.
         with redirect_stderr(StringIO()) if gguf else nullcontext():
             yield
     finally:

@@ -15,8 +15,8 @@ from actcache.spec import digest_of
 _LABELS = ("name", "revision")
 """Entries of an identity that say where a model came from, not what it computes."""
 _NOT_ALWAYS_THERE = {"found": ("config", "tokenizer"), "asked": ("tokenizer",)}
-"""Entries that decide only where both sides have them: stores of early versions have no `config`; and without a
-tokenizer, tokens are token ids, whose digest a store has."""
+"""Entries that are compared only if both sides have them: stores of early versions have no `config`; and without a
+tokenizer the tokens are token ids, whose digest the store has."""
 
 _NO_VALUE = frozenset(
     {
@@ -29,7 +29,7 @@ _NO_VALUE = frozenset(
         *("chunk_size_feed_forward", "use_cache"),
     }
 )
-"""Of a Hugging Face config: what changes no activation of a loaded model in eval mode, or stands elsewhere."""
+"""Entries of a Hugging Face config that change no activation in eval mode, or are recorded elsewhere."""
 _NO_VALUE_ENDS = ("_name_or_path", "_implementation", "dropout", "dropout_prob", "pdrop", "layerdrop", "drop_rate")
 
 
@@ -46,10 +46,10 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def computation_of(module: Any) -> dict[str, Any]:
-    """What a Hugging Face config says of the computation that no weight shows: rotary bases, epsilons, soft caps, ...
+    """What a Hugging Face config says about the computation beyond the weights: rotary bases, epsilons, soft caps, ...
 
-    Only what differs from the defaults of the config's class, so that a setting that a later version of transformers
-    adds makes no model another one. JSON-able; empty for a module without a config.
+    Only what differs from the defaults of the config's class, so that a model keeps its identity when a later version
+    of transformers adds a setting. JSON-able; empty for a module without a config.
     """
     config: Any = getattr(module, "config", None)
     if not hasattr(config, "to_dict"):
@@ -58,12 +58,12 @@ def computation_of(module: Any) -> dict[str, Any]:
         usual = type(config)().to_dict()
     except Exception:  # configs of some models cannot be made without arguments
         usual = {}
-    found: dict[str, Any] = json.loads(json.dumps(_differing(config.to_dict(), usual), default=str, sort_keys=True))
+    found: dict[str, Any] = json.loads(json.dumps(_differences(config.to_dict(), usual), default=str, sort_keys=True))
     return found
 
 
-def _differing(config: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config, and the configs in it, say differently from the usual, but for what changes no value."""
+def _differences(config: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a config, and the configs in it, differ from the defaults, except in what changes no value."""
     # How many positions there are is a claim, and changes values only where rotary positions are stretched to it.
     kinds = {*_rope_kinds(config.get("rope_parameters")), "default"}
     stretched = len(kinds) > 1 or config.get("rope_scaling") is not None
@@ -73,7 +73,7 @@ def _differing(config: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str,
             continue
         if isinstance(value, Mapping):
             known = usual.get(key)
-            value = _differing(value, known if isinstance(known, Mapping) else {})
+            value = _differences(value, known if isinstance(known, Mapping) else {})
             if not value and known is not None:
                 continue
         elif key in usual and value == usual[key]:
@@ -83,7 +83,7 @@ def _differing(config: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str,
 
 
 def _rope_kinds(parameters: Any) -> list[Any]:
-    """The kinds of rotary positions, of which there may be one for each kind of layer."""
+    """The kinds of rotary positions; each kind of layer may have its own."""
     if not isinstance(parameters, Mapping):
         return []
     here = [parameters["rope_type"]] if "rope_type" in parameters else []
@@ -91,7 +91,7 @@ def _rope_kinds(parameters: Any) -> list[Any]:
 
 
 def is_same_model(found: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
-    """Whether two identities are of models that give the same activations, whatever they are called.
+    """Whether two identities belong to models that give the same activations; names do not matter.
 
     Args:
         found: the identity in a store.
@@ -108,7 +108,7 @@ def is_same_model(found: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
 
 
 def _state_dict(module: nn.Module) -> dict[str, Any]:
-    """With the weights that accelerate keeps on disk until a layer runs, which are empty in the module itself."""
+    """The state dict with the weights that accelerate keeps on disk, which are empty in the module itself."""
     if not any(p.is_meta for p in module.parameters()):
         return module.state_dict()
     from accelerate.utils.modeling import get_state_dict_offloaded_model  # type: ignore[import-untyped]
@@ -117,7 +117,7 @@ def _state_dict(module: nn.Module) -> dict[str, Any]:
 
 
 def quantization_of(module: Any) -> str | None:
-    """How a Hugging Face model's weights are packed, by its config: `bitsandbytes-8bit`, `gptq`, ...; None if not."""
+    """How a Hugging Face model's weights are packed, by its config: `bitsandbytes-8bit`, `gptq`, ...; or None."""
     config = getattr(getattr(module, "config", None), "quantization_config", None)
     if config is None:
         return None
@@ -128,7 +128,7 @@ def quantization_of(module: Any) -> str | None:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """sha256 (hex) of what decides a tokenizer's ids: its whole definition, or its vocabulary if it is a slow one."""
+    """sha256 (hex) of what decides a tokenizer's ids: its whole definition, or of a slow tokenizer its vocabulary."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return digest_of({"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()})

@@ -1,8 +1,8 @@
-"""What a model takes: lengths, ids, and ids only as they are given.
+"""What a model takes: sequence lengths, and token ids that it uses as they are given.
 
-Encoder-decoders that get no input for the decoder make one of the ids, moved by a position. Rows of the decoder then
-belong to the token before the one that a row table names. No list of architectures: what the embeddings are given is
-looked at.
+Encoder-decoders without an input for the decoder make one of the ids, moved by a position, so that rows of the decoder
+belong to the token before the one that a row table names. There is no list of such architectures: what the embeddings
+are given shows it.
 
 Shapes: Q sequences, T positions.
 """
@@ -31,7 +31,7 @@ _SPECIAL = ("pad", "bos", "eos", "sep", "cls", "mask", "unk")
 
 
 class Model(Protocol):
-    """What of a model the checks look at."""
+    """The part of a model that the checks look at."""
 
     module: nn.Module
     name: str
@@ -55,7 +55,7 @@ class Inputs:
 
     Args:
         lm: the model.
-        claimed: positions that its config says it has.
+        claimed: positions according to its config.
         run: one forward pass of `(Q, T)` token ids.
     """
 
@@ -65,7 +65,7 @@ class Inputs:
 
     @property
     def n_ctx(self) -> int | None:
-        """See `LanguageModel.n_ctx`; the config of the embedded architecture is what its table was made by."""
+        """Positions as `LanguageModel.n_ctx` gives them; the config of the embedded architecture is always right."""
         return self.context.claimed if self._lm.kind == "stories" else self.context.longest
 
     def check_length(self, length: int) -> None:
@@ -92,11 +92,11 @@ class Inputs:
             piece = table[start : start + per_piece]
             self._check_bounds(int(piece.min()), int(piece.max()))
 
-    def checked(self, ids: ArrayLike | Tensor, *, may_try: bool) -> Tensor:
+    def as_tokens(self, ids: ArrayLike | Tensor, *, may_try: bool) -> Tensor:
         """Token ids as the model wants them: int64, on its device.
 
-        Of a length that was not tried before, nothing is known but what comes of running it. On a GPU an index out of
-        bounds ends the process, so there it is tried before, if it may be.
+        A length that was never tried may fail when it runs. On a GPU an index out of bounds ends the process, so a new
+        length is tried there first, if `may_try`.
         """
         tokens = ids.long() if isinstance(ids, Tensor) else torch.from_numpy(np.asarray(ids).astype(np.int64))
         if tokens.ndim != 2 or not tokens.numel():
@@ -112,7 +112,7 @@ class Inputs:
         module, cause = self._lm.module, None
         try:
             moved = embeds_moved_ids(run, ids)
-        except Exception as error:  # whatever a model raises that lacks an input
+        except Exception as error:  # a model that lacks an input may raise anything
             moved, cause = may_make_input(module), error
         if moved:
             raise ConfigError(
@@ -140,7 +140,7 @@ class Inputs:
         if low >= 0 and (d_vocab is None or top < d_vocab):
             return
         outside, text = (low if low < 0 else top), ""
-        with suppress(Exception):  # tokenizers raise what they like for an id that they do not have
+        with suppress(Exception):  # tokenizers raise various errors for an unknown id
             said = self._lm.tokenizer_if_readable.convert_ids_to_tokens(outside)  # type: ignore[union-attr]
             text = f" ({said!r} in its tokenizer)" if isinstance(said, str) else ""
         raise ConfigError(
@@ -148,7 +148,7 @@ class Inputs:
         )
 
     def _plain_ids(self, length: int) -> Tensor:
-        """`(1, T)` ids of one token that is not special."""
+        """`(1, T)` ids, all of the same ordinary token."""
         config = getattr(self._lm.module, "config", None)
         special = {getattr(config, f"{name}_token_id", None) for name in _SPECIAL}
         d_vocab = self._lm.d_vocab or 2
@@ -157,12 +157,12 @@ class Inputs:
 
 
 def takes_decoder_input(model: Any) -> bool:
-    """Whether the forward pass of a module, or of a class of modules, has an input for a decoder."""
+    """Whether the forward pass of a module, or of a class, has an input for a decoder."""
     return "decoder_input_ids" in inspect.signature(model.forward).parameters
 
 
 def may_make_input(module: nn.Module) -> bool:
-    """Whether a Hugging Face model has a decoder beside an encoder, so that it is worth a look."""
+    """Whether a Hugging Face model has a decoder beside an encoder, and so may make an input for it."""
     return takes_decoder_input(module) or bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
 
 

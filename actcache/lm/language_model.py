@@ -28,7 +28,7 @@ from actcache.lm.forward import (
 from actcache.lm.hooks import ResolvedSite
 from actcache.lm.identity import computation_of, is_same_model, quantization_of, tokenizer_digest, weights_digest
 from actcache.lm.inputs import Inputs, may_make_input
-from actcache.lm.names import Kind, SiteNames, sized
+from actcache.lm.names import Kind, SiteNames, with_length
 from actcache.lm.padding import Padding
 from actcache.lm.passes import Passes
 from actcache.lm.survey import OUTPUT, Listed, id_table, survey_ids
@@ -72,7 +72,7 @@ class LanguageModel:
             is_instrumented=kind == "transformer_lens",
         )
         self._inputs = Inputs(self, n_ctx, self._passes.run_plainly)
-        self._padding = Padding(self._padded, lambda length: self._survey_ids(length)[0][:1])
+        self._padding = Padding(self._run_padded, lambda length: self._survey_ids(length)[0][:1])
 
     def __repr__(self) -> str:
         # Of a plain module d_vocab is found by running it, which is not for looking at it.
@@ -81,10 +81,10 @@ class LanguageModel:
 
     @property
     def tokenizer(self) -> Any | None:
-        """The tokenizer; None if there is none.
+        """The tokenizer, or None.
 
         Raises:
-            ConfigError: there are files of one, and they cannot be read. The model runs on token ids all the same.
+            ConfigError: its files cannot be read. The model still runs on token ids.
         """
         if isinstance(self._tokenizer, Unreadable):
             raise self._tokenizer.error()
@@ -96,12 +96,12 @@ class LanguageModel:
 
     @property
     def tokenizer_if_readable(self) -> Any | None:
-        """The tokenizer; None if there is none, or if it cannot be read."""
+        """The tokenizer; None if it is missing or cannot be read."""
         return None if isinstance(self._tokenizer, Unreadable) else self._tokenizer
 
     @property
     def n_ctx(self) -> int | None:
-        """Positions that the model has: those that its config claims, or fewer if fewer work; None for no limit.
+        """Positions that the model has: as many as its config claims, or fewer if fewer work; None for no limit.
 
         The claim is tried when this is first asked for, by running one sequence, unless that would be expensive;
         `check_length` tries any length.
@@ -120,7 +120,7 @@ class LanguageModel:
 
     @cached_property
     def d_vocab(self) -> int | None:
-        """Number of tokens that the model knows; of a plain module, the size of the table that looks its ids up."""
+        """Number of tokens that the model knows; for a plain module, the rows of the table that is given its ids."""
         return self._id_table[0] if self.kind == "module" else self._d_vocab
 
     @cached_property
@@ -146,37 +146,37 @@ class LanguageModel:
 
     @cached_property
     def takes_padding(self) -> bool:
-        """Whether sequences of unequal length may be padded on the right at all, without changing their own positions.
+        """Whether right padding of unequal sequences may leave their own positions unchanged.
 
-        So with causal models, and with those that take an attention mask; of a plain module nothing is known. Whether
-        they may be at a length, is tried there: `takes_padding_to`.
+        That is so for causal models and for those that take an attention mask; for a plain module it is unknown.
+        Whether it holds at a given length is tried by `takes_padding_to`.
         """
         return self.kind != "module" and (self._forward.takes_mask or self._is_causal)
 
     def takes_padding_to(self, length: int, sites: Sequence[ResolvedSite] = ()) -> bool:
         """Whether sequences may be padded to that many tokens without changing their own positions at these sites.
 
-        It is tried, once for a length: some models treat a short sequence differently in a batch with a long one.
-        Without sites it is asked of what the model puts out.
+        It is tried once for each length: some models treat a short sequence differently in a batch with a long one.
+        Without sites, the model's output is compared.
         """
         return self.takes_padding and self._padding.is_harmless(length, sites)
 
     @property
     def refused_sites(self) -> dict[str, str]:
-        """Names of places where activations pass, but not as rows of tokens, or of unknown meaning; and the reasons."""
+        """Names whose activations are not rows of tokens, or whose meaning is unknown; and the reasons."""
         return self._names.refused
 
     @property
     def disagreement(self) -> str:
-        """Where transformer-lens' model, if it is used, computes something else than this one; empty if nowhere.
+        """Where transformer-lens' model, if it is used, computes something else than this one; empty if it agrees.
 
-        Names from there on are not taken from it.
+        Names from that point on are not taken from it.
         """
         return self._names.disagreement
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What decides the activations, JSON-able; the weights are read once for it, when it is first asked for."""
+        """What decides the activations, JSON-able. The weights are read for it once, when it is first asked for."""
         tokenizer, code = self.tokenizer_if_readable, code_digest(self.module)
         said = {
             "revision": self.revision,
@@ -197,11 +197,11 @@ class LanguageModel:
         }
 
     def identity_for(self, known: Mapping[str, Any]) -> Mapping[str, Any]:
-        """`known`, the identity in a store, if that is of this model, whatever it was called; otherwise `identity`."""
+        """`known`, the identity in a store, if it belongs to this model under any name; otherwise `identity`."""
         return known if is_same_model(known, self.identity) else self.identity
 
     def check_length(self, length: int) -> None:
-        """Try whether the model takes sequences of `length` tokens, by running one unless a longer one has run.
+        """Check that the model takes sequences of `length` tokens, by running one unless a longer one has run.
 
         Raises:
             ConfigError: it does not; the message says how many tokens it takes.
@@ -261,7 +261,7 @@ class LanguageModel:
             model computes something else. ConfigError: an attention pattern without `length`.
         """
         with self._passes.unspliced():
-            found = [sized(self._names.place(name), length) for name in self._names.matching(patterns)]
+            found = [with_length(self._names.place(name), length) for name in self._names.match(patterns)]
             instrumented = [site.site.name for site in found if site.instrumented]
             if length is not None and instrumented:
                 self._names.check_instrumented(instrumented, length)
@@ -274,23 +274,23 @@ class LanguageModel:
         """
         length = min(self.n_ctx or 256, 256) if length is None else length
         with self._passes.unspliced():
-            names = self._names.matching(patterns) if patterns else self.site_names
-        return [self._names.listed(name, length) for name in names]
+            names = self._names.match(patterns) if patterns else self.site_names
+        return [self._names.list_site(name, length) for name in names]
 
     def capture(
         self, ids: ArrayLike | Tensor, sites: Sequence[ResolvedSite], lengths: ArrayLike | Tensor | None = None
     ) -> dict[str, Tensor]:
         """Activations `{name: (Q, T, D)}` of `(Q, T)` token ids; the forward pass ends at the last site.
 
-        What the model computes is handed out as it is, in the model's dtype and on its device, without a copy.
-        `lengths` are the `(Q,)` tokens of each sequence, by default all; what is behind them holds anything.
+        Values are handed out in the model's dtype and on its device, without a copy. `lengths` are the `(Q,)` tokens of
+        each sequence, by default all; values after the end of a sequence are arbitrary.
 
         Raises:
             ConfigError: more positions than the model has, ids outside its vocabulary, unequal lengths for a model that
             does not take padding.
             SiteError: a site that this forward pass does not reach.
         """
-        tokens = self._inputs.checked(ids, may_try=not self.spliced)
+        tokens = self._inputs.as_tokens(ids, may_try=not self.spliced)
         wanted = list({site.site.name: site for site in sites}.values())
         return self._passes.capture(tokens, wanted, self._mask(tokens, lengths, wanted))
 
@@ -300,7 +300,7 @@ class LanguageModel:
         Raises:
             ConfigError: the model has none, as an encoder; otherwise as `capture`.
         """
-        tokens = self._inputs.checked(ids, may_try=not self.spliced)
+        tokens = self._inputs.as_tokens(ids, may_try=not self.spliced)
         instrumented = self._passes.needs_instrumented()
         if instrumented and is_bare(self.module):
             raise ConfigError(f"{self.name} has no logits: it was loaded without a head; cache its sites")
@@ -320,7 +320,7 @@ class LanguageModel:
             ConfigError: (in the forward pass) the result has another shape than the value that it replaces.
         """
         with self._passes.unspliced():
-            source, target = (s if isinstance(s, ResolvedSite) else self._names.one(s) for s in (site_in, site_out))
+            source, target = (s if isinstance(s, ResolvedSite) else self._names.single(s) for s in (site_in, site_out))
         with self._passes.splice(source, target, fn):
             yield
 
@@ -356,7 +356,7 @@ class LanguageModel:
         )
 
     def _survey_ids(self, length: int | None = None) -> list[Tensor]:
-        """Batches for a survey: of a few tokens, or of a length."""
+        """Batches for a survey: of a few tokens, or of the given length."""
         if length is not None:
             return survey_ids(self.d_vocab, length, self.device, length)
         n_positions = self._id_table[1] if self.kind == "module" else self._inputs.context.known
@@ -368,7 +368,7 @@ class LanguageModel:
         return self.kind == "stories" or ignores_what_follows(self._forward, self._survey_ids()[0], self.d_vocab or 2)
 
     def _mask(self, tokens: Tensor, lengths: ArrayLike | Tensor | None, sites: Sequence[ResolvedSite]) -> Tensor | None:
-        """The attention mask that sequences of these lengths need; causal models need none, and are faster without."""
+        """The attention mask for sequences of these lengths; causal models need none, and are faster without."""
         if lengths is None:
             return None
         lengths_Q = torch.as_tensor(lengths, dtype=torch.int64)
@@ -389,8 +389,8 @@ class LanguageModel:
     def _padding_mask(self, lengths_Q: Tensor, n_positions: int) -> Tensor | None:
         return None if self._is_causal else padding_mask(lengths_Q, n_positions).to(self.device)
 
-    def _padded(self, tokens: Tensor, lengths: Tensor | None, sites: Sequence[ResolvedSite]) -> dict[str, Tensor]:
-        """Values of a batch that is padded, whether that is harmless or not; without sites the model's output."""
+    def _run_padded(self, tokens: Tensor, lengths: Tensor | None, sites: Sequence[ResolvedSite]) -> dict[str, Tensor]:
+        """Values of a padded batch, without a check whether padding is harmless; without sites, the model's output."""
         mask = None if lengths is None else self._padding_mask(lengths, tokens.shape[1])
         if sites:
             with self._passes.unspliced():

@@ -106,10 +106,10 @@ def load_lm(
         lm.recipe = _recipe(
             model=address,
             tokenizer=named_tokenizer,
-            dtype=_named(wanted_dtype),
-            device=_named(wanted_device),
+            dtype=_name_of(wanted_dtype),
+            device=_name_of(wanted_device),
             revision=lm.revision or revision,
-            autocast=_named(wanted_autocast),
+            autocast=_name_of(wanted_autocast),
             compile=compile,
             device_map=device_map,
             load_in_8bit=load_in_8bit,
@@ -134,7 +134,7 @@ def _recipe(**options: Any) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value not in (None, False)}
 
 
-def _named(value: torch.dtype | torch.device | None) -> str | None:
+def _name_of(value: torch.dtype | torch.device | None) -> str | None:
     return None if value is None else str(value).removeprefix("torch.")
 
 

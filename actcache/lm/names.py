@@ -1,6 +1,7 @@
-"""The names that one model answers to, and the place of each, in the plain or in the instrumented model.
+"""The names of a model's sites, and what patterns of them mean.
 
-In: a model and a way to run it. Out: places by name; transformer-lens is imported when only it knows.
+In: a model, and the surveys of it and of its instrumented form (`survey.py`). Out: for each name the place where it is
+read, in the plain model where both agree. transformer-lens is imported only for names that need it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from actcache.lm.survey import (
     Comparison,
     Listed,
     Survey,
-    agreeing,
+    choose_places,
     compare,
     module_spots,
     outputs_of,
@@ -39,11 +40,11 @@ Kind = Literal["stories", "huggingface", "transformer_lens", "module"]
 Places = dict[str, ResolvedSite | Site]
 
 _QUANTISED = 5e-2
-"""How much a value may change with its batch where outliers of the whole batch are computed apart (8 bits)."""
+"""How much a value may depend on its batch in 8 bits, where outliers of the whole batch are computed apart."""
 
 
 class SiteNames:
-    """What a model's hook names and patterns mean; found by running it on a few tokens, once, when first asked."""
+    """What a model's hook names and patterns mean: found by running a few tokens, once, when first needed."""
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class SiteNames:
         run: Callable[[], Forward],
         batches: Callable[[int | None], list[Tensor]],
     ) -> None:
-        """`batches`: those of a survey; of a length, if one is given."""
+        """`batches(length)`: the batches of a survey; None for the usual, short length."""
         self._module = module
         self._kind = kind
         self._name = name
@@ -65,12 +66,12 @@ class SiteNames:
 
     @property
     def places(self) -> Places:
-        """Every name in order, and where it is; only the site of what the instrumented model knows, not opened yet."""
+        """Every name in order, and its place; a name that only the unopened instrumented model has comes as a site."""
         return self._found[0]
 
     @property
     def refused(self) -> dict[str, str]:
-        """Names where activations pass that are not offered, and why."""
+        """Names that are not offered although activations pass there, and why."""
         return self._found[1].refused
 
     @property
@@ -80,7 +81,7 @@ class SiteNames:
 
     @property
     def disagreement(self) -> str:
-        """Where the instrumented model, if one is used, computes something else than the plain one; or empty."""
+        """Where the instrumented model, if it is used, computes something else than the plain one; or empty."""
         if self._kind == "huggingface":
             self.places  # noqa: B018  # which compares the two
         return str(self.__dict__.get("_disagreement", ""))  # of the cached property: looking opens nothing
@@ -90,8 +91,8 @@ class SiteNames:
         """How the instrumented model is called."""
         return Forward(self.bridge, {"return_type": "logits"}, masks=True)
 
-    def matching(self, patterns: Sequence[str]) -> list[str]:
-        """Names that any pattern means; a pattern takes each place once, a name that is written out stays.
+    def match(self, patterns: Sequence[str]) -> list[str]:
+        """Names that any of the patterns mean; a glob takes each place once, a name written out is kept.
 
         Hook names come first, then module paths, each in the order of the forward pass.
 
@@ -106,10 +107,10 @@ class SiteNames:
         )
 
     def place(self, name: str) -> ResolvedSite:
-        """Where a name is; opens the instrumented model if only that knows.
+        """The place of a name; opens the instrumented model if only that has it.
 
         Raises:
-            SiteError: only the instrumented model knows, and it computes something else than the plain one.
+            SiteError: only the instrumented model has it, and computes something else than the plain one.
         """
         place = self.places.get(name) or self._module_places[name]
         if isinstance(place, ResolvedSite):
@@ -118,7 +119,7 @@ class SiteNames:
             raise SiteError(f"{name} cannot be cached: {self._disagreement}")
         return self._instrumented_places[name]
 
-    def one(self, pattern: str) -> ResolvedSite:
+    def single(self, pattern: str) -> ResolvedSite:
         """The only place that a pattern means."""
         names = self._matches(pattern)
         if len(names) > 1:
@@ -130,14 +131,14 @@ class SiteNames:
         if site.instrumented:
             return site
         if site.site.name not in self._instrumented_places:
-            raise ConfigError(f"{site.site.name} is no name of the instrumented model, in which a splice is in force")
+            raise ConfigError(f"{site.site.name} is not in the instrumented model, in which a splice is in force")
         return replace(self._instrumented_places[site.site.name], site=site.site)
 
     def check_instrumented(self, names: Sequence[str], length: int) -> None:
-        """Hold the instrumented model against the plain one at a length: attention windows show only behind their end.
+        """Compare the instrumented model with the plain one at a length: attention windows show only in long sequences.
 
         Raises:
-            SiteError: it computes something else there, up to where one of these names is.
+            SiteError: it computes something else there, before or at one of these names.
         """
         if self._kind == "transformer_lens":
             return
@@ -148,7 +149,7 @@ class SiteNames:
         n_trusted = max((order.index(name) + 1 for name in found.trusted), default=0)
         behind = [name for name in names if found.first and order.index(name) >= n_trusted]
         if behind:
-            raise SiteError(f"{behind[0]} cannot be cached for sequences of {length} tokens: {self._said(found)}")
+            raise SiteError(f"{behind[0]} cannot be cached for sequences of {length} tokens: {self._describe(found)}")
 
     def _compare_at(self, length: int) -> Comparison:
         ids, plain, instrumented = self._batches(length)[0][:1], self._candidates.seen, self._instrumented.seen
@@ -158,23 +159,23 @@ class SiteNames:
             values_at(self.instrumented_forward, {name: instrumented[name].place for name in both}, ids),
         )
 
-    def listed(self, name: str, length: int) -> Listed:
+    def list_site(self, name: str, length: int) -> Listed:
         """What a name offers, without opening the instrumented model."""
         place = self.places.get(name) or self._module_places[name]
         if isinstance(place, Site):
             meaning = Meaning(module=name, transformer_lens=version("transformer-lens"))
             return Listed(replace(place, shape=(place.shape[0], length), meaning=meaning), True)
-        return Listed(sized(place, length).site, place.instrumented)
+        return Listed(with_length(place, length).site, place.instrumented)
 
     # Patterns
 
     def _matches(self, pattern: str) -> list[str]:
         """Names that a pattern means: hook names if there are any, otherwise module paths."""
         is_glob = bool(set(pattern) & set("*?["))
-        found = _chosen(pattern, self.places, is_glob)
+        found = _choose(pattern, self.places, is_glob)
         could_be_path = (is_glob or ":" in pattern) and self._kind != "transformer_lens"
         if not found and could_be_path:
-            found = _chosen(pattern, self._module_places, is_glob)
+            found = _choose(pattern, self._module_places, is_glob)
         if not found:
             self._raise_refused(pattern, could_be_path)
             return expand_names([pattern], [*self.places, *(self._module_places if could_be_path else ())])
@@ -197,7 +198,7 @@ class SiteNames:
         match self._kind:
             case "stories":
                 seen = {name: s for name, s in self._candidates.seen.items() if name != OUTPUT}
-                return {**self._meant(stories_places(seen, self._module))}, self._candidates
+                return {**self._with_meanings(stories_places(seen, self._module))}, self._candidates
             case "huggingface":
                 return self._huggingface()
             case "transformer_lens":
@@ -213,19 +214,19 @@ class SiteNames:
         except ConfigError as error:
             warnings.warn(f"sites of {self._name} are named module.path:in and module.path:out: {error}", stacklevel=2)
             return {**self._module_places}, self._modules
-        found, compared = agreeing(self._candidates.seen, instrumented.seen), self._compared
+        found, compared = choose_places(self._candidates.seen, instrumented.seen), self._compared
         places = {
             n: p for n, p in found.items() if n in compared.trusted or (n in compared.before and not p.instrumented)
         }
         places.pop(OUTPUT, None)
         if not self._disagreement:
-            return {**self._meant(places)}, instrumented
+            return {**self._with_meanings(places)}, instrumented
         warnings.warn(
             f"{self._disagreement}: sites behind that are named module.path:in and module.path:out", stacklevel=2
         )
         dropped = {name: self._why_dropped(name) for name in found if name not in places and name != OUTPUT}
         refused = {**instrumented.refused, **dropped, **self._modules.refused}
-        return {**self._meant(places), **self._module_places}, replace(instrumented, refused=refused)
+        return {**self._with_meanings(places), **self._module_places}, replace(instrumented, refused=refused)
 
     def _why_dropped(self, name: str) -> str:
         spot = self._candidate_spots.get(name)
@@ -234,18 +235,18 @@ class SiteNames:
 
     @cached_property
     def _modules(self) -> Survey:
-        return self._surveyed(module_spots(self._module))
+        return self._survey(module_spots(self._module))
 
     @cached_property
     def _module_places(self) -> dict[str, ResolvedSite]:
         if self._kind == "transformer_lens":
             return {}
-        return self._meant({name: s.place for name, s in self._modules.seen.items()})
+        return self._with_meanings({name: s.place for name, s in self._modules.seen.items()})
 
     @cached_property
     def _candidates(self) -> Survey:
         """What the plain model has under the names that may stand for its modules, and what it puts out."""
-        return self._surveyed({**self._candidate_spots, OUTPUT: Spot(self._module, "out")})
+        return self._survey({**self._candidate_spots, OUTPUT: Spot(self._module, "out")})
 
     @property
     def _candidate_spots(self) -> dict[str, Spot]:
@@ -258,14 +259,14 @@ class SiteNames:
 
     @property
     def _instrumented_spots(self) -> dict[str, Spot]:
-        """Without the output of a head that the model does not have, or that is there to be compared with nothing."""
+        """Its hook points; with the model's output only if there is a plain model, with a head, to compare it with."""
         with_output = self._kind != "transformer_lens" and not is_bare(self._module)
         output = {OUTPUT: Spot(self.bridge, "out")} if with_output else {}
         return {**self._opened.points, **output}
 
     @cached_property
     def _instrumented_places(self) -> dict[str, ResolvedSite]:
-        return self._meant({name: s.place for name, s in self._instrumented.seen.items() if name != OUTPUT})
+        return self._with_meanings({name: s.place for name, s in self._instrumented.seen.items() if name != OUTPUT})
 
     @cached_property
     def _compared(self) -> Comparison:
@@ -273,17 +274,17 @@ class SiteNames:
 
     @cached_property
     def _disagreement(self) -> str:
-        return self._said(self._compared) if self._compared.first else ""
+        return self._describe(self._compared) if self._compared.first else ""
 
-    def _said(self, found: Comparison) -> str:
+    def _describe(self, found: Comparison) -> str:
         what = "what it puts out" if found.first == OUTPUT else found.first
         return (
             f"transformer-lens {version('transformer-lens')} does not compute what {self._name} does from {what} on "
             f"(off by {found.error:.1%})"
         )
 
-    def _meant(self, places: Mapping[str, Any]) -> dict[str, Any]:
-        """The places, whose sites now say what their names mean."""
+    def _with_meanings(self, places: Mapping[str, Any]) -> dict[str, Any]:
+        """The places, with the meaning of each name in its site."""
         return {
             name: replace(place, site=replace(place.site, meaning=self._meaning(name, place)))
             if isinstance(place, ResolvedSite)
@@ -294,7 +295,7 @@ class SiteNames:
     def _meaning(self, name: str, place: ResolvedSite) -> Meaning:
         if not place.instrumented:
             return Meaning(module=self._paths[place.module], side=place.side, call=place.call)
-        # Of the names of a HookPoint its own: aliases come and go.
+        # The HookPoint's own name, because aliases change between versions.
         hook = getattr(place.module, "name", None) or name.split("@")[0]
         return Meaning(module=hook, call=place.call, transformer_lens=version("transformer-lens"))
 
@@ -310,14 +311,14 @@ class SiteNames:
             case "huggingface":
                 if quantization_of(self._module):
                     # Layers of bitsandbytes unpack their weights when they first run; copies of them then find none.
-                    self._surveyed({})
+                    self._survey({})
                 return hf_bridge(self._module, self._tokenizer, self._name)
             case "transformer_lens":
                 return Opened(self._module, hook_points(self._module), {})
             case "module":
                 raise ConfigError(f"transformer-lens cannot open {self._name}: it is a plain torch module")
 
-    def _surveyed(self, spots: Mapping[str, Spot]) -> Survey:
+    def _survey(self, spots: Mapping[str, Spot]) -> Survey:
         return survey(self._run(), spots, self._batches(None), self._tolerance)
 
     @property
@@ -325,8 +326,8 @@ class SiteNames:
         return _QUANTISED if quantization_of(self._module) else None
 
 
-def _chosen(pattern: str, places: Mapping[str, ResolvedSite | Site], is_glob: bool) -> list[str]:
-    """Names that match; of those that a glob matches in one place, the first."""
+def _choose(pattern: str, places: Mapping[str, ResolvedSite | Site], is_glob: bool) -> list[str]:
+    """Names that match; if a glob matches several names of one place, the first of them."""
     once: dict[Any, str] = {}
     for name in places:
         if fnmatchcase(name, pattern):
@@ -335,7 +336,7 @@ def _chosen(pattern: str, places: Mapping[str, ResolvedSite | Site], is_glob: bo
     return list(once.values())
 
 
-def sized(place: ResolvedSite, length: int | None) -> ResolvedSite:
+def with_length(place: ResolvedSite, length: int | None) -> ResolvedSite:
     """An attention pattern's place with as many keys as sequences have tokens; every other as it is."""
     if not place.is_pattern:
         return place

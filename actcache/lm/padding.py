@@ -1,4 +1,4 @@
-"""Whether padding is harmless: tried at a length, not concluded from what a model is.
+"""Whether padding is harmless: tried at each length, not concluded from the kind of model.
 
 A causal model may still treat a short sequence differently in a batch with a long one: long-rope variants choose their
 frequencies by the longest sequence of a batch.
@@ -15,7 +15,7 @@ from actcache.lm.hooks import ResolvedSite, Spot
 from actcache.lm.survey import equal
 
 Values = Callable[[Tensor, Tensor | None, Sequence[ResolvedSite]], Mapping[str, Tensor]]
-"""What `(Q, T)` ids of `(Q,)` lengths (None: all T) give at sites, or without any as output: `(Q, T, D)` each."""
+"""Values `(Q, T, D)` of `(Q, T)` ids of `(Q,)` lengths (None: all T) at sites; without sites, the output."""
 
 _SHORT = 5
 """Tokens of the shortest sequence that is tried in a batch."""
@@ -24,8 +24,8 @@ _TOLERANCE_16_BIT = 3e-2
 
 
 class Padding:
-    """Knows for which lengths padding was seen to change nothing; what it has seen at a length holds for shorter ones,
-    and what was seen to be harmful stays so for longer ones."""
+    """Remembers at which lengths padding was harmless. Harmless at a length means harmless at shorter ones, and harmful
+    means harmful at longer ones."""
 
     def __init__(self, values: Values, ids: Callable[[int], Tensor]) -> None:
         """`ids`: some token ids `(1, T)` of a length."""
@@ -34,7 +34,7 @@ class Padding:
         self._harmful: dict[frozenset[Spot], int] = {}
 
     def is_harmless(self, length: int, sites: Sequence[ResolvedSite]) -> bool:
-        """Whether sequences alone have the values that they have in a batch with one of that many tokens."""
+        """Whether sequences have the same values alone and in a batch with one of that many tokens."""
         key = frozenset(site.spot for site in sites)
         if length <= self._harmless.get(key, 1):
             return True
@@ -53,7 +53,7 @@ class Padding:
             alone = self._values(ids[:1, :n_tokens], None, sites)
             for name, value in alone.items():
                 padded = batch[name][number : number + 1, :n_tokens]
-                if name in patterns:  # keys behind the end of a sequence are none of its own
+                if name in patterns:  # keys after the end of a sequence are not its own
                     padded = padded.view(1, n_tokens, patterns[name], length)[..., :n_tokens].flatten(2)
                 if not equal(padded.nan_to_num(), value.nan_to_num(), _TOLERANCE.get(value.dtype, _TOLERANCE_16_BIT)):
                     return False

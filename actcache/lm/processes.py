@@ -1,7 +1,7 @@
 """A guard under which this thread starts no process.
 
 transformer-lens installs packages with pip while it opens a multimodal model. Looking at a model must change nothing,
-so what it starts is refused as if the system had refused it, which it answers by going on without.
+so what it starts is refused as if by the system, and it goes on without.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _WAYS += [(os, name) for name in ("system", "fork", "forkpty", "posix_spawn", "p
 
 _lock = threading.Lock()
 _guarded: list[int] = []
-"""Threads that are under the guard, once for each time that they are."""
+"""Threads under the guard, once for each nested use."""
 _originals: dict[tuple[Any, str], Callable[..., Any]] = {}
 
 
@@ -32,7 +32,7 @@ def no_processes() -> Iterator[None]:
             for owner, name in _WAYS:
                 if hasattr(owner, name):
                     _originals[owner, name] = getattr(owner, name)
-                    setattr(owner, name, _refusing(_originals[owner, name]))
+                    setattr(owner, name, _refuse(_originals[owner, name]))
         _guarded.append(threading.get_ident())
     try:
         yield
@@ -45,7 +45,7 @@ def no_processes() -> Iterator[None]:
                 _originals.clear()
 
 
-def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
+def _refuse(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def start(*args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() in _guarded:

@@ -1,7 +1,7 @@
-"""What a forward pass leaves behind in a model, and how it is taken back.
+"""State that a forward pass leaves in a model, and how it is undone.
 
 Some models are not the same after a long sequence: rotary frequencies that were stretched for it ("dynamic NTK") stay
-so until a sequence comes that is short enough. A value must not depend on what was run before.
+stretched until a short enough sequence comes. A value must not depend on what was run before.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ class Remembered:
     """Watches the buffers of a model, and puts them back before a sequence of another length."""
 
     def __init__(self, module: nn.Module) -> None:
-        """From here on the model counts as it is now, that is, before anything was run or behind a single token."""
+        """Remember the model as it is now: before anything was run, or after a single token."""
         self._module = module
         self._before = {(m, name): _copy(value) for m, name, value in _state_of(module)}
         self._changing: list[nn.Module] = []
         self._last, self._longest, self._looked_at = 0, 0, 0
 
     def prepare(self, n_positions: int) -> None:
-        """Take back what earlier passes left behind, before one of so many positions."""
+        """Undo what earlier passes left in the model, before a pass over this many positions."""
         if n_positions < self._longest and self._looked_at < self._longest:
             self._looked_at = self._longest
             self._changing = list(dict.fromkeys(m for m, _, value in self._changed() if isinstance(value, Tensor)))
@@ -38,7 +38,7 @@ class Remembered:
         self._last, self._longest = n_positions, max(self._longest, n_positions)
 
     def _changed(self) -> Iterator[tuple[nn.Module, str, Any]]:
-        """What is not as it was, and how it was."""
+        """What has changed, with its earlier value."""
         for (m, name), before in self._before.items():
             now = getattr(m, name, None)
             if not _same(before, now):
@@ -50,7 +50,7 @@ class Remembered:
 
 
 def _state_of(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Buffers, other tensors and numbers that modules hold; no parameters."""
+    """Buffers, other tensors and numbers that modules hold, but not parameters."""
     for m in module.modules():
         for name, value in (*m._buffers.items(), *vars(m).items()):
             if isinstance(value, Tensor):

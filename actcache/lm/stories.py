@@ -189,7 +189,7 @@ _WITH_HEADS = {name for pair in _STORIES_ALIASES.items() if pair[1][-2:] in ("_q
 
 
 STORIES_INSTRUMENTED = ("attn.hook_attn_scores", "attn.hook_pattern")
-"""Names below each block of `StoriesLM` that no module has as input or output (a test holds the list complete)."""
+"""Names below each block of `StoriesLM` that are not the input or output of a module (a test checks the list)."""
 
 
 def stories_spots(module: nn.Module) -> dict[str, Spot]:
@@ -209,7 +209,8 @@ def stories_spots(module: nn.Module) -> dict[str, Spot]:
 def stories_places(seen: Mapping[str, Seen], module: nn.Module) -> dict[str, ResolvedSite | Site]:
     """The embedded model's places, with heads in the shapes that have them.
 
-    A name that no module has is only a site; it comes where the value is computed, before the heads' outputs `z`.
+    A name without a module is a site of the instrumented model only; it is listed where its value is computed, before
+    the heads' outputs `z`.
     """
     config: Any = module.config
     places: dict[str, ResolvedSite | Site] = {}
@@ -227,5 +228,5 @@ def stories_places(seen: Mapping[str, Seen], module: nn.Module) -> dict[str, Res
 
 
 def _block(path: str) -> str:
-    """`blocks.0.` of a path below it, otherwise nothing."""
+    """`blocks.0.` for a path below block 0, ...; empty for other paths."""
     return ".".join(path.split(".")[:2]) + "." if path.startswith("blocks.") else ""

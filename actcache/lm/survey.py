@@ -1,7 +1,8 @@
-"""Which names a model answers to, and where each of them is.
+"""What passes at given places of a model: one forward pass of a few tokens shows which are reached, and in which order,
+layout and width. Sizes are never guessed from a config.
 
-A candidate name becomes a site by being seen: one forward pass of a few tokens shows which places are reached, in which
-order, and in which layout and width. Sizes are never guessed from a config.
+In: a way to run a model, and places under candidate names. Out: the sites that were seen; two models compared by the
+values at their sites. Which names a model has, and what patterns mean, is decided in `names.py`.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Survey:
 
     seen: dict[str, Seen]
     refused: dict[str, str]
-    """Names where activations pass that cannot be stored as rows of tokens, and why; as in "streams:out has ..."."""
+    """Names where activations pass that cannot be stored as rows of tokens, and why (as in "streams:out has ...")."""
     idle: dict[str, str]
     """Names where no activations pass, and what is there instead."""
 
@@ -67,10 +68,11 @@ class Listed:
 
 
 def id_table(run: Run, module: nn.Module, device: torch.device) -> tuple[int | None, int | None]:
-    """How many tokens a module knows, and in how many positions it was run to see that (None: any).
+    """How many tokens a module knows, and with how many positions it had to be run to find out (None: any).
 
-    Tokens are the rows of the embedding that is given the ids; None if there is no such table. Ids are tried that every
-    table of the module has, and if they are too many, as many as the smallest table has rows: it may be of positions.
+    Tokens are the rows of the embedding that is given the ids; None if there is no such table. The ids tried are in
+    every table of the module; if that fails, only as many positions are run as the smallest table has rows, because it
+    may hold positions.
 
     Raises:
         ConfigError: the model does not run on token ids.
@@ -88,15 +90,15 @@ def id_table(run: Run, module: nn.Module, device: torch.device) -> tuple[int | N
 def _size_of_table(run: Run, tables: Sequence[nn.Embedding], ids: Tensor) -> int | None:
     """Rows of the first table that is given the ids themselves."""
     spots = {Spot(m, "in"): m.num_embeddings for m in tables}
-    given = _passing(run, spots, ids, lambda _, value: isinstance(value, Tensor) and torch.equal(value, ids))
+    given = _record(run, spots, ids, lambda _, value: isinstance(value, Tensor) and torch.equal(value, ids))
     return next((spots[spot] for spot, _ in given if given[spot, 1]), None)
 
 
 def survey_ids(d_vocab: int | None, n_ctx: int | None, device: torch.device, length: int = _T) -> list[Tensor]:
     """Three batches `(Q, T)` of token ids, within the model's vocabulary and context.
 
-    The second has more sequences of fewer tokens, so that no axis of one can be taken for the other. The third is the
-    first with another first sequence.
+    The second has more sequences of fewer tokens, so that axes of sequences and positions cannot be confused. The
+    third is the first with another first sequence.
     """
     n_positions = min(length, n_ctx or length)
     shapes = (_Q, n_positions), (_Q + 1, max(1, n_positions - 4))
@@ -107,10 +109,10 @@ def survey_ids(d_vocab: int | None, n_ctx: int | None, device: torch.device, len
 
 
 def survey(run: Run, spots: Mapping[str, Spot], batches: Sequence[Tensor], tolerance: float | None = None) -> Survey:
-    """Run a few tokens and see what passes at the spots; names come in the order of the forward pass.
+    """Run a few tokens and record what passes at the spots; names come in the order of the forward pass.
 
     A module that runs several times in one pass has a name for each of its runs: `path:out@2`. `tolerance` is how much
-    of a value may change (relative) with the other sequences of its batch, by default what rounding may do.
+    of a value may change (relative) with the other sequences of its batch, by default as much as rounding explains.
 
     Raises:
         ConfigError: the model does not run on token ids.
@@ -118,8 +120,8 @@ def survey(run: Run, spots: Mapping[str, Spot], batches: Sequence[Tensor], toler
     names: dict[Spot, list[str]] = {}
     for name, spot in spots.items():
         names.setdefault(spot, []).append(name)
-    first = _passing(run, names, batches[0], lambda _, value: (value, _copy(value)))
-    second = _passing(run, names, batches[1], lambda _, value: _shape(value))
+    first = _record(run, names, batches[0], lambda _, value: (value, _copy(value)))
+    second = _record(run, names, batches[1], lambda _, value: _shape(value))
     ids_shapes = [(ids.shape[0], ids.shape[1]) for ids in batches[:2]]
     layouts: dict[_Pass, tuple[Layout | None, str]] = {}
     for passed, (_, copy) in first.items():
@@ -134,13 +136,13 @@ def survey(run: Run, spots: Mapping[str, Spot], batches: Sequence[Tensor], toler
         before, after = (to_rows(v, layout, ids_shapes[0])[1:] for v in (first[passed][1], value))
         return not torch.equal(after, before) and not equal(after.nan_to_num(), before.nan_to_num(), tolerance)
 
-    third = _passing(run, names, batches[2], depends_on_the_batch)
+    third = _record(run, names, batches[2], depends_on_the_batch)
     calls = [Counter(spot for spot, _ in passing) for passing in (first, second, third)]
     found = Survey({}, {}, {})
     for spot in names:
         n_calls = [counted[spot] for counted in calls]
         if n_calls[0] == 0 or n_calls.count(n_calls[0]) < len(n_calls) or n_calls[0] > 1:
-            # Of what runs equally often each run is offered, so that only the bare name is not known.
+            # Each run is offered if all batches ran it equally often: only the bare name is unknown.
             active = (
                 n_calls.count(n_calls[0]) < len(n_calls) and _shape(first.get((spot, 1), (None, None))[1]) is not None
             )
@@ -161,14 +163,14 @@ def survey(run: Run, spots: Mapping[str, Spot], batches: Sequence[Tensor], toler
             elif third[spot, call]:
                 found.refused[called] = "changes with the other sequences of its batch (or from one run to the next)"
             else:
-                found.seen[called] = _seen(called, one, value, copy, layout, ids_shapes[0])
+                found.seen[called] = _make_seen(called, one, value, copy, layout, ids_shapes[0])
     return found
 
 
 def values_at(run: Run, places: Mapping[str, ResolvedSite], ids: Tensor) -> dict[str, Seen]:
-    """What passes at places that are known already, for one batch."""
+    """Values at places that are already known, for one batch."""
     spots = {place.spot: name for name, place in places.items()}
-    values = _passing(run, spots, ids, lambda _, value: value.clone())
+    values = _record(run, spots, ids, lambda _, value: value.clone())
     shape = ids.shape[0], ids.shape[1]
     found = {spots[spot]: value for (spot, _), value in values.items()}
     return {name: Seen(places[name], to_rows(value, places[name].layout, shape)) for name, value in found.items()}
@@ -178,7 +180,7 @@ _Pass = tuple[Spot, int]
 """A spot, and which of its values in one forward pass, from 1 on."""
 
 
-def _passing(run: Run, spots: Iterable[Spot], ids: Tensor, keep: Callable[[_Pass, Any], _Kept]) -> dict[_Pass, _Kept]:
+def _record(run: Run, spots: Iterable[Spot], ids: Tensor, keep: Callable[[_Pass, Any], _Kept]) -> dict[_Pass, _Kept]:
     """What `keep` makes of every value that passes, in order."""
     kept: dict[_Pass, _Kept] = {}
     n_calls: Counter[Spot] = Counter()
@@ -195,7 +197,7 @@ def _passing(run: Run, spots: Iterable[Spot], ids: Tensor, keep: Callable[[_Pass
             attached.callback(attach(spot, keeper(spot)))
         try:
             run(ids)
-        except Exception as error:  # whatever the user's model raises
+        except Exception as error:  # a model may raise anything
             raise ConfigError(f"the model does not run on token ids of shape {tuple(ids.shape)}: {error}") from error
     return kept
 
@@ -205,7 +207,7 @@ def _copy(value: Any) -> Any:
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:
-    """Of what may be activations; None of ids, masks, caches."""
+    """The shape of what may be activations; None for ids, masks and caches."""
     known = isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2
     return tuple(value.shape) if known else None
 
@@ -224,7 +226,7 @@ def _why_not_by_this_name(name: str, n_calls: Sequence[int]) -> str:
     return f"runs {n_calls[0]} times in one forward pass: say which, {name}@1 to {name}@{n_calls[0]}"
 
 
-def _seen(name: str, spot: Spot, value: Tensor, copy: Tensor, layout: Layout, ids_shape: tuple[int, int]) -> Seen:
+def _make_seen(name: str, spot: Spot, value: Tensor, copy: Tensor, layout: Layout, ids_shape: tuple[int, int]) -> Seen:
     site = Site(name=name, shape=feature_axes(copy, layout))
     overwritten = not torch.equal(value, copy) and not torch.equal(value.nan_to_num(), copy.nan_to_num())
     place = ResolvedSite(site, spot.module, spot.side, spot.instrumented, layout, overwritten, spot.call)
@@ -246,11 +248,11 @@ def _paths(module: nn.Module, path: str, above: tuple[nn.Module, ...]) -> Iterat
             yield from _paths(child, f"{path}.{name}" if path else name, (*above, module))
 
 
-def agreeing(plain: Mapping[str, Seen], instrumented: Mapping[str, Seen]) -> dict[str, ResolvedSite]:
+def choose_places(plain: Mapping[str, Seen], instrumented: Mapping[str, Seen]) -> dict[str, ResolvedSite]:
     """Where to read each of the instrumented model's names: at a plain module if that gave the same values.
 
     Values, not rules, decide: architectures differ in what they do between a module and the hook of the same name.
-    The tolerance leaves room for another attention kernel, and none for another tensor.
+    The tolerance allows for another attention kernel, but not for another tensor.
     """
     places: dict[str, ResolvedSite] = {}
     for name, seen in instrumented.items():
@@ -262,7 +264,7 @@ def agreeing(plain: Mapping[str, Seen], instrumented: Mapping[str, Seen]) -> dic
 
 
 OUTPUT = ":out"
-"""Name of what a whole model puts out."""
+"""Name of the output of a whole model."""
 
 
 _BLOCK_OUTPUT = re.compile(r"(^|[._])blocks\.\d+\.hook_out(@\d+)?$")
@@ -270,12 +272,12 @@ _BLOCK_OUTPUT = re.compile(r"(^|[._])blocks\.\d+\.hook_out(@\d+)?$")
 
 @dataclass(frozen=True)
 class Comparison:
-    """Whether the instrumented model computes what the plain one does: the output of every block, and the model's."""
+    """Whether the instrumented model computes what the plain one does: every block's output, and the model's."""
 
     first: str = ""
     """Name of the first output that differs; empty if none does."""
     error: float = 0.0
-    """How far off it is, relative."""
+    """Its relative error."""
     trusted: frozenset[str] = frozenset()
     """Names up to the last output that agrees before it; all, if none differs."""
     before: frozenset[str] = frozenset()
@@ -283,12 +285,12 @@ class Comparison:
 
 
 def outputs_of(plain: Mapping[str, Seen], instrumented: Mapping[str, Seen]) -> list[str]:
-    """Of what both models have: the names of the blocks' outputs and of the model's, in the order of the pass."""
+    """Names of the outputs of blocks, and of the model, that both models have, in the order of the forward pass."""
     return [name for name in instrumented if name in plain and (name == OUTPUT or _BLOCK_OUTPUT.search(name))]
 
 
 def compare(plain: Mapping[str, Seen], instrumented: Mapping[str, Seen]) -> Comparison:
-    """Hold the outputs that both have against each other, in the order of the forward pass."""
+    """Compare the outputs that both models have, in the order of the forward pass."""
     names, n_trusted = list(instrumented), 0
     for name in outputs_of(plain, instrumented):
         both = instrumented[name].rows, plain[name].rows
@@ -309,5 +311,5 @@ def off_by(a: Tensor, b: Tensor) -> float:
 
 
 def equal(a: Tensor, b: Tensor, tolerance: float | None = None) -> bool:
-    """Whether two computations of a value agree, as far as their dtype lets them; NaN and infinities never do."""
+    """Whether two computations of a value agree, up to the rounding of their dtype; NaN and infinities never agree."""
     return off_by(a, b) <= (_TOLERANCE.get(a.dtype, _TOLERANCE_16_BIT) if tolerance is None else tolerance)

@@ -1,6 +1,6 @@
-"""The tokenizer of a model: there, missing, or there and unreadable, which is said when it is needed.
+"""The tokenizer of a model: readable, missing, or unreadable, which is an error only where it is needed.
 
-In: a folder or a name on the hub. Out: the tokenizer, None where there are no files of one, or an `Unreadable`.
+In: a folder or a name on the hub. Out: the tokenizer, None if it has no files, or an `Unreadable`.
 transformers makes an empty tokenizer out of no files at all, so files and vocabulary are looked at here.
 """
 
@@ -20,12 +20,12 @@ from actcache.lm.trust import WAY_OUT, code_files
 _FILES = ("tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "tekken.json", "spiece.model", "*.bpe.model", "*.spm")
 """Names of files that tokenizers are made from, `tokenizer_config.json` among them."""
 _BESIDE = ("special_tokens_map.json", "added_tokens.json")
-"""Read with them, but no tokenizer by themselves."""
+"""Read with them, but not a tokenizer on their own."""
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A tokenizer that is there, and cannot be used."""
+    """A tokenizer that exists but cannot be used."""
 
     reason: str
     cause: BaseException | None = None
@@ -42,7 +42,7 @@ def load_tokenizer(place: str, folder: Path | None, options: Mapping[str, Any]) 
 
     Args:
         place: folder, or name on the hub.
-        folder: where its files are on this machine, if that is known before.
+        folder: where its files are on this machine, if that is known already.
         options: `trust_remote_code`, and what else `from_pretrained` is given (`revision`, `gguf_file`).
     """
     from transformers import AutoTokenizer
@@ -72,7 +72,7 @@ def load_tokenizer(place: str, folder: Path | None, options: Mapping[str, Any]) 
 
 
 def _in_cache(name: str, revision: str | None) -> Path | None:
-    """Where the files of a repository of the hub are; None if none of those that are looked for is there."""
+    """Where the files of a hub repository are on this machine; None if it has none of those looked for."""
     from huggingface_hub import try_to_load_from_cache
 
     for file in (
@@ -83,7 +83,7 @@ def _in_cache(name: str, revision: str | None) -> Path | None:
         "vocab.json",
         "tokenizer.model",
     ):
-        with suppress(ValueError):  # no name of a repository
+        with suppress(ValueError):  # not a repository name
             found = try_to_load_from_cache(name, file, revision=revision or "main")
             if isinstance(found, str):
                 return Path(found).parent
@@ -113,7 +113,7 @@ def open_tokenizer(tokenizer: Any, trust_remote_code: bool) -> Any:
 
 
 def open_tokenizer_file(file: Path, **special: str) -> Any | Unreadable | None:
-    """The tokenizer in a `tokenizer.json` that stands alone; None if there is no such file."""
+    """The tokenizer in a `tokenizer.json` without other files; None if there is no such file."""
     from transformers import PreTrainedTokenizerFast
 
     if not file.exists() and not file.is_symlink():
@@ -133,11 +133,11 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _fault(folder: Path, *, trusted: bool) -> str | None:
-    """What is wrong with a tokenizer's files, as far as they show it by themselves."""
+    """What is wrong with a tokenizer's files, if that can be told from the files alone."""
     for path in sorted({*_files(folder), *(folder / name for name in _BESIDE)}):
         if path.name in _BESIDE and not path.exists():
             continue
-        # A folder named like a file that tokenizers are made from is somebody's own, unless it takes that file's place.
+        # A folder named like a tokenizer file is unrelated, unless it takes that file's place.
         if path.is_dir() and not path.suffix:
             continue
         fault = fault_in(path)

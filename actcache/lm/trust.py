@@ -22,10 +22,10 @@ _LOADED_IN = "transformers_modules."
 
 
 def check_needs_no_code(place: str, config: Mapping[str, Any]) -> None:
-    """Refuse a model that would not be itself without its own code.
+    """Refuse a model that would compute something else without its own code.
 
     Where transformers has a class of the same name, that one is taken, with a warning. Where the class has another
-    name, transformers would open its own for that model type without a word, which computes something else.
+    name, transformers would silently open its own class for that model type, which computes something else.
 
     Raises:
         ConfigError: the model needs code of its own, or code from the hub (attention kernels).
@@ -56,7 +56,7 @@ def check_needs_no_code(place: str, config: Mapping[str, Any]) -> None:
 
 
 def named_class(config: Mapping[str, Any]) -> str | None:
-    """The class that a model's config says the weights are of."""
+    """The class of the weights according to a model's config."""
     return next(_texts(config.get("architectures")), None)
 
 
@@ -82,7 +82,7 @@ def code_digest(module: nn.Module) -> str | None:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in a value of JSON."""
+    """Every string in a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""What may be given for documents, a tokenizer, a number or token blocks; whatever else is refused in one sentence."""
+"""What may be given for documents, a tokenizer, a number or token blocks; anything else is refused in one sentence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from actcache.spec import TokenBlocks
 
 
 def as_documents(documents: Any) -> Iterable[Document]:
-    """What was given to `token_blocks`, as an iterable of documents: flat token ids are one document.
+    """The argument of `token_blocks` as an iterable of documents: flat token ids are one document.
 
     Raises:
         TextError: something that holds no documents, or not in an order; an array that is neither flat nor `(Q, T)`.
@@ -32,7 +32,7 @@ def as_documents(documents: Any) -> Iterable[Document]:
         documents = documents.to_pylist()
     if isinstance(documents, Sequence) and documents and isinstance(documents[0], int | np.integer):
         return [documents]
-    return documents  # type: ignore[no-any-return]  # what is in it is looked at as it comes
+    return documents  # type: ignore[no-any-return]  # its elements are checked as they come
 
 
 def _no_documents(found: Any) -> str | None:
@@ -63,10 +63,10 @@ def _no_documents(found: Any) -> str | None:
 
 
 def as_tokenizer(tokenizer: Any) -> Any | None:
-    """What was given for a tokenizer, as one of transformers: itself, by name or folder, or a `tokenizers.Tokenizer`.
+    """The argument as a tokenizer of transformers: given itself, by name or folder, or as a `tokenizers.Tokenizer`.
 
     Raises:
-        ConfigError: there is none by that name, or it is something else.
+        ConfigError: nothing has that name, or it is something else.
     """
     if tokenizer is None:
         return None
@@ -94,7 +94,7 @@ def whole_number(name: str, value: Any, least: int) -> int:
     """A whole number of Python, numpy or torch as an `int`.
 
     Raises:
-        ConfigError: it is none, or less than `least`.
+        ConfigError: it is not a whole number, or less than `least`.
     """
     if isinstance(value, Integral) and not isinstance(value, bool | np.bool_) and int(value) >= least:
         return int(value)
@@ -103,7 +103,7 @@ def whole_number(name: str, value: Any, least: int) -> int:
 
 
 def as_token_blocks(blocks: Any) -> TokenBlocks:
-    """What was given for token blocks: themselves, or `(Q, T)` ids as an array, a tensor or a list of lists.
+    """The argument as token blocks: given themselves, or as `(Q, T)` ids in an array, a tensor or a list of lists.
 
     Ids are used as they are, in their order, each sequence a document of its own.
 
@@ -114,7 +114,7 @@ def as_token_blocks(blocks: Any) -> TokenBlocks:
         return blocks
     kind = type(blocks).__name__
     if hasattr(blocks, "token_blocks"):
-        raise ConfigError(f"a {kind} is no token blocks, but has some: pass its token_blocks()")
+        raise ConfigError(f"a {kind} is not token blocks, but has some: pass its token_blocks()")
     if not is_array(blocks) and not isinstance(blocks, list | tuple):
         what = "a mapping; pass its ids, such as batch['input_ids']" if isinstance(blocks, Mapping) else kind
         raise ConfigError(
@@ -127,7 +127,7 @@ def as_token_blocks(blocks: Any) -> TokenBlocks:
 
 
 def _check_rows(rows: Sequence[Any]) -> None:
-    """Whether a list is one of equally long lists."""
+    """Raise `ConfigError` unless all rows are lists of equal length."""
     other = next((row for row in rows if not is_array(row) and not isinstance(row, list | tuple)), None)
     if other is not None:
         found = "a flat list of ids" if isinstance(other, Integral) else f"a list of {type(other).__name__}"

@@ -16,7 +16,7 @@ _PROBE = "Hello world"
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """Token ids before and behind a document."""
+    """Token ids before and after a document."""
 
     begin: tuple[int, ...] = ()
     end: tuple[int, ...] = ()
@@ -29,7 +29,7 @@ class Marks:
 
 
 class Bos:
-    """A policy, applied to a tokenizer. What a tokenizer cannot give is missed only where it is needed."""
+    """A policy, applied to a tokenizer; a token that the tokenizer lacks is an error only where it is needed."""
 
     def __init__(self, policy: BosPolicy, tokenizer: Any | None) -> None:
         if policy not in get_args(BosPolicy):
@@ -43,18 +43,18 @@ class Bos:
         """What is put around a document of that kind.
 
         Raises:
-            ConfigError: the tokenizer has no token to begin documents with.
+            ConfigError: the tokenizer has no token that could begin a document.
         """
         if self.policy == "none" or (self.policy == "auto" and kind != "text"):
             return Marks()
         return self._text_marks if self.policy == "auto" else Marks(self._begin)
 
     def sequence(self) -> tuple[int, ...]:
-        """What every sequence begins with, if its document does not."""
+        """The tokens that every sequence begins with, unless its document does already."""
         return self._begin if self.policy == "sequence" else ()
 
     def as_ever(self) -> bool:
-        """Whether texts get one token at their beginning, BOS or in its place EOS, and none at their end."""
+        """Whether texts get one token at their beginning (BOS, or EOS in its place) and none at their end."""
         return self.marks("text") == Marks(_tokens_of(self._tokenizer)[:1])
 
     @cached_property
@@ -85,7 +85,7 @@ def _tokens_of(tokenizer: Any) -> tuple[int, ...]:
 
 
 def own_marks(tokenizer: Any) -> Marks:
-    """What a tokenizer puts around a text when it is called with nothing but the text; found by calling it."""
+    """The tokens that a tokenizer puts around a text by default; found by calling it."""
     bare = list(tokenizer(_PROBE, add_special_tokens=False, verbose=False)["input_ids"])
     whole = list(tokenizer(_PROBE, verbose=False)["input_ids"])
     for start in range(len(whole) - len(bare) + 1):

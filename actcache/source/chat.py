@@ -13,14 +13,14 @@ from actcache.source.kinds import Chat
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 _TEXT_PARTS = ("text", "input_text", "output_text")
-"""Types of parts of a content that are text, by the names that the usual interfaces have for them."""
+"""Types of the parts of a message's content that are text, by the names that common interfaces use."""
 
 
 def chat_text(tokenizer: Any, chat: Chat, template: str) -> str:
     """A chat as the text that the model was trained on, BOS and separators included where the template has them.
 
-    A content of several text parts is given to the template as it is, and if the template cannot take it so, as one
-    text. Keys without a value (`"content": None` beside tool calls, columns of a table) count as missing.
+    Content of several text parts is given to the template as it is, or joined to one text if the template refuses it.
+    Keys without a value (`"content": None` beside tool calls, columns of a table) count as missing.
 
     Args:
         tokenizer: A transformers tokenizer.
@@ -28,20 +28,20 @@ def chat_text(tokenizer: Any, chat: Chat, template: str) -> str:
         template: A Jinja template; transformers renders it in a sandbox.
 
     Raises:
-        TextError: a message without role, or whose content is not text; a chat that the template refuses, or of which
-            it writes a list or mapping as Python shows it.
+        TextError: a message without role, or whose content is not text; a chat that the template refuses, or in
+            which it prints a list or mapping in Python's notation.
     """
     messages = [_message(message) for message in chat]
-    joined = [_joined(message) for message in messages]
+    joined = [_join_parts(message) for message in messages]
     if messages != joined:
         try:
-            text = _rendered(tokenizer, messages, template)
+            text = _render(tokenizer, messages, template)
         except TextError:
             pass
         else:
             if all(part in text for message in messages for part in _parts(message)):
                 return text
-    return _rendered(tokenizer, joined, template)
+    return _render(tokenizer, joined, template)
 
 
 def message_strings(chat: Chat) -> Iterator[str]:
@@ -57,12 +57,12 @@ def message_strings(chat: Chat) -> Iterator[str]:
             waiting.extend(value)
 
 
-def _rendered(tokenizer: Any, messages: list[dict[str, Any]], template: str) -> str:
+def _render(tokenizer: Any, messages: list[dict[str, Any]], template: str) -> str:
     try:
         text = str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
     except MemoryError:
         raise
-    except Exception as error:  # templates are small programs of other people: they may raise anything
+    except Exception as error:  # templates are small programs that may raise anything
         raise TextError(f"the chat template refuses it: {str(error) or type(error).__name__}") from error
     for shown in _reprs(messages):
         if shown in text:
@@ -71,7 +71,7 @@ def _rendered(tokenizer: Any, messages: list[dict[str, Any]], template: str) -> 
 
 
 def _reprs(value: Any) -> Iterator[str]:
-    """How Python shows the lists and mappings within messages, as far as JSON would not look the same."""
+    """Python's notation for lists and mappings within messages, where JSON would look different."""
     for inner in value.values() if isinstance(value, Mapping) else value:
         if isinstance(inner, Mapping | list | tuple):
             if inner and _json(inner) != repr(inner):
@@ -112,7 +112,7 @@ def template_of(tokenizer: Any, chat_template: str | os.PathLike[str] | None) ->
 
 
 def _message(message: Any) -> dict[str, Any]:
-    """One message in the usual form; keys that neither form has, such as tool calls, are kept."""
+    """One message in the standard form; other keys, such as tool calls, are kept."""
     if not isinstance(message, Mapping):
         raise TextError(f"a message of a chat has role and content (or from and value), found {type(message).__name__}")
     if "role" in message and ("content" in message or len(message) > 1):
@@ -135,7 +135,7 @@ def _message(message: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Lists for the arrays that tables of pandas have in their place."""
+    """Arrays, which pandas tables have in place of lists, as lists."""
     if hasattr(value, "tolist") and not isinstance(value, str | bytes):
         value = value.tolist()
     if isinstance(value, Mapping):
@@ -166,6 +166,6 @@ def _parts(message: Mapping[str, Any]) -> list[str]:
     return [_text_of(part) for part in content] if isinstance(content, list) else []
 
 
-def _joined(message: dict[str, Any]) -> dict[str, Any]:
+def _join_parts(message: dict[str, Any]) -> dict[str, Any]:
     """A message whose content is one text."""
     return {**message, "content": "".join(_parts(message))} if isinstance(message.get("content"), list) else message

@@ -1,4 +1,4 @@
-"""Which column of a record holds the document, and whether it holds what it should.
+"""Which column of a record holds the document, and whether its values are valid.
 
 In: records of files and datasets. Out: texts, chats, or arrays of token ids.
 """
@@ -26,20 +26,20 @@ _COLUMNS: dict[Kind, tuple[str, ...]] = {
 }
 _READERS: dict[Kind, str] = {"text": "read_texts", "chat": "read_chats", "tokens": "read_tokens"}
 _MASKS = {"input_ids": "attention_mask"}
-"""Columns whose zeros say which ids of another are padding, as transformers calls the two."""
+"""Columns of ids, and the columns whose zeros mark padding in them, as transformers names both."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What is asked of every record."""
+    """What is to be read from every record."""
 
     kinds: tuple[Kind, ...]
-    """What documents may be; columns are looked for in this order."""
+    """Kinds of documents that are wanted; columns are looked for in this order."""
     column: str | None
-    """Its column; None for the first that has one of the usual names."""
+    """Column of the documents; None for the first with one of the usual names."""
 
     def column_of(self, names: Collection[str]) -> str:
-        """The column to read, among those that are there."""
+        """The column to read, among the given ones."""
         usual = [name for kind in self.kinds for name in _COLUMNS[kind]]
         wanted = [self.column] if self.column else usual
         for name in wanted:
@@ -66,7 +66,7 @@ class Wanted:
         raise TextError(f"expected an object with a {kinds} column, found {type(record).__name__}")
 
     def of_value(self, value: Any, mask: Any, name: str) -> Document:
-        """A column's value, checked; ids at which `mask` is zero are left out."""
+        """A column's value, checked; ids whose `mask` is zero are left out."""
         column = f"column {name!r}" if name else "the record"
         empty = isinstance(value, list | tuple) and not value and self.kinds != ("text",)
         kind = kind_of(value)
@@ -98,13 +98,13 @@ class Wanted:
             yield document
 
     def columns_of(self, names: Collection[str]) -> list[str]:
-        """The columns that a table must be read with: that of the documents, and what marks its padding."""
+        """The columns to read from a table: that of the documents, and the mask of its padding."""
         name = self.column_of(names)
         return [name, *(mask for mask in [_MASKS.get(name, "")] if mask in names)]
 
 
 def _few(names: Collection[str]) -> str:
-    """Names of columns, as far as a message has room for them."""
+    """The first names of columns, for a message."""
     shown = list(map(str, names))
     return f"{shown}" if len(shown) <= 12 else f"{shown[:12]} and {len(shown) - 12} more"
 
@@ -120,7 +120,7 @@ def _without_padding(ids: Ids, mask: NDArray[Any]) -> Ids:
 def _values(column: pyarrow.ChunkedArray) -> Iterator[Any]:
     """The values of a column; lists of integers as arrays, without a Python object for each.
 
-    Where a text is not UTF-8, its place is taken by the error.
+    A text that is not UTF-8 is replaced by the error.
     """
     import pyarrow
 

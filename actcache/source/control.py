@@ -23,7 +23,7 @@ class Control:
         """Their texts by id."""
 
     def counts(self, encoded: Sequence[Ids]) -> list[int]:
-        """How many there are in each of some documents."""
+        """How many control tokens each of the documents has."""
         flat = np.concatenate(encoded) if encoded else np.zeros(0, np.uint32)
         wanted = self._is_control
         if not flat.size or not wanted.size or not wanted[np.minimum(flat, wanted.size - 1)].any():
@@ -31,7 +31,7 @@ class Control:
         return [int(wanted[np.minimum(ids, wanted.size - 1)].sum()) for ids in encoded]
 
     def spelled_in(self, strings: Iterable[str]) -> list[str]:
-        """Those that some strings spell, as often as they do."""
+        """The control tokens that the strings spell, with repetitions."""
         return [found for string in strings for found in self._spelled.findall(string)] if self.names else []
 
     @cached_property

@@ -14,7 +14,7 @@ from actcache.source.columns import Wanted
 from actcache.source.text_files import ARRAY_SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES, suffix_of
 
 ALL = "all"
-"""In place of the name of a split: every file."""
+"""In place of the name of a split: all files."""
 
 _KEYWORDS = {
     "train": ("train", "training"),
@@ -30,11 +30,10 @@ _MOST_README_BYTES = 1 << 20
 
 
 def files_of(folder: Path, wanted: Wanted, split: str | None, config: str | None = None) -> list[Path]:
-    """The files of a folder to read, in the order of their names.
+    """The files to read from a folder, in the order of their names.
 
     Args:
-        folder: Files whose name, or that of a folder of theirs below this one, begins with a dot are passed over, and
-            what macOS leaves in `__MACOSX`.
+        folder: Files and subfolders whose names begin with a dot are skipped, and what macOS leaves in `__MACOSX`.
         wanted: What is read from them, which decides what kinds of files.
         split: Name of a split, or `ALL`; None for "train" where there are several.
         config: Name of a configuration in its README.
@@ -45,20 +44,20 @@ def files_of(folder: Path, wanted: Wanted, split: str | None, config: str | None
     there = [path for path in sorted(folder.rglob("*")) if not _is_hidden(path.relative_to(folder)) and _is_there(path)]
     files = _readable(there, wanted)
     if not files:
-        raise TextError(_nothing(folder, there, wanted))
+        raise TextError(_nothing_found(folder, there, wanted))
     splits = _of_readme(folder, files, config)
-    is_whole = splits is not None  # otherwise names are only believed if all have a split
+    is_whole = splits is not None  # otherwise names count only if all of them name a split
     if splits is None:
         names = {path: split_of(path.relative_to(folder)) for path in files}
         is_whole = all(names.values())
         splits = {name: [p for p in files if names[p] == name] for name in dict.fromkeys(names.values()) if name}
     if split is None:
         return _default(folder, files, splits) if is_whole else files
-    return files if split == ALL else _chosen(folder, splits, split)
+    return files if split == ALL else _choose(folder, splits, split)
 
 
 def check_file_split(path: Path, split: str | None) -> None:
-    """Raise `ConfigError` if a split is asked of a file that is of none, or of another."""
+    """Raise `ConfigError` if a file does not belong to the split that is asked for."""
     name = split_of(Path(path.name))
     if split not in (None, ALL, name) and _SPLITS.get(str(split), split) != name:
         raise ConfigError(f"{path} is a single file and has no split {split!r}: leave split (--split) out")
@@ -89,12 +88,12 @@ def _readable(there: Iterable[Path], wanted: Wanted) -> list[Path]:
     suffixes = (*TEXT_SUFFIXES, *TABLE_SUFFIXES) if "text" in wanted.kinds else TABLE_SUFFIXES
     arrays = ARRAY_SUFFIXES if "tokens" in wanted.kinds else ()
     known = [path for path in there if suffix_of(path) in (*suffixes, *arrays) and path.name not in _ABOUT_DATA]
-    # Where both texts and arrays are wanted, arrays beside texts are something else: masks, labels, embeddings.
+    # If texts and arrays are both wanted, arrays beside texts are not tokens but masks, labels or embeddings.
     texts = [path for path in known if suffix_of(path) in suffixes] if "text" in wanted.kinds else []
     return texts or known
 
 
-def _nothing(folder: Path, there: Sequence[Path], wanted: Wanted) -> str:
+def _nothing_found(folder: Path, there: Sequence[Path], wanted: Wanted) -> str:
     suffixes = (*TEXT_SUFFIXES, *TABLE_SUFFIXES) if "text" in wanted.kinds else TABLE_SUFFIXES
     suffixes = (*suffixes, *ARRAY_SUFFIXES) if "tokens" in wanted.kinds else suffixes
     counts = Counter(path.suffix or "without a suffix" for path in there).most_common(6)
@@ -105,7 +104,7 @@ def _nothing(folder: Path, there: Sequence[Path], wanted: Wanted) -> str:
 
 
 def _default(folder: Path, files: list[Path], splits: Mapping[str, list[Path]]) -> list[Path]:
-    """The files to read where no split was named."""
+    """The files to read if no split is named."""
     if len(splits) < 2:
         return next(iter(splits.values()), files)
     if "train" not in splits:
@@ -118,7 +117,7 @@ def _default(folder: Path, files: list[Path], splits: Mapping[str, list[Path]]) 
     return splits["train"]
 
 
-def _chosen(folder: Path, splits: Mapping[str, list[Path]], split: str) -> list[Path]:
+def _choose(folder: Path, splits: Mapping[str, list[Path]], split: str) -> list[Path]:
     chosen = splits.get(split) or splits.get(_SPLITS.get(split, split))
     if chosen:
         return chosen
@@ -145,7 +144,7 @@ def _of_readme(folder: Path, files: Sequence[Path], config: str | None) -> dict[
         some = next(iter(configs))
         raise ConfigError(f"{folder} has the configurations {', '.join(configs)}: choose one, as in {folder}:{some}")
     patterns = _patterns(configs[config]["data_files"])
-    found = {split: _matching(folder, files, some) for split, some in patterns.items()}
+    found = {split: _match(folder, files, some) for split, some in patterns.items()}
     if empty := [split for split, paths in found.items() if not paths]:
         listed = f"{', '.join(map(str, patterns[empty[0]]))} for the split {empty[0]!r}"
         raise TextError(f"{folder / 'README.md'} lists {listed}, but no file that can be read matches")
@@ -153,7 +152,7 @@ def _of_readme(folder: Path, files: Sequence[Path], config: str | None) -> dict[
 
 
 def _configs(readme: Path) -> dict[str, dict[str, Any]]:
-    """The configurations that the head of a README describes, by name, as far as they list files."""
+    """The configurations in the head of a README that list files, by name."""
     import yaml  # type: ignore[import-untyped]
 
     if not readme.is_file():
@@ -171,23 +170,23 @@ def _configs(readme: Path) -> dict[str, dict[str, Any]]:
 
 
 def _patterns(data_files: Any) -> dict[str, list[str]]:
-    """`data_files` in any of its forms, as patterns by split; without a split they are those of train."""
+    """`data_files` in any of its forms, as patterns by split; without a split they belong to train."""
     if isinstance(data_files, Mapping):
-        return {str(split): _listed(some) for split, some in data_files.items()}
-    entries = _listed(data_files)
+        return {str(split): _as_list(some) for split, some in data_files.items()}
+    entries = _as_list(data_files)
     found: dict[str, list[str]] = {}
     for entry in entries:
         split = str(entry.get("split", "train")) if isinstance(entry, Mapping) else "train"
-        found.setdefault(split, []).extend(_listed(entry.get("path") if isinstance(entry, Mapping) else entry))
+        found.setdefault(split, []).extend(_as_list(entry.get("path") if isinstance(entry, Mapping) else entry))
     return found
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _matching(folder: Path, files: Sequence[Path], patterns: Iterable[Any]) -> list[Path]:
-    """Those of the files that match: nothing outside the folder, and nothing hidden, is ever among them."""
+def _match(folder: Path, files: Sequence[Path], patterns: Iterable[Any]) -> list[Path]:
+    """The files that match; never anything outside the folder, or hidden."""
     matching: set[Path] = set()
     for pattern in map(str, patterns):
         if pattern and not pattern.startswith("/") and ".." not in Path(pattern).parts:

@@ -1,7 +1,7 @@
 """A stream of documents that knows where each one lies, and what happens to a bad one.
 
-Readers put a `Bad` into their stream where a document would be, so that one bad line does not end a run: whoever takes
-the documents decides whether it is an error or is counted and passed over.
+Readers put a `Bad` into their stream where a document would be, so that one bad line does not end a run: the consumer
+decides whether it is an error, or is counted and skipped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Bad:
 
 @dataclass(slots=True)
 class Place:
-    """Where the document lies that was read last; readers move it on."""
+    """Where the last document lies; updated by readers."""
 
     where: str = ""
     """File, folder or name of a dataset."""
@@ -45,7 +45,7 @@ class Place:
         return Place(self.where, self.unit, self.number)
 
     def bad(self, reason: object, cause: Exception | None = None) -> Bad:
-        """What stands in the stream for the document at this place."""
+        """The `Bad` that replaces the document at this place."""
         error = TextError(f"{self}: {reason}")
         error.__cause__ = cause
         return Bad(error)
@@ -86,9 +86,9 @@ class Documents(Iterator[D], Generic[D]):
     def __init__(self, stream: Iterator[D | Bad], place: Place, on_bad: OnBad) -> None:
         self._stream = stream
         self.place = place
-        """Where the last one lies."""
+        """Where the last document lies."""
         self.bad = Tally(on_bad)
-        """Those that were left out."""
+        """Documents that were left out."""
 
     def __next__(self) -> D:
         for document in self._stream:
@@ -99,11 +99,11 @@ class Documents(Iterator[D], Generic[D]):
         raise StopIteration
 
     def with_bad(self) -> Iterator[D | Bad]:
-        """The rest, with `Bad` where a document is bad: for those who count them themselves."""
+        """The rest, with `Bad` in place of bad documents, for callers that count them."""
         return self._stream
 
     def skip(self, n_documents: int) -> Documents[D]:
-        """This stream, without the next so many documents.
+        """This stream without its next `n_documents`.
 
         Raises:
             TextError: there are fewer.

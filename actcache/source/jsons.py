@@ -20,7 +20,7 @@ BOM = b"\xef\xbb\xbf"
 Layout = Literal["lines", "array", "objects"]
 
 _AT_THE_END = 16
-"""Characters from the end within which an error may only mean that the rest has not been read yet."""
+"""An error so few characters from the end may only mean that the rest has not been read yet."""
 
 
 def read_json(stream: BufferedReader, wanted: Wanted, place: Place, *, named_lines: bool) -> Iterator[Document | Bad]:
@@ -59,7 +59,7 @@ def _layout(head: str, named_lines: bool) -> Layout:
 
 
 def _are_records(value: Any) -> bool:
-    """Whether a list is one of records, and not itself a document (token ids, or the messages of a chat)."""
+    """Whether a list holds records, and is not itself a document (token ids, or the messages of a chat)."""
     return isinstance(value, list) and bool(value) and _is_record(value[0])
 
 
@@ -141,7 +141,7 @@ def _of_objects(stream: BufferedReader, wanted: Wanted, place: Place) -> Iterato
 
 
 class _Values:
-    """JSON values out of a stream, with as much of it in memory as the value at hand needs."""
+    """Reads JSON values from a stream, with only as much of it in memory as the current value needs."""
 
     def __init__(self, stream: BufferedReader, place: Place) -> None:
         self._stream, self._place = stream, place
@@ -183,13 +183,13 @@ class _Values:
             except (ValueError, RecursionError) as error:
                 raise TextError(f"{self._place}: not JSON that can be read ({error})") from error
             else:
-                if end < len(self._text) or self._is_read:  # a number may go on
+                if end < len(self._text) or self._is_read:  # a number may continue
                     self._at = end
                     return value
             self._read_on()
 
     def _next(self) -> str:
-        """The next character that is no space; empty at the end."""
+        """The next character that is not white space; empty at the end."""
         while True:
             text = self._text
             while self._at < len(text) and text[self._at] in " \t\r\n":
@@ -206,7 +206,7 @@ class _Values:
         self._next()
 
     def _read_on(self) -> None:
-        """Read as much again as there is of the value at hand, so that a long one is not parsed too often."""
+        """Double what is in memory of the current value, so that a long one is not parsed too often."""
         self._text, self._at = self._text[self._at :], 0
         if len(self._text) >= unpack.MOST_BYTES:
             raise TextError(f"{self._place} is longer than {unpack.MOST_BYTES:,} characters: too much for one document")

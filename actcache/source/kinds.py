@@ -17,16 +17,16 @@ Ids = NDArray[np.integer[Any]]
 Document = str | Chat | Sequence[int] | Ids
 
 NAMES: dict[Kind, str] = {"text": "text", "chat": "chat", "tokens": "token"}
-"""How error messages call a column of these."""
+"""How error messages name a column of these."""
 
 MOST_ID = (1 << 32) - 1
-"""Largest token id that a store has room for."""
+"""Largest token id that a store can hold."""
 
 
 def kind_of(value: Any) -> Kind | None:
-    """What a value is, by its outer form; None if it can be none of these.
+    """What kind of document a value is, by its outer form; None if it is not a document.
 
-    An empty list says nothing, and has no tokens either way: it counts as token ids.
+    An empty list counts as token ids; it gives no tokens in any case.
     """
     if isinstance(value, str):
         return "text"
@@ -34,7 +34,7 @@ def kind_of(value: Any) -> Kind | None:
         return "chat" if value and isinstance(value[0], Mapping) else "tokens"
     if not is_array(value):
         return None
-    # Tables of pandas have lists of messages as arrays.
+    # pandas tables hold lists of messages as arrays.
     return "chat" if value.dtype == object and len(value) and isinstance(value[0], Mapping) else "tokens"
 
 
@@ -44,7 +44,7 @@ def is_message(value: Any) -> bool:
 
 
 def check_text(text: str) -> None:
-    """Raise `TextError` if a text has half a character, as a text has that was cut between two escapes of JSON."""
+    """Raise `TextError` if a text contains half a surrogate pair, for example because JSON escapes were cut apart."""
     if text.isascii():
         return
     try:
@@ -62,15 +62,15 @@ def is_array(value: Any) -> bool:
 
 
 def plain_array(value: Any) -> NDArray[Any]:
-    """A numpy array of an array or tensor, from whatever device that is on. Memory-mapped ones stay so."""
+    """A numpy array from an array, or from a tensor on any device. Memory-mapped arrays stay memory-mapped."""
     return np.asanyarray(value.detach().cpu() if hasattr(value, "detach") else value)
 
 
 def id_array(value: Any, where: str = "") -> Ids:
-    """A list, array or tensor of token ids as a 1-D array of integers of whatever type; their range is not looked at.
+    """A list, array or tensor of token ids as a 1-D array of any integer type; their range is not checked.
 
     Raises:
-        TextError: something else than integers, or an array that is not flat.
+        TextError: the values are not integers, or the array is not flat.
     """
     where = f"{where}: " if where else ""
     try:
@@ -87,7 +87,7 @@ def id_array(value: Any, where: str = "") -> Ids:
 
 
 def uint32_ids(ids: Ids, most: int) -> NDArray[np.uint32]:
-    """A copy of token ids as a store has them.
+    """A copy of token ids in the type that a store has.
 
     Args:
         ids: Integers of any type.

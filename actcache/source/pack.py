@@ -53,15 +53,14 @@ def token_blocks(
     - `packed`: one after the other without padding; a sequence may hold the end of one and the beginning of the next.
       Tokens after the last full sequence are dropped. Documents of ids that are all `length` long stay as they are.
     - `documents`: one document, one sequence. Of longer ones the rest is cut off, which the description and a warning
-      count; behind shorter ones, `document` is `NO_DOCUMENT` and `ids` are 0: such positions are not stored.
+      count; after the end of shorter ones, `document` is `NO_DOCUMENT` and `ids` are 0: such positions are not stored.
 
-    `bos` says which tokens are added, which matters, since models are trained with theirs and behave oddly without:
+    `bos` says which tokens are added. It matters: models behave oddly without the tokens they were trained with.
 
     - `auto`: around a text, what the tokenizer itself puts there. Llama, Mistral and Gemma: BOS before it. BERT and
-      other encoders: CLS before it, SEP behind it, even if it is cut. T5: EOS behind it. Where it puts nothing: its
+      other encoders: CLS before it, SEP after it, even if it is cut. T5: EOS after it. Where it puts nothing: its
       BOS before it, which is the end-of-text token for GPT-2 and Pythia and `<|im_start|>` for SmolLM2-Instruct; if
-      it has no BOS its EOS, as for Qwen. Around chats and ids nothing: their template, or who made them, has seen to
-      it.
+      it has no BOS its EOS, as for Qwen. Around chats and ids nothing: their template, or their maker, has added it.
     - `document`: before every document the token that `auto` puts before texts; chats and ids that begin with it get no
       second.
     - `sequence`: the same, and also at the beginning of a sequence that begins within a document, as SAELens'
@@ -97,8 +96,8 @@ def token_blocks(
         progress: Called with the sequences made so far and `count` (the same number twice when there is no limit).
 
     Raises:
-        TextError: no text, less than one sequence of it, something that is no document, or ids that the tokenizer does
-            not have.
+        TextError: no text, less than one sequence of it, something that is not a document, or ids that the tokenizer
+            does not have.
         ConfigError: a length or count below one, no tokenizer where it is needed, or one that can begin no document or
             render no chat.
         StorageFullError: no room for the temporary files.
@@ -176,23 +175,23 @@ class _Sequences(ABC):
     @property
     @abstractmethod
     def n_full(self) -> int:
-        """Sequences that are done."""
+        """Complete sequences."""
 
     @property
     @abstractmethod
     def n_tokens_kept(self) -> int:
-        """Tokens of those."""
+        """Tokens in the complete sequences."""
 
     @abstractmethod
     def append(self, document: Tokens) -> None:
         """Add a document, as far as there is room for it.
 
         Raises:
-            TextError: it has ids that are none; a part of it may have been added.
+            TextError: it has invalid ids; a part of it may have been added.
         """
 
     def take(self, document: Tokens | Bad, tally: Tally) -> None:
-        """Add a document and count it; of one that is not valid nothing stays, and the tally counts it."""
+        """Add a document and count it; an invalid one is removed again, and the tally counts it."""
         if isinstance(document, Bad):
             tally.add(document.error)
             return
@@ -209,7 +208,7 @@ class _Sequences(ABC):
         self.kinds[document.item.kind] += 1
 
     def description(self) -> dict[str, Any]:
-        """What is to be said of these sequences."""
+        """Entries of the description that depend on the packing."""
         return {}
 
     def _write(self, ids: NDArray[np.uint32], document: NDArray[np.uint32]) -> None:
@@ -221,7 +220,7 @@ class _Sequences(ABC):
             raise_no_room(error)
 
     def _take_back(self, n_written: int) -> None:
-        """Take out what was written behind so many tokens."""
+        """Remove what was written after so many tokens."""
         for file in self._files:
             file.seek(4 * n_written)
             file.truncate()
@@ -253,7 +252,7 @@ class _Packed(_Sequences):
                 self._put(piece, document.item.number)
 
     def _put_by_sequences(self, ids: NDArray[np.uint32], number: int) -> None:
-        """Put ids, and before those that begin a sequence what every sequence begins with."""
+        """Write ids, and at the beginning of each sequence the tokens that begin it."""
         while len(ids) and self._room != 0:
             at = self.n_tokens % self.length
             if at == 0 and not np.array_equal(ids[: len(self.begin)], self.begin):
@@ -302,7 +301,7 @@ class _OneEach(_Sequences):
 
 
 def _tokenizer_entry(tokenizer: Any | None, kinds: Counter[Kind], policy: Bos) -> dict[str, str]:
-    """The tokenizer's digest, where it made any of the tokens."""
+    """The tokenizer's digest, if it made any of the tokens."""
     from actcache.lm.identity import tokenizer_digest
 
     used = kinds["text"] or kinds["chat"] or policy.policy in ("document", "sequence")
@@ -351,7 +350,7 @@ def _full_sequences(sequences: _Sequences, tally: Tally) -> int:
 def _say_what_was_special(
     sequences: _Sequences, tally: Tally, chat_template: Any, control_tokens: ControlTokens
 ) -> None:
-    """Warn of bad documents, of control tokens, and of options that nothing was there for."""
+    """Warn of bad documents, of control tokens, and of options that had no effect."""
     tally.warn(stacklevel=3)
     if chat_template is not None and not sequences.kinds["chat"]:
         warnings.warn(

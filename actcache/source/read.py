@@ -29,13 +29,13 @@ def read_texts(
 ) -> Documents[str]:
     """Stream the texts of a file, a folder of files, or a `datasets` dataset, one document at a time.
 
-    A file is what its first bytes say. Text is then read by its name: `.txt` (and any other name) as one document, or
+    The first bytes of a file say what it is. Text is read by its name: `.txt` (and any other name) as one document, or
     several separated by lines of `<|endoftext|>`; `.jsonl`, `.ndjson` and `.json` (lines, or one array), `.csv` and
     `.tsv` with a header, `.parquet`, `.arrow` and `.feather` as one document a record, in `column` (by default the
     first of "text", "story", "content" that is there). Text may be compressed: gzip, bzip2, xz, zstd. A folder that
     `Dataset.save_to_disk` wrote is read from where it lies. Of other folders every such file is read, in the order of
     their names, but for those whose names begin with a dot; patterns (`data/*.jsonl`) choose some. `stories-corpus` is
-    the corpus that ships with the package. Anything else that is no path is taken as a `datasets` name (`owner/name` or
+    the corpus that ships with the package. Any other name that is not a path is a `datasets` name (`owner/name` or
     `owner/name:config`), which is streamed; code that comes with a dataset is never run.
 
     Args:
@@ -48,7 +48,7 @@ def read_texts(
 
     Raises:
         TextError: nothing is there by that name, a file cannot be read as what it is called, or has no such column.
-        ConfigError: a split where there are none, or a column where there are none.
+        ConfigError: a split or a column is named, but the source has none.
 
     Examples:
         >>> from pathlib import Path
@@ -105,7 +105,7 @@ def read_chats(
 def read_documents(
     source: _SourcePath, *, split: str | None = None, column: str | None = None, on_bad: OnBad = "error"
 ) -> Documents[Document]:
-    """Stream whatever documents are there: texts, else chats, else token ids; for instance for `token_blocks`.
+    """Stream the documents of any kind: texts, or else chats, or else token ids; for instance for `token_blocks`.
 
     Without `column`, the first column counts that `read_texts`, `read_chats` or `read_tokens` would take, in this
     order; with it, what it holds decides. Arguments and errors are those of `read_texts`.
@@ -120,8 +120,8 @@ def read_documents(
 
 
 def is_streamed(source: str) -> bool:
-    """Whether it is the name of a dataset. A file that is not there is none: that is said when it is read."""
-    return source != EMBEDDED_CORPUS and not _looks_like_path(source) and not _existing(source)
+    """Whether it is the name of a dataset. A missing file is not a dataset; reading it says so."""
+    return source != EMBEDDED_CORPUS and not _looks_like_path(source) and not _exists(source)
 
 
 def _read(source: Any, split: str | None, wanted: Wanted, on_bad: OnBad) -> Documents[Document]:
@@ -161,7 +161,7 @@ def _stream(source: str, split: str | None, wanted: Wanted, place: Place) -> Ite
 
 
 def _checked_source(source: Any) -> str:
-    """A source as a string; whatever else was given is named, with what to do instead."""
+    """A source as a string; an error names anything else, with what to do instead."""
     if isinstance(source, str | os.PathLike):
         text = os.fspath(source)
         if isinstance(text, str) and text.strip() and "\0" not in text:
@@ -176,7 +176,7 @@ def _looks_like_path(source: str) -> bool:
     return source.startswith((".", "/", "~")) or suffix_of(Path(source)) in SUFFIXES or "\\" in source
 
 
-def _existing(source: str) -> bool:
+def _exists(source: str) -> bool:
     path = Path(source).expanduser()
     return path.exists() or any(c in source for c in "*?[") or Path(source.rpartition(":")[0] or "/no").is_dir()
 
@@ -189,7 +189,7 @@ def _embedded_corpus() -> Path:
 
 
 def _of_values(values: Any, wanted: Wanted, on_bad: OnBad) -> Documents[Document]:
-    """Ids in memory: rows of an array or a list, or one flat document."""
+    """Token ids in memory: rows of an array or a list, or one flat document."""
     rows = plain_array(values) if is_array(values) else values
     is_flat = rows.ndim == 1 if is_array(rows) else len(rows) > 0 and not hasattr(rows[0], "__len__")
     place = Place("token ids", "row")

@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes: names can be wrong, and most kinds of files begin with a mark of their own."""
+"""What a file is, by its first bytes: names can be wrong, and most kinds of files begin with their own mark."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _MARKS: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs.github.com/spec/", "a git-lfs pointer, not the file itself: run 'git lfs pull'"),
 )
 _TEXT_MARKS = (b"%PDF", b"\\rtf", b"WARC/", b"/spec/")
-"""Marks of kinds that may be text to the last byte. The other marks of letters only count before something else than
+"""Marks of kinds whose whole content may be text. Other marks made of letters count only before something that is not
 text: a story may begin with ORC.
 """
 _UTF16 = "UTF-16 text: convert it to UTF-8, for instance with 'iconv -f UTF-16 -t UTF-8'"
@@ -121,7 +121,7 @@ def _text_or_binary(head: bytes) -> str:
 
 
 def _is_utf8(head: bytes) -> bool:
-    """Whether it is text, as far as one can say without the end of its last character."""
+    """Whether it is text; its last character may be cut off."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
@@ -130,6 +130,6 @@ def _is_utf8(head: bytes) -> bool:
 
 
 def _is_binary(head: bytes) -> bool:
-    """Whether control characters that no text has are more than a slip: NUL bytes, say, or many of others."""
+    """Whether there are control characters that text does not have: NUL bytes, or many others."""
     n_controls = len(head) - len(head.translate(None, _CONTROLS))
     return n_controls * 50 > len(head) or head.count(0) * 1000 > len(head)

@@ -30,7 +30,7 @@ def read_permuted(
                 target.write(block)
                 digest(block)
             target.flush()
-            # Copy-on-write: whoever writes into the array changes neither the file nor anyone else's view of it.
+            # Copy-on-write: writing into the array changes neither the file nor other views of it.
             return np.memmap(target, dtype="<u4", mode="c", shape=packed.shape)
     except OSError as error:
         raise_no_room(error)
@@ -46,15 +46,15 @@ def temporary_file() -> Iterator[IO[bytes]]:
     try:
         yield file
     finally:
-        # What was still to be written is needed no more, or there was no room for it, which has been said.
+        # Data that could not be written is not needed any more, or the lack of room has been reported.
         with suppress(OSError):
             file.close()
 
 
 def raise_no_room(error: OSError) -> NoReturn:
-    """Say of an error of the temporary files where they are, and how they get more room."""
+    """Raise an error that says where temporary files are, and how to give them more room."""
     if isinstance(error, FileNotFoundError) and error.filename is None:
-        # Python has looked for a folder that it can write something to, and found none.
+        # Python found no folder that it can write to.
         raise StorageFullError(
             errno.ENOSPC,
             f"no folder for temporary files has room ({error.strerror}); set the environment variable TMPDIR to one "

@@ -18,7 +18,7 @@ from actcache.source.columns import Wanted
 from actcache.source.documents import Bad, Place
 from actcache.source.jsons import lines_of, read_json, starts_with_record
 from actcache.source.kinds import Document, Ids
-from actcache.source.unpack import PACKED_SUFFIXES, Opened, opened
+from actcache.source.unpack import PACKED_SUFFIXES, Opened, open_file
 
 TEXT_SUFFIXES = (".txt",)
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -37,7 +37,7 @@ D = TypeVar("D")
 
 
 def suffix_of(path: Path) -> str:
-    """What a file is by its name, in lower case and without the suffix of its compression."""
+    """The suffix of a file's name, in lower case and without that of its compression."""
     names = [suffix.lower() for suffix in path.suffixes[-2:]]
     while names and names[-1] in PACKED_SUFFIXES:
         names.pop()
@@ -51,34 +51,34 @@ def read_file(path: Path, wanted: Wanted, place: Place) -> Iterator[Document | B
 
 
 def told(documents: Iterator[D], place: Place) -> Iterator[D]:
-    """The documents; whatever goes wrong while they are read is reported with the name of where they lie."""
+    """The documents; any error while they are read is reported with their place."""
     end: Any = object()
     while True:
         try:
             document = next(documents, end)
         except (ActcacheError, MemoryError):
             raise
-        except Exception as error:  # what other people's readers raise is their business, in whatever family
+        except Exception as error:  # readers of other libraries may raise anything
             raise TextError(f"cannot read {place.where}: {reason_of(error)}") from error
         if document is end:
             return
-        # Outside the try: closed when the interpreter ends, a generator finds the names of those errors gone.
+        # Outside the try: in a generator closed at interpreter exit, the names of those errors are gone.
         yield document
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of what another library says, and the kind of error where it says nothing."""
+    """The first line of another library's error, or its class if it has no text."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def _read(path: Path, wanted: Wanted, place: Place) -> Iterator[Document | Bad]:
-    with opened(path) as file:
+    with open_file(path) as file:
         yield from _reader(file)(file, wanted, place)
 
 
 def _reader(file: Opened) -> Callable[[Opened, Wanted, Place], Iterator[Document | Bad]]:
-    """How a file is read: by its first bytes, and where these are text by its name."""
+    """The reader of a file: chosen by its first bytes, and for text by its name."""
     if file.kind in _READERS:
         return _READERS[file.kind]
     suffix = suffix_of(file.path)
@@ -113,13 +113,13 @@ def _read_plain(file: Opened, wanted: Wanted, place: Place) -> Iterator[str | Ba
             "have its records read",
             stacklevel=2,
         )
-    # What is not UTF-8 becomes surrogates, which no UTF-8 has, and is found below.
+    # Invalid bytes become surrogates, which valid UTF-8 never has, and are found below.
     with io.TextIOWrapper(file.stream, encoding="utf-8-sig", errors="surrogateescape") as lines:
         yield from _plain_documents(iter(partial(lines.readline, unpack.MOST_BYTES), ""), place)
 
 
 def _plain_documents(lines: Iterator[str], place: Place) -> Iterator[str | Bad]:
-    """The documents of plain text: what stands between lines of the separator."""
+    """The documents of plain text: the parts between lines of the separator."""
     place.unit, place.number = "line", 1
     document: list[str] = []
     n_lines = n_characters = 0
@@ -146,7 +146,7 @@ def _plain_text(lines: list[str], place: Place) -> str | Bad:
 
 
 def _not_utf8(text: str, place: Place) -> Bad | None:
-    """What stands for a text in which invalid bytes were made surrogates; None if there are none."""
+    """The `Bad` for a text in which invalid bytes became surrogates; None if it has none."""
     if text.isascii():
         return None
     try:
@@ -159,8 +159,8 @@ def _not_utf8(text: str, place: Place) -> Bad | None:
 
 
 def _read_csv(file: Opened, wanted: Wanted, place: Place) -> Iterator[Document | Bad]:
-    """Rows of text under a header; whatever is not quoted as RFC 4180 has it is bad, and not guessed at."""
-    # For the process, and only ever upwards: there is no other place for it.
+    """Rows of text under a header; a row that is not quoted as in RFC 4180 is bad, and is not guessed at."""
+    # The limit belongs to the whole process, so it is only ever raised.
     csv.field_size_limit(max(csv.field_size_limit(), unpack.MOST_BYTES))
     place.unit = "line"
     lines = (line.decode("utf-8", "surrogateescape") for line in lines_of(file.stream, place))
@@ -235,7 +235,7 @@ def _read_parquet(file: Opened, wanted: Wanted, place: Place) -> Iterator[Docume
 
 
 def _read_arrow(file: Opened, wanted: Wanted, place: Place) -> Iterator[Document | Bad]:
-    """Arrow's file format, which is Feather's too, and its stream format, in which `datasets` keeps its cache."""
+    """Arrow's file format (also Feather's) and its stream format, which the cache of `datasets` uses."""
     import pyarrow
 
     with pyarrow.memory_map(str(file.path)) as source:
@@ -246,10 +246,10 @@ def _read_arrow(file: Opened, wanted: Wanted, place: Place) -> Iterator[Document
             reader = pyarrow.ipc.open_stream(source)
             batches = iter(reader)
         columns = _columns_of(reader.schema.names, wanted, file.path)
-        yield from of_tables(_checked(batches, columns), wanted, place)
+        yield from of_tables(_check_parts(batches, columns), wanted, place)
 
 
-def _checked(batches: Iterator[Any], columns: list[str]) -> Iterator[Any]:
+def _check_parts(batches: Iterator[Any], columns: list[str]) -> Iterator[Any]:
     """Parts of bounded size of some columns, checked: where offsets are wrong, Arrow reads past the end of a buffer."""
     import pyarrow
 

@@ -39,12 +39,12 @@ class Item(NamedTuple):
     """Where it lies, if its reader has said so."""
 
     def error(self, reason: object) -> TextError:
-        """What is said of it."""
+        """The error that this document is invalid for a reason."""
         lies = "" if self.place is None else f" ({self.place})"
         return TextError(f"{_NAMES[self.kind]} number {self.number}{lies}: {reason}")
 
     def bad(self, cause: BaseException, what: str = "") -> Bad:
-        """What stands in its place."""
+        """The `Bad` that takes its place."""
         error = self.error(what + reason_of(cause))
         error.__cause__ = cause
         return Bad(error)
@@ -52,7 +52,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The token ids of one document, and what goes around them."""
+    """The token ids of one document, and the marks around them."""
 
     item: Item
     ids: Ids
@@ -65,7 +65,7 @@ class Tokens:
 
     def head(self, length: int) -> NDArray[np.uint32]:
         """As many ids as fit between the marks in `length` tokens; the tokenizer's own truncation gives the same."""
-        return self._framed(self._piece(0, length - len(self.marks)), first=True, last=True)
+        return self._frame(self._piece(0, length - len(self.marks)), first=True, last=True)
 
     def pieces(self) -> Iterator[NDArray[np.uint32]]:
         """All ids, marks included, in pieces of bounded size.
@@ -76,7 +76,7 @@ class Tokens:
         last = max(0, len(self.ids) - 1) // IDS_PER_PIECE
         for i in range(last + 1):
             piece = self._piece(i * IDS_PER_PIECE, (i + 1) * IDS_PER_PIECE)
-            yield self._framed(piece, first=i == 0, last=i == last)
+            yield self._frame(piece, first=i == 0, last=i == last)
 
     def _piece(self, start: int, stop: int) -> NDArray[np.uint32]:
         try:
@@ -84,7 +84,7 @@ class Tokens:
         except TextError as error:
             raise self.item.error(error) from error
 
-    def _framed(self, ids: NDArray[np.uint32], *, first: bool, last: bool) -> NDArray[np.uint32]:
+    def _frame(self, ids: NDArray[np.uint32], *, first: bool, last: bool) -> NDArray[np.uint32]:
         begin, end = (self.marks.begin if first else ()), (self.marks.end if last else ())
         if not begin and not end:
             return ids
@@ -111,17 +111,17 @@ class Tokeniser:
         self._spells_text = control_tokens == "text"
 
     def __call__(self, documents: Iterable[Document]) -> Iterator[list[Tokens | Bad]]:
-        """Those that have any tokens, in order, in batches of bounded size; their numbers count all of them.
+        """The documents that have tokens, in order, in batches of bounded size; their numbers count all documents.
 
-        Where a document is not valid, `Bad` stands in its place.
+        An invalid document is replaced by `Bad`.
 
         Raises:
-            ConfigError: no tokenizer, BOS token or chat template, and it is needed.
+            ConfigError: a tokenizer, BOS token or chat template is needed and missing.
         """
         for batch in _batches(documents):
-            made: list[Any] = [item if isinstance(item, Bad) else self._prepared(item) for item in batch]
+            made: list[Any] = [item if isinstance(item, Bad) else self._prepare(item) for item in batch]
             texts = {i: text for i, text in enumerate(made) if isinstance(text, str)}
-            encoded = self._encoded([(cast(Item, batch[i]), text) for i, text in texts.items()])
+            encoded = self._encode_all([(cast(Item, batch[i]), text) for i, text in texts.items()])
             made = list({**dict(enumerate(made)), **dict(zip(texts, encoded, strict=True))}.values())
             whole = [i for i in texts if not isinstance(made[i], Bad)]
             n_control = dict(zip(whole, self._control.counts([made[i] for i in whole]), strict=True))
@@ -138,14 +138,14 @@ class Tokeniser:
 
     @cached_property
     def _most(self) -> int:
-        """Largest id that documents which come as ids may have."""
+        """Largest id allowed in documents that are given as ids."""
         return MOST_ID if self._tokenizer is None else max(self._tokenizer.get_vocab().values())
 
     @cached_property
     def _control(self) -> Control:
         return Control(self._tokenizer)
 
-    def _prepared(self, item: Item) -> str | Ids | Bad:
+    def _prepare(self, item: Item) -> str | Ids | Bad:
         """The text to encode, or ids that are there already."""
         try:
             if item.kind == "tokens":
@@ -172,8 +172,8 @@ class Tokeniser:
             )
         return chat_text(self._tokenizer, chat, self.template)
 
-    def _encoded(self, texts: list[tuple[Item, str]]) -> list[Ids | Bad]:
-        """One call for many texts uses the tokenizer's threads and saves its overhead."""
+    def _encode_all(self, texts: list[tuple[Item, str]]) -> list[Ids | Bad]:
+        """Encode many texts in one call, which uses the tokenizer's threads and saves overhead."""
         if not texts:
             return []
         try:
@@ -183,7 +183,7 @@ class Tokeniser:
                 raise
             if len(texts) == 1:
                 return [texts[0][0].bad(error, "the tokenizer fails: ")]
-        return [ids for one in texts for ids in self._encoded([one])]
+        return [ids for one in texts for ids in self._encode_all([one])]
 
     def _encode(self, texts: list[str], kinds: list[Kind]) -> list[Ids]:
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
@@ -208,7 +208,7 @@ class Tokeniser:
 
 
 def _is_of_tokenizer(error: BaseException) -> bool:
-    """Whether it is a tokenizer's own failure; those of Rust are no `Exception`."""
+    """Whether the tokenizer itself failed; panics of Rust are not an `Exception`."""
     if isinstance(error, MemoryError):
         return False
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
@@ -216,7 +216,7 @@ def _is_of_tokenizer(error: BaseException) -> bool:
 
 @contextmanager
 def _as_it_was(tokenizer: Any) -> Iterator[None]:
-    """Fast tokenizers keep how special tokens were treated last."""
+    """Restore the setting for special tokens, which fast tokenizers keep from the last call."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     before = getattr(backend, "encode_special_tokens", None)
     try:
@@ -229,7 +229,7 @@ def _as_it_was(tokenizer: Any) -> Iterator[None]:
 def _batches(documents: Iterable[Document]) -> Iterator[list[Item | Bad]]:
     """Numbered documents that are not blank, in batches of bounded size.
 
-    What a reader has found bad has no number: who goes through the reader's documents does not meet it.
+    A document that its reader found bad has no number, because iterating over the reader skips it as well.
     """
     reader = documents if isinstance(documents, Documents) else None
     batch: list[Item | Bad] = []

@@ -1,4 +1,4 @@
-"""A file's bytes, unpacked, and what they are. Everything streams: nothing is unpacked as a whole."""
+"""Open files: unpack their bytes and tell what they are. Everything is streamed, never unpacked as a whole."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from actcache.source.sniff import HEAD_BYTES, READABLE, kind_of_bytes
 PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".lzma", ".zst", ".zstd")
 
 MOST_BYTES = 1 << 30
-"""Size of the largest document: a longer line is a mistake, or a bomb, and must not fill the memory."""
+"""Size of the largest document: a longer line is a mistake or an attack, and must not fill the memory."""
 
 _ZSTD_INPUT_BYTES = 1 << 11
 """Bytes that are unpacked at a time: they become 64 MiB at the very most."""
@@ -30,21 +30,21 @@ class Opened:
 
     path: Path
     kind: str
-    """As `kind_of_bytes` has it, of what is inside if it was compressed."""
+    """Its kind as `kind_of_bytes` names it; for a compressed file, that of its content."""
     stream: io.BufferedReader[Any]
     is_packed: bool
 
     def head(self) -> bytes:
-        """The first bytes, which stay there to be read."""
+        """The first bytes, without consuming them."""
         return self.stream.peek(HEAD_BYTES)[:HEAD_BYTES]
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Opened]:
-    """Open a file, and unpack it if its first bytes say that it is compressed, whatever its name says.
+def open_file(path: Path) -> Iterator[Opened]:
+    """Open a file, and unpack it if its first bytes, not its name, say that it is compressed.
 
     Raises:
-        TextError: it is nothing that can be read; the message says what it is, and what to do.
+        TextError: it cannot be read; the message says what it is, and what to do.
     """
     with ExitStack() as files:
         stream: io.BufferedReader[Any] = files.enter_context(io.BufferedReader(io.FileIO(path), HEAD_BYTES))
@@ -65,7 +65,7 @@ def opened(path: Path) -> Iterator[Opened]:
 
 
 class _Zstd(io.RawIOBase):
-    """The frames of a zstd file, one after the other; unlike zstandard's own reader it notices a missing end."""
+    """The frames of a zstd file, one after the other; unlike zstandard's own reader, this notices a missing end."""
 
     def __init__(self, packed: BinaryIO) -> None:
         self._packed = packed
