@@ -5,8 +5,8 @@
 Data: 204,800 rows of 768 bfloat16 values, the residual streams of six tokens in a row side by side, 315 MB, in the page
 cache. Each way delivers every row once an epoch in batches of 4,096, as float32 unless stated otherwise, to a consumer
 that only takes them. Figures are GB/s of bfloat16 payload over three epochs in a row; for a single epoch, the start and
-end of the reading included, the loader's are up to a tenth lower. Ours: the loader on a store on disk, default settings,
-checksums compared. Baselines, in turn with it:
+end of the reading included, the loader's are up to a tenth lower. Ours: the loader on a store on disk, with default
+settings, checksums compared. Baselines, in turn with it:
 
 - in memory: all rows as one bfloat16 tensor, and `rows[index].float()` for each batch of a global permutation.
 - np.memmap: one file of the same bits, and `torch.from_numpy(rows[index]).view(torch.bfloat16).float()`, in the same
