@@ -106,6 +106,13 @@ def test_a_list_that_is_glued_to_its_sentence_is_seen() -> None:
 
 
 @every_document
+def test_no_table_has_a_bar_in_code(document: Path) -> None:
+    """Forges take `\\|` for a bar there, and the site shows the backslash: `<code>&#124;</code>` is read by both."""
+    rows = re.findall(r"^\|.*$", prose(document.read_text(encoding="utf-8")), re.MULTILINE)
+    assert [row for row in rows if "\\|" in row] == []
+
+
+@every_document
 def test_nothing_is_left_over_in_plain_view(document: Path) -> None:
     """No half of a comment, and no conflict of a merge."""
     text = document.read_text(encoding="utf-8")
