@@ -4,9 +4,9 @@
 
 Baseline: the plain torch module, fused attention, inference mode, stopped by one hook at the last site that extraction
 needs; nothing is kept. Ours: `extract` to a new store on disk, compression, statistics and checksums included. The
-model, the encoding and the disk share the same cores. `stories-4l` is so small that its 8 sites are some 120 MB of
-activations a second, and shuffling, measuring and compressing those takes about an eighth of two cores; of a model of
-ordinary size, as SmolLM2, it is a tenth of that.
+model, the encoding and the disk share the same cores. `stories-4l` is so small that its 8 sites give about 120 MB of
+activations a second; to shuffle, measure and compress these takes about an eighth of two cores. For a model of ordinary
+size, such as SmolLM2, it takes a tenth of that.
 """
 
 from __future__ import annotations

@@ -3,15 +3,16 @@
     python benchmarks/loader.py
 
 Data: 204,800 rows of 768 bfloat16 values, the residual streams of six tokens in a row side by side, 315 MB, in the page
-cache. Each way delivers every row once an epoch in batches of 4,096, float32 if nothing else is said, to a consumer
-that only takes them. Figures are GB/s of bfloat16 payload over three epochs in a row; of a single epoch, start and end
-of the reading included, the loader's are up to a tenth lower. Ours: the loader on a store on disk, default settings,
-checksums compared. Baselines, in turn with it:
+cache. Each way delivers every row once an epoch in batches of 4,096, as float32 unless stated otherwise, to a consumer
+that only takes them. Figures are GB/s of bfloat16 payload over three epochs in a row; for a single epoch, the start and
+end of the reading included, the loader's are up to a tenth lower. Ours: the loader on a store on disk, with default
+settings, checksums compared. Baselines, in turn with it:
+
 - in memory: all rows as one bfloat16 tensor, and `rows[index].float()` for each batch of a global permutation.
-- np.memmap: one file of the same bits, and `torch.from_numpy(rows[index]).view(torch.bfloat16).float()`, likewise.
-  Sorting the index of a batch gains nothing.
+- np.memmap: one file of the same bits, and `torch.from_numpy(rows[index]).view(torch.bfloat16).float()`, in the same
+  way. Sorting the index of a batch gains nothing.
 - annbatch 0.3.1: its `Loader` with the codecs of zarrs, in a process of its own, on a sharded Zarr array of the same
-  rows in the same order. The fastest way that was found is an array of the same bits, in chunks of 1,024 rows of which
+  rows in the same order. The fastest way found is an array of the same bits, in chunks of 1,024 rows of which
   it holds 100, as many rows as our two windows have, each batch widened with numpy: uncompressed, or with lz4 and
   bitshuffle. Its defaults are float32 values in chunks of 64 rows, lz4 and shuffle, 16,384 rows held.
 """

@@ -3,13 +3,13 @@
     python benchmarks/loader_cold.py
 
 Data: 1,025,100 rows of 768 bfloat16 values, the residual streams of six tokens in a row side by side: 1.6 GB, no row
-twice, on a local disk. Before each run its files are dropped from the page cache; the counter in /proc/self/io tells
-whether they did come from the disk. Ours: one epoch of the loader in batches of 4,096, float32, in windows of a
-sixteenth of the store, so that there are several as in a larger one. Baseline: the files that hold the values, one
+twice, on a local disk. Before each run its files are dropped from the page cache; the counter in /proc/self/io shows
+whether they came from the disk. Ours: one epoch of the loader in batches of 4,096, float32, in windows of a
+sixteenth of the store, so that there are several, as in a larger store. Baseline: the files that hold the values, one
 after another in reads of 8 MiB, by one thread or by two, whichever is faster; nothing is done with them. Figures are
 GB/s of stored bytes. The last row is for comparison, in MB/s of values: `torch.from_numpy(rows[index])` for random rows
-of one memory-mapped file, for the first batch of an epoch alone. That is how an epoch goes on where the file is larger
-than memory; here, later batches would find in the cache what the system had read around the rows of the first.
+of one memory-mapped file, for the first batch of an epoch alone. If the file is larger than memory, the whole epoch is
+as slow; here, later batches would find in the cache what the system had read around the rows of the first.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python benchmarks/plan.py
 
 Ours is what `plan` expects after measuring for ten seconds; the baseline is the extraction itself, in turn with it on
-the same text. Bytes, files and memory are held against real stores by the tests.
+the same text. Tests compare bytes, files and memory with real stores.
 """
 
 from __future__ import annotations

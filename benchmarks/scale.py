@@ -142,12 +142,12 @@ def large_words(measured: Plan) -> str:
         f"Computed from {measured.measured.n_tokens:,} tokens of `{measured.model}` on this machine "
         f"({lossless.tokens_per_s:,.0f} tokens/s a worker with `lossless`, {lossless.bytes_per_activation:.2f} bytes "
         f"an activation), for {len(asked.sites)} sites of {sum(asked.sites.values()):,} values together, sequences "
-        f"of {asked.sequence_length} tokens, the first {asked.options.skip_first} not kept. A worker is a machine like "
-        f"this one at ${PRICE_PER_HOUR:.2f} an hour; storage is ${PRICE_PER_TB_MONTH:.0f} a terabyte and month. Bytes "
-        "and objects are as sure as the sample is like the text; hours assume that workers are as fast as this machine "
-        "and wait neither for each other nor for the storage, which the tables above say how far to believe. One "
-        f"worker makes {fits / 1e9:,.1f} G tokens a month. A GPU changes the hours and not the bytes: divide by what "
-        "the forward pass gains, until encoding limits. `actcache plan MODEL TEXT SITES --tokens N --workers N` says "
+        f"of {asked.sequence_length} tokens, the first {asked.options.skip_first} not kept. A worker is a machine like this "
+        f"one at ${PRICE_PER_HOUR:.2f} an hour; storage is ${PRICE_PER_TB_MONTH:.0f} a terabyte and month. Bytes and "
+        "objects are right if the sample is like the text. Hours assume that workers are as fast as this machine and "
+        "wait neither for each other nor for the storage; the tables above show how far that holds. One worker makes "
+        f"{fits / 1e9:,.1f} G tokens a month. A GPU changes the hours and not the bytes: divide by what the forward "
+        "pass gains, until encoding is the bottleneck. `actcache plan MODEL TEXT SITES --tokens N --workers N` says "
         "the same for your model, machine and prices."
     )
 
@@ -190,11 +190,11 @@ def page(*, n_sequences: int, pairs: int, seconds: float, model: str | None = No
             f"Machine: {machine()}, distributed {version('distributed')}.",
             "## Workers on one machine / one process",
             f"Ours: {n_sequences:,} sequences of 256 tokens by workers of `--dask local:N`, which share this machine's "
-            f"{cores} cores ({cores} threads with one worker, one each with {cores}); they are there and have opened "
-            "the model, for that costs a few seconds once and not for each token. Baseline: `extract` in one process. "
-            "What several workers gain is that they need not wait for each other's forward passes and encoding; what "
-            "they cost is that a task begins and ends with an empty queue, which weighs the more the shorter a run is: "
-            f"here one has {-(-n_sequences // SETTINGS['sequences_per_shard'])} shards. `lossless`.",
+            f"{cores} cores ({cores} threads with one worker, one each with {cores}). They run and have opened the "
+            "model before, because that takes a few seconds once. Baseline: `extract` in one process. Several workers "
+            "gain because they need not wait for each other's forward passes and encoding. They lose because a task "
+            "begins and ends with an empty queue, which matters more in shorter runs: here one has "
+            f"{-(-n_sequences // SETTINGS['sequences_per_shard'])} shards. `lossless`.",
             "\n".join(table),
             "## Requests 20 ms late / a folder",
             "One writer, defaults. Data, row table and commit record of every shard are put one after the other, by "

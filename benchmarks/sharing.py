@@ -2,10 +2,10 @@
 
     python benchmarks/sharing.py
 
-Baseline: K loaders on the same store, in K processes or in K threads, as a sweep has them that shares nothing. Ours:
-one bfloat16 loader, served through shared memory to K processes (`serve_batches`) or shared by K threads
+Baseline: K loaders on the same store, in K processes or in K threads, as in a sweep that shares nothing. Ours: one
+bfloat16 loader, served through shared memory to K processes (`serve_batches`) or shared by K threads
 (`share_batches`); each consumer widens its copy. Page cache warm, float32 batches, consumers that only take. Figures
-are rows a second of all consumers together; the first epoch is not counted, processes start and touch memory in it.
+are rows a second of all consumers together; the first epoch, in which processes start and touch memory, is not counted.
 """
 
 from __future__ import annotations

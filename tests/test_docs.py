@@ -84,6 +84,34 @@ def test_fences_are_closed(document: Path) -> None:
     assert wrong_fences(document.read_text(encoding="utf-8")) == []
 
 
+def glued_lists(text: str) -> list[str]:
+    """First items of lists that follow a line of text: forges show a list there, and the site does not."""
+    item = r"(?:[-*+]|\d+\.) "
+    lines = prose(text).splitlines()
+    return [
+        line
+        for before, line in zip(["", *lines], lines, strict=False)
+        if re.match(item, line) and before and not re.match(rf"{item}| ", before)
+    ]
+
+
+@every_document
+def test_lists_begin_behind_an_empty_line(document: Path) -> None:
+    assert glued_lists(document.read_text(encoding="utf-8")) == []
+
+
+def test_a_list_that_is_glued_to_its_sentence_is_seen() -> None:
+    assert glued_lists("Words:\n- one\n- two\n") == ["- one"]
+    assert glued_lists("Words:\n\n- one\n  goes on\n- two\n1. three\n") == []
+
+
+@every_document
+def test_no_table_has_a_bar_in_code(document: Path) -> None:
+    """Forges take `\\|` for a bar there, and the site shows the backslash: `<code>&#124;</code>` is read by both."""
+    rows = re.findall(r"^\|.*$", prose(document.read_text(encoding="utf-8")), re.MULTILINE)
+    assert [row for row in rows if "\\|" in row] == []
+
+
 @every_document
 def test_nothing_is_left_over_in_plain_view(document: Path) -> None:
     """No half of a comment, and no conflict of a merge."""

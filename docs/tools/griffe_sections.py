@@ -1,6 +1,8 @@
-"""For the site: sections such as `Raises:` that stand as one paragraph in the source, as one entry for each error.
+"""For the site: docstrings as its tools expect them, so that the sources may stay compact.
 
-In: `SiteError: no such site. IndexError: a row is out of range.`, over any number of lines. Out: two entries.
+Sections such as `Raises:` stand as one paragraph in the source, `SiteError: no such site. IndexError: a row is out of
+range.`, over any number of lines; they become one entry for each error. Trees that are drawn with lines become blocks
+of text.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any
 import griffe
 
 SECTION = re.compile(r"^(Raises|Warns):\n((?:[ \t]+\S.*\n?)+)", re.MULTILINE)
+TREE = re.compile(r"(?:^\S+\n)?(?:^[├└│].*\n?)+", re.MULTILINE)
 ENTRY = re.compile(r"(?<=[.;]) (?=[A-Z]\w*(?:Error|Warning): )")
 
 
@@ -25,10 +28,15 @@ def one_entry_each(docstring: str) -> str:
     return SECTION.sub(entries, docstring)
 
 
-class OneEntryEach(griffe.Extension):
+def trees_as_blocks(docstring: str) -> str:
+    """The docstring with every drawn tree between fences."""
+    return TREE.sub(lambda tree: f"```text\n{tree[0].rstrip()}\n```\n", docstring)
+
+
+class Docstrings(griffe.Extension):
     """Rewrites docstrings before they are parsed."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Called by griffe for every module, class, function and attribute."""
         if obj.docstring is not None:
-            obj.docstring.value = one_entry_each(obj.docstring.value)
+            obj.docstring.value = trees_as_blocks(one_entry_each(obj.docstring.value))
