@@ -61,8 +61,8 @@ def _run(tokens: Sequence[str], *, as_json: bool) -> int:
         error_line(hidden(str(error)), json=as_json)
         return USER_ERROR
     except KeyboardInterrupt as interrupt:
-        # An interrupt cuts in half whatever is being done, the construction of an event loop for instance. What the
-        # halves report when they are collected, at the end of this clause, is of no use to anybody.
+        # An interrupt can stop anything half-way, such as the construction of an event loop. What such halves report
+        # when they are collected, at the end of this clause, is useless.
         sys.unraisablehook = lambda _: None
         warnings.simplefilter("ignore")
         notes = getattr(interrupt, "__notes__", [])

@@ -49,7 +49,7 @@ _VERBS: dict[str, list[_Verb]] = {
         _Verb(make.add_sites, "actcache add-sites acts.zarr --sites 'blocks.0.hook_resid_pre' --codec sparse"),
         _Verb(
             make.import_store,
-            "actcache import 'blocks.3.hook_mlp_out=acts.npy' --format npy --out imported.zarr",
+            "actcache import 'blocks.3.hook_mlp_out=acts.npy' --format npy \\\n  --out imported.zarr",
             name="import",
         ),
     ],
@@ -75,7 +75,7 @@ _VERBS: dict[str, list[_Verb]] = {
         _Verb(
             "actcache.cli.train:train",
             "actcache train acts.zarr --site-in blocks.3.mlp.hook_in \\\n"
-            "  --site-out blocks.3.hook_mlp_out --out run --n-steps 100",
+            "  --site-out blocks.3.hook_mlp_out --out run --n-steps 200",
             help="Train a sparse MLP that predicts one site of a store from another. Run again to continue where it "
             "stopped.",
         ),

@@ -1,8 +1,8 @@
 """Ctrl-C: once to end cleanly, twice to end at once.
 
-The first one is a `KeyboardInterrupt`, as everywhere in Python: writers wait for what is under way, so that it counts.
-The second one ends the process in that very moment. What it cuts in half is what a crash would: objects are put whole,
-the commit record last, so nothing of it is ever taken for data, and the next writer sweeps it up.
+The first one is a `KeyboardInterrupt`, as everywhere in Python: writers finish what they have begun, so that it counts.
+The second one ends the process at once and leaves what a crash would leave: objects are put whole, the commit record
+last, so nothing unfinished is ever taken for data, and the next writer removes it.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from types import FrameType
 from typing import NoReturn
 
 INTERRUPTED = 130
-"""The exit code, as shells have it for a command that Ctrl-C ended."""
+"""The exit code that shells give a command that Ctrl-C ended."""
 _PATIENCE_S = 0.5
 _WAITING = "interrupted: waiting for writes under way; Ctrl-C again ends at once"
 _AT_ONCE = "interrupted again, ended at once; the same command goes on where this one stopped"
 
 
 class Interrupts:
-    """A context in which a second Ctrl-C ends the process; does nothing where Ctrl-C means something else already.
+    """A context in which a second Ctrl-C ends the process; does nothing where Ctrl-C already means something else.
 
     Args:
-        say: told when the end takes longer than a moment, from another thread.
-        last_words: a message as it is to be printed before the process ends.
+        say: called from another thread if ending takes longer than a moment.
+        last_words: formats the message that is printed before the process ends.
     """
 
     def __init__(self, say: Callable[[str], None], last_words: Callable[[str], str]) -> None:
@@ -38,7 +38,7 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         in_main = threading.current_thread() is threading.main_thread()
-        # Jobs in the background of a shell ignore the signal, and whoever embeds this may handle it.
+        # Background jobs of a shell ignore the signal, and a program that embeds this may handle it.
         if in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, self._first)
             self._ours = True
@@ -52,7 +52,7 @@ class Interrupts:
 
     def _first(self, number: int, frame: FrameType | None) -> NoReturn:
         signal.signal(signal.SIGINT, self._second)
-        # Said by another thread: this one may be in the middle of a print, which cannot be entered twice.
+        # Another thread says it: this one may be in the middle of a print, which cannot be entered twice.
         self._patience = threading.Timer(_PATIENCE_S, self._say, [_WAITING])
         self._patience.daemon = True
         self._patience.start()

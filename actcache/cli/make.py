@@ -172,8 +172,8 @@ def import_store(
     sources: list[str],
     /,
     *,
-    format: Literal["saelens", "npy", "safetensors"],  # noqa: A002  # the option's name
     out: NewStore,
+    format: Literal["saelens", "npy", "safetensors"],  # noqa: A002  # the option's name
     tokens: Path | None = None,
     options: Annotated[_ImportOptions | None, Parameter(name="*", group=STORE)] = None,
     no_fsync: NoFsync = False,

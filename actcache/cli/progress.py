@@ -1,11 +1,11 @@
-"""How far a long step is, told in three ways: bars on a terminal, lines in a log, events to a program.
+"""How far a long step is, in three forms: bars on a terminal, lines in a log, events for a program.
 
-In: what the library's `progress` and `watch` callbacks are called with. Out: stderr.
+In: the arguments of the library's `progress` and `watch` callbacks. Out: stderr.
 
 An event is a JSON object on a line of its own: `event`, `time` (UTC, ISO 8601), and
 
     stage     a long step begins: title, unit
-    progress  at most once a second: title, unit, done, total, seconds; of an extraction also its speeds, its queue, and
+    progress  at most once a second: title, unit, done, total, seconds; an extraction adds its speeds, its queue, and
               `sites` whenever the statistics are new
     done      the step has ended, with the fields of `progress`; done and total are null if nothing was left to do
     warning   message, category
@@ -46,7 +46,7 @@ from actcache.files import finite
 from actcache.status import SiteStatus, Status
 
 MOST_SITES = 8
-"""Sites of the live summary: more would push everything else off the terminal."""
+"""Sites in the live summary: more would push everything else off the terminal."""
 _EVENT_EVERY_S = 1.0
 _LINE_AFTER_S = 30.0
 _LINE_EVERY_AT_MOST_S = 600.0
@@ -65,17 +65,17 @@ class Stage:
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """Seconds since the stage began."""
         return monotonic() - self._began
 
     def count(self, done: int, total: int) -> None:
-        """Take a library's `progress`."""
+        """Take the arguments of the library's `progress`."""
         self.done, self.total = done, total
         if not self._ended:
             self._teller.tell(self)
 
     def watch(self, status: Status) -> None:
-        """Take an extraction's `watch`."""
+        """Take the argument of an extraction's `watch`."""
         self.status = status
         if self.is_share:
             self.count(status.n_sequences_here, status.n_sequences_share)
@@ -84,7 +84,7 @@ class Stage:
 
     @property
     def is_share(self) -> bool:
-        """Whether the extraction leaves sequences to other processes; then its own are what is counted."""
+        """Whether the extraction leaves sequences to other processes; only its own are counted then."""
         if self.status is None:
             return False
         before = self.status.n_sequences_done - self.status.n_sequences_here
@@ -92,41 +92,41 @@ class Stage:
 
     @property
     def left_s(self) -> float | None:
-        """Seconds left, as far as an extraction knows."""
+        """Seconds left, if an extraction knows."""
         left_s = self.status.eta_s if self.status else None
         return finite(left_s)  # type: ignore[no-any-return]  # a float or None
 
     def end(self, *, cut_short: bool) -> None:
-        """It is over; `cut_short` by an error or an interrupt."""
+        """End the stage; it is `cut_short` by an error or an interrupt."""
         if not self._ended:
             self._ended = True
             self._teller.end(self, cut_short=cut_short)
 
 
 class Teller(Protocol):
-    """One of the three ways."""
+    """One of the three forms."""
 
     def begin(self, stage: Stage) -> None:
         """A stage has begun."""
 
     def tell(self, stage: Stage) -> None:
-        """A stage is further than it was."""
+        """A stage has made progress."""
 
     def end(self, stage: Stage, *, cut_short: bool) -> None:
         """A stage has ended."""
 
     def say(self, sentence: str) -> None:
-        """Something worth knowing."""
+        """Report something worth knowing."""
 
     def warn(self, message: str, category: str, *, loud: bool) -> None:
-        """Something that may be wrong; `loud` when it is about the user's activations or text."""
+        """Report something that may be wrong; `loud` if it is about the user's activations or text."""
 
     def close(self) -> None:
-        """Nothing more is going to be told."""
+        """Nothing more will be reported."""
 
 
 class Bars:
-    """On a terminal: a bar a stage; below that of an extraction its speeds and the statistics of its sites."""
+    """On a terminal: a bar for each stage; below that of an extraction its speeds and the statistics of its sites."""
 
     def __init__(self, console: Console) -> None:
         self._console, self._display = console, _Display(console)
@@ -143,7 +143,7 @@ class Bars:
         self._display.update(self._tasks[stage], completed=stage.done or 0, total=stage.total)
 
     def end(self, stage: Stage, *, cut_short: bool) -> None:
-        """Leave the bar as it is. What is shown below it goes, because the result says it again, if there is one."""
+        """Leave the bar as it is. What is below it disappears if a result follows, because that says it again."""
         if stage.total is None:
             self._display.update(self._tasks[stage], visible=False)
         if not cut_short:
@@ -163,18 +163,18 @@ class Bars:
 
 
 class Lines:
-    """In a log or a pipe: one line when a stage ends, and one now and then while an extraction lasts, ever rarer."""
+    """In a log or a pipe: a line when a stage ends, and lines at growing intervals during an extraction."""
 
     def __init__(self, console: Console, *, first_after_s: float = _LINE_AFTER_S) -> None:
         self._console, self._wait_s, self._next_s = console, first_after_s, first_after_s
         self._first_after_s = first_after_s
 
     def begin(self, stage: Stage) -> None:
-        """Nothing yet."""
+        """Start the clock; a line comes later."""
         self._wait_s = self._next_s = self._first_after_s
 
     def tell(self, stage: Stage) -> None:
-        """A line when it is time: after 30 s, 1 min later, 2 min later, and so on up to every 10 min."""
+        """Print a line when one is due: after 30 s, 1 min later, 2 min later, and so on up to every 10 min."""
         if stage.status is None or stage.seconds < self._next_s:
             return
         self._wait_s = min(2 * self._wait_s, _LINE_EVERY_AT_MOST_S)
@@ -183,30 +183,30 @@ class Lines:
         self.say(", ".join([_pieces(stage), *_speeds(stage.status), formats.duration(stage.seconds), left]))
 
     def end(self, stage: Stage, *, cut_short: bool) -> None:
-        """The last line, unless nothing was left to do: then the stage never spoke."""
+        """Print the last line, unless there was nothing to do."""
         if stage.total is not None:
             speeds = _speeds(stage.status, queue=False) if stage.status else []
             self.say(", ".join([_pieces(stage), *speeds, formats.duration(stage.seconds)]))
 
     def say(self, sentence: str) -> None:
-        """A line."""
+        """Print a line."""
         say(self._console, sentence)
 
     def warn(self, message: str, category: str, *, loud: bool) -> None:
-        """A line."""
+        """Print a line."""
         warn(self._console, message, loud=loud)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: nothing is open."""
 
 
 class Events:
-    """To a program: one JSON object a line."""
+    """For a program: one JSON object a line."""
 
     def __init__(self, *, every_s: float = _EVENT_EVERY_S) -> None:
         self._every_s, self._next = every_s, 0.0
         self._sites: Mapping[str, SiteStatus] = {}
-        # Warnings come from any thread, and halves of two lines would be no JSON.
+        # Warnings come from any thread, and mixed halves of two lines would not be JSON.
         self._alone = threading.Lock()
 
     def begin(self, stage: Stage) -> None:
@@ -221,7 +221,7 @@ class Events:
             self._emit("progress", **self._fields(stage))
 
     def end(self, stage: Stage, *, cut_short: bool) -> None:
-        """The event `done`; of a stage that was cut short, how far it came."""
+        """The event `done`; for a stage that was cut short, `progress`."""
         self._emit("progress" if cut_short else "done", **self._fields(stage))
 
     def say(self, sentence: str) -> None:
@@ -233,7 +233,7 @@ class Events:
         self._emit("warning", message=message, category=category)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: nothing is open."""
 
     def _fields(self, stage: Stage) -> dict[str, Any]:
         names = ("title", "unit", "done", "total", "seconds")
@@ -241,7 +241,7 @@ class Events:
         if stage.status is None:
             return fields
         fields |= {name: getattr(stage.status, name) for name in _STATUS_FIELDS}
-        # Statistics are new once a shard; with many sites they would be most of a log of events.
+        # Statistics change once a shard; with many sites, repeating them would fill most of the log.
         if stage.status.sites != self._sites:
             self._sites = stage.status.sites
             fields["sites"] = {name: asdict(site) for name, site in self._sites.items()}
@@ -278,7 +278,7 @@ def warn(console: Console, message: str, *, loud: bool) -> None:
 
 
 def sites_worth_a_look(sites: Mapping[str, SiteStatus], most: int = MOST_SITES) -> dict[str, SiteStatus]:
-    """At most so many sites: those with NaN or infinite values, dead ones, and then the others in their order."""
+    """At most `most` sites: first those with NaN or infinite values, next the dead ones, next the others in order."""
     alarming = sorted(sites, key=lambda name: (not _is_broken(sites[name]), not sites[name].dead))
     return {name: sites[name] for name in alarming[:most]}
 
@@ -295,7 +295,7 @@ class _Rate(ProgressColumn):
 
 
 class _Left(TimeRemainingColumn):
-    """Time left, as an extraction reckons it: what earlier calls have done says nothing about the speed of this one."""
+    """Time left, as an extraction estimates it: what earlier calls did says nothing about the speed of this one."""
 
     def render(self, task: Task) -> Text:
         left_s = task.fields["stage"].left_s
@@ -306,7 +306,7 @@ class _Left(TimeRemainingColumn):
 
 
 class _Display(Progress):
-    """The bars, and below them what is watched."""
+    """The bars, and below them the extraction that is watched."""
 
     def __init__(self, console: Console) -> None:
         self.watched: Stage | None = None

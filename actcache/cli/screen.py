@@ -36,8 +36,8 @@ _OWN_CODE = f"{Path(__file__).parent.parent}{os.sep}"
 class Screen:
     """One command's output; a context manager, because bars are live and interrupts are handled while it is open.
 
-    With `json` the result is one JSON object, and everything on stderr is events (see `progress.py`). Without it there
-    are bars where somebody looks on, and lines in a log.
+    With `json` the result is one JSON object, and everything on stderr is events (see `progress.py`). Without it a
+    terminal shows bars, and a log gets lines.
     """
 
     def __init__(self, *, json: bool = False) -> None:

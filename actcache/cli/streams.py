@@ -1,6 +1,6 @@
-"""stdout and stderr that end no command: of any encoding, closed, or with nobody at the other end.
+"""stdout and stderr that never end a command: whatever their encoding, closed, or with no reader.
 
-In: the streams of the process. Out: the same, while a command runs, in front of which is told what cannot be printed.
+In: the streams of the process. Out: wrapped streams, for as long as a command runs.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any, TextIO, cast
 class Outlet:
     """A text stream to which everything can be written.
 
-    Characters that its encoding does not have are escaped, as Python does on stderr. Once nobody reads it any more, it
-    is silent: whoever looks at the first line of a list (`| head -1`) has got what they want, and the command goes on.
+    Characters that its encoding lacks are escaped, as Python does on stderr. When its reader leaves (`| head -1`), it
+    becomes silent and the command goes on.
 
     Args:
-        stream: what is written to; None where the process was started without it.
-        or_not: nothing that goes wrong with it is worth an end: for stderr.
+        stream: the stream behind it; None if the process was started without it.
+        or_not: ignore every error of the stream, as for stderr.
     """
 
     def __init__(self, stream: TextIO | None, *, or_not: bool = False) -> None:
@@ -30,7 +30,7 @@ class Outlet:
         self._silent = stream is None
 
     def write(self, text: str) -> int:
-        """Write what can be written."""
+        """Write the text, if the stream still has a reader; returns its length."""
         if not self._silent:
             encoding = getattr(self._stream, "encoding", None) or "utf-8"
             with self._going_silent():
@@ -38,7 +38,7 @@ class Outlet:
         return len(text)
 
     def flush(self) -> None:
-        """Hand on what was written."""
+        """Flush the stream, if it still has a reader."""
         if not self._silent:
             with self._going_silent():
                 self._stream.flush()
@@ -49,7 +49,7 @@ class Outlet:
             yield
         except (OSError, ValueError) as error:
             self._silent = True
-            # What is left in the buffer would be tried again at the end of the process, and said to have failed.
+            # Python would try to write the rest of the buffer again at the end of the process, and report a failure.
             with suppress(OSError, ValueError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self._stream.fileno())
@@ -66,7 +66,7 @@ class Outlet:
 
 @contextmanager
 def patient_streams() -> Iterator[None]:
-    """A context in which `sys.stdout` and `sys.stderr` take everything."""
+    """A context in which `sys.stdout` and `sys.stderr` accept everything."""
     own = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = cast(TextIO, Outlet(own[0])), cast(TextIO, Outlet(own[1], or_not=True))
     try:
