@@ -1,13 +1,13 @@
-"""From memory that others read too to a consumer's own: copied, widened on the way, sent to its device."""
+"""From shared memory to a consumer's own: copied, widened on the way, sent to its device."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from actcache.kernels import take_rows
+from actcache.kernels.bits import tensor_bits
 from actcache.load.batches.batch_memory import BatchMemory
 
 if TYPE_CHECKING:
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 
 class Copies:
-    """Copies tensors `(B, D)`, in a dtype, to a device; on the CPU into reused memory. For one thread."""
+    """Copies tensors `(B, D)`, in a dtype, to a device; on the CPU into reused memory. For use by one thread."""
 
     def __init__(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
         self._dtype, self._device, self._memory = dtype, device, BatchMemory()
         self._widen, self._places = take_rows(quantised=False, normalised=False, rounded=False), np.empty(0, np.int64)
 
     def __call__(self, source: torch.Tensor) -> torch.Tensor:
-        """The same values in memory that nobody else has. Nothing reads `source` any more when this returns."""
+        """The same values in the caller's own memory. When this returns, nothing reads `source` any longer."""
         dtype, device = self._dtype or source.dtype, self._device or source.device
         if device.type != "cpu" or source.device.type != "cpu":
-            # Widened where it is going to live: half as much is sent.
+            # Widened on the target device, so that half as much is sent.
             sent = source.to(device)
             return sent.to(dtype, copy=sent is source)
         n_rows, width = source.shape
@@ -34,21 +34,14 @@ class Copies:
         return target
 
     def _copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """On the calling thread: torch would split it over a team of threads, and the trainer needs the cores."""
+        """Copy on the calling thread: torch would use a team of threads, and the trainer needs the cores."""
         import torch
 
         if source.dtype == target.dtype:
-            np.copyto(_bits(target), _bits(source))
+            np.copyto(tensor_bits(target), tensor_bits(source))
         elif self._widen and (source.dtype, target.dtype) == (torch.bfloat16, torch.float32):
             if len(self._places) != source.shape[0]:
                 self._places = np.arange(source.shape[0])
-            self._widen(_bits(source), self._places, _bits(target).view(np.uint32))
+            self._widen(tensor_bits(source), self._places, tensor_bits(target).view(np.uint32))
         else:
             target.copy_(source)
-
-
-def _bits(tensor: torch.Tensor) -> NDArray[Any]:
-    """The tensor's memory as numpy sees it: bfloat16 as uint16."""
-    import torch
-
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
