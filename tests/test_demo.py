@@ -14,6 +14,7 @@ import torch
 from actcache.demo import DemoConfig, pairs_of, run_demo
 from actcache.errors import ActcacheError, ConfigError, SiteError
 from actcache.source import read_texts
+from actcache.sparse.metrics import LayerRow, Metrics, Stage
 from actcache.sparse.runs import Pair, density_histogram
 
 pytestmark = pytest.mark.exhaustive
@@ -64,6 +65,9 @@ def test_everything_is_written_and_the_metrics_are_complete(first: tuple[Path, d
     assert all(done == total for done, total in listener.heard.values())
     assert listener.heard["Train layer 3"] == (60, 60)
     assert listener.said == []
+    assert metrics.keys() == Metrics.__annotations__.keys()
+    assert all(row.keys() == LayerRow.__annotations__.keys() for row in metrics["layers"])
+    assert all(stage.keys() <= Stage.__annotations__.keys() for stage in metrics["stages"].values())
 
 
 def test_the_numbers_are_those_of_the_files(first: tuple[Path, dict[str, Any], Listener]) -> None:

@@ -15,7 +15,8 @@ from test_report import metrics_of
 from actcache.cli import main
 from actcache.errors import ActcacheError, ConfigError, RunNotFoundError, StateError
 from actcache.report import write_report
-from actcache.sparse.metrics import read_metrics
+from actcache.sparse import schema
+from actcache.sparse.metrics import DensityHistogram, LayerRow, Metrics, Stage, read_metrics
 
 SOUND = metrics_of(1)
 
@@ -151,3 +152,16 @@ def test_the_home_folder_has_a_short_name(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "metrics.json").write_text(json.dumps(SOUND))
     assert write_report("~") == tmp_path / "report.html"
+
+
+@pytest.mark.parametrize(
+    ("record", "checked"),
+    [
+        (Metrics, schema._METRICS),
+        (LayerRow, schema._ROW),
+        (Stage, schema._METRICS["stages"][schema._EACH]),
+        (DensityHistogram, schema._ROW["density_histogram"]),
+    ],
+)
+def test_a_reader_checks_only_what_the_record_has(record: Any, checked: dict[str, Any]) -> None:
+    assert {name.removesuffix("!") for name in checked} <= record.__annotations__.keys()

@@ -230,7 +230,7 @@ def test_spliced_loss_takes_what_it_says():
     blocks = random_blocks(4, 6)
     sites = {"site_in": "a", "site_out": "b"}
     for wrong, message in [
-        ({"mlp": None}, "mlp must be of SparseMLP"),
+        ({"mlp": None}, "mlp must be a SparseMLP"),
         ({"blocks": "text"}, "expected token blocks"),
         ({"batch_sequences": 0}, "batch_sequences must be a positive integer"),
         ({"skip_first": "1"}, "skip_first must be an integer"),

@@ -1,5 +1,5 @@
-"""Our loader in other people's trainers: a module for each peer, which is imported when it is asked for.
+"""Our loader in other people's trainers: one module for each peer, imported when it is needed.
 
-In: a `Loader`. Out: what the peer's trainer takes for its data, with the loader's order and exact resume. No peer is a
-dependency of ours: whoever uses a module has its peer installed.
+In: a `Loader`. Out: what the peer's trainer takes as its data, with the loader's order and exact resume. No peer is a
+dependency of ours: to use a module, install its peer.
 """

@@ -1,7 +1,7 @@
-"""Batches as numpy and JAX arrays, on the memory in which the loader made them.
+"""Batches as numpy and JAX arrays, in the memory in which the loader made them.
 
-In: a `Loader` on the CPU. Out: iterators of dicts. numpy has no bfloat16 of its own: such batches are arrays of the
-dtype of ml_dtypes, which JAX and others use too, or their bits as uint16.
+In: a `Loader` on the CPU. Out: iterators of dicts. numpy has no bfloat16: such batches are arrays of the dtype of
+ml_dtypes, which JAX and others use too, or their bits as uint16.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Bfloat16 = Literal["ml_dtypes", "uint16"]
 
 
 def as_numpy(tensor: torch.Tensor, bfloat16: Bfloat16 = "ml_dtypes") -> NDArray[Any]:
-    """A tensor on the CPU as an array on the same memory, which lives as long as either.
+    """A tensor on the CPU as an array in the same memory, which lives as long as either.
 
     Raises:
         ConfigError: the tensor is bfloat16 and ml_dtypes is not installed, or it is on another device.
@@ -43,10 +43,10 @@ def as_numpy(tensor: torch.Tensor, bfloat16: Bfloat16 = "ml_dtypes") -> NDArray[
 def numpy_batches(batches: Iterable[Batch], *, bfloat16: Bfloat16 = "ml_dtypes") -> Iterator[dict[str, NDArray[Any]]]:
     """Each batch as a dict of numpy arrays: `(B, D)` by site and `(B,)` int64 "rows"; no value is copied.
 
-    The arrays may be kept, and modified in place. State is the loader's: it counts what this iterator has given.
+    The arrays may be kept, and modified in place. The state is the loader's: it counts the batches given so far.
 
     Raises:
-        ConfigError: see `as_numpy`.
+        ConfigError: ml_dtypes is needed and not installed, or the loader is not on the CPU.
     """
     for batch in batches:
         yield {name: as_numpy(tensor, bfloat16) for name, tensor in {**batch, "rows": batch.rows}.items()}
@@ -55,9 +55,9 @@ def numpy_batches(batches: Iterable[Batch], *, bfloat16: Bfloat16 = "ml_dtypes")
 def jax_batches(batches: Iterable[Batch]) -> Iterator[dict[str, Any]]:
     """Each batch as a dict of JAX arrays `(B, D)` by site, and `(B,)` int64 "rows" as a numpy array.
 
-    The arrays are handed over by DLPack, on the device that the loader put them on, bfloat16 included. JAX takes them
-    as they are where their memory begins at a multiple of 64 bytes, and otherwise copies them. JAX has no int64 unless
-    it is told to, hence the numpy array.
+    The arrays are passed by DLPack, on the loader's device, bfloat16 included. JAX uses the memory as it is if it
+    begins at a multiple of 64 bytes, and copies it otherwise. "rows" is a numpy array because JAX has no int64 by
+    default.
     """
     from jax import dlpack
 

@@ -1,7 +1,7 @@
-"""dictionary_learning: what its `trainSAE(data=...)` goes through.
+"""dictionary_learning: the data that its `trainSAE(data=...)` iterates.
 
-In: an endless loader. Out: an object that begins at the same batch each time it is gone through, since `trainSAE` goes
-through its data twice where it normalises, with a `config` for the `config.json` that it writes. Read in version 0.1.0.
+In: an endless loader. Out: an object that begins at the same batch each time it is iterated, since `trainSAE` iterates
+its data twice if it normalises, and a `config` for the `config.json` that it writes. Written for version 0.1.0.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from actcache.adapters import require
+from actcache.adapters.resumable import Repeatable
 from actcache.errors import ConfigError
 from actcache.spec import check_positive
 
@@ -22,23 +23,23 @@ if TYPE_CHECKING:
 _PEER = "dictionary_learning"
 
 
-class ActivationData:
+class ActivationData(Repeatable):
     """A loader's batches of one site, `(B, D)`, or of a pair, `(B, 2, D)`; the `data` of `trainSAE`.
 
-    Each pass begins where the loader stood when this was made, or at the state that was loaded last: so the batches
-    that `get_norm_factor` reads (`normalize_activations=True`) are trained on too. The tensors are the consumer's own:
-    `trainSAE` divides them in place.
+    Each pass begins where the loader was when this was made, or at the state loaded last, so the batches that
+    `get_norm_factor` reads (`normalize_activations=True`) are also trained on. `trainSAE` may divide the tensors in
+    place.
 
     Args:
         loader: with `epochs=None`.
         site: which of the loader's sites; needed where it has several.
         pair: instead of `site`, the sites of input and target of a transcoder, equally wide: `acts[:, 0]` and
             `acts[:, 1]`, as in the buffer of dictionary_learning with `io="in_and_out"`.
-        steps: batches of a pass, None for ever. `trainSAE(steps=N)` draws one batch more than it trains on; with the
+        steps: batches of a pass; None for no end. `trainSAE(steps=N)` draws one batch more than it trains on; with the
             same number here it does not, and the state is that after the last batch trained on.
 
     Raises:
-        ConfigError: the loader ends, or no site is named where there are several, or a pair is not equally wide.
+        ConfigError: the loader ends, it has several sites and none is named, or a pair differs in width.
         SiteError: the loader has no such site.
     """
 
@@ -56,13 +57,12 @@ class ActivationData:
         if pair is not None and site is not None:
             raise ConfigError("ActivationData takes a site or a pair of sites, not both")
         self.sites = (require.one_site(loader, site),) if pair is None else _checked_pair(loader, pair)
-        self.loader, self.steps = loader, steps
-        self._start = loader.state_dict()
+        super().__init__(loader)
+        self.steps = steps
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Begin again at the first batch."""
-        self.loader.load_state_dict(self._start)
-        for batch in islice(self.loader, self.steps):  # the loader's state is that of what was drawn: no more than that
+        for batch in islice(self._pass(), self.steps):
             yield self._acts(batch)
 
     def _acts(self, batch: Batch) -> torch.Tensor:
@@ -74,7 +74,7 @@ class ActivationData:
 
     @property
     def config(self) -> dict[str, Any]:
-        """For `config.json` beside the dictionary: keys of the peer's own buffers, and where the rows are from."""
+        """For `config.json` beside the dictionary: keys of the peer's buffers, and where the rows come from."""
         store = self.loader.store
         return {
             "d_submodule": store.spec.site(self.sites[0]).width,
@@ -86,23 +86,10 @@ class ActivationData:
                 "store": str(store.path),
                 "fingerprint": store.fingerprint,
                 "sites": list(self.sites),
-                "seed": self.loader.plan.seed,
+                "seed": self.loader.seed,
                 "model": store.spec.model,
             },
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the loader is, after the batch that was handed out last: JSON-able."""
-        return self.loader.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let passes begin after the batch at which `state` was taken; raises as `Loader.load_state_dict` does."""
-        self.loader.load_state_dict(state)
-        self._start = state
-
-    def close(self) -> None:
-        """Stop reading ahead."""
-        self.loader.close()
 
 
 def _checked_pair(loader: Loader, pair: tuple[str, str]) -> tuple[str, str]:

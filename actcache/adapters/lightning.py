@@ -1,7 +1,7 @@
-"""Our loader as a data module of Lightning, whose checkpoints then hold where the loader is.
+"""Our loader as a data module of Lightning, whose checkpoints include the loader's state.
 
-In: a `Loader`, or how to make one for a rank. Out: a `LightningDataModule` of `lightning` or `pytorch_lightning`,
-whichever the calling program uses. Neither is imported before that.
+In: a `Loader`, or a function that makes one for a rank. Out: a `LightningDataModule` of `lightning` or
+`pytorch_lightning`, whichever the calling program uses. Neither is imported before that.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def data_module(
 ) -> Any:
     """A `LightningDataModule` for `Trainer.fit(model, datamodule=...)`.
 
-    A loader of one epoch makes an epoch of Lightning, and `Trainer(max_epochs=...)` says how many there are.
-    Checkpoints hold the state of the training loader, and `Trainer.fit(..., ckpt_path=...)` goes on after the batch at
-    which one was saved. Validation sees the same batches every time.
+    A loader of one epoch makes one epoch of Lightning; `Trainer(max_epochs=...)` says how many there are. Checkpoints
+    hold the state of the training loader, and `Trainer.fit(..., ckpt_path=...)` continues after the batch at which one
+    was saved. Validation sees the same batches every time.
 
     Args:
-        train: the loader. For several processes, a function `(rank, world_size)` that makes each its own.
-        validation: another, with rows that training does not see.
-        take: what a batch is, see `TorchDataset`.
+        train: the loader. For several processes, a function `(rank, world_size)` that makes the loader of each.
+        validation: another loader, with rows that training does not see.
+        take: what a batch is; see `TorchDataset`.
 
     Raises:
         ImportError: neither `lightning` nor `pytorch_lightning` is installed.
@@ -50,17 +50,17 @@ def data_module(
 
 
 class _Training:
-    """What Lightning calls to train."""
+    """The hooks that Lightning calls to train."""
 
     trainer: Any
     train: Loader | MakeLoader
     take: str | Sequence[str] | None
-    _batches: _Resumable | None = None
+    _batches: _TrainingBatches | None = None
     _restored: Mapping[str, Any] | None = None
 
-    def train_dataloader(self) -> _Resumable:
+    def train_dataloader(self) -> _TrainingBatches:
         """The batches of the training loader, from the restored state on."""
-        self._batches = _Resumable(self.dataset(self.train, restart=False))
+        self._batches = _TrainingBatches(self.dataset(self.train, restart=False))
         if self._restored is not None:
             self._batches.load_state_dict(self._restored)
             self._restored = None
@@ -75,7 +75,7 @@ class _Training:
         self._restored = state_dict.get("train")
 
     def dataset(self, source: Loader | MakeLoader, *, restart: bool) -> TorchDataset:
-        """The batches of the loader that is meant for this process."""
+        """The batches of this process's loader."""
         from actcache.adapters.torch_data import TorchDataset
 
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
@@ -87,14 +87,14 @@ class _Training:
             )
         if loader.epochs is None:
             raise ConfigError(
-                "Lightning fetches ahead of a loader without an end, and what a checkpoint holds would be behind that; "
+                "Lightning fetches ahead of an endless loader, so a checkpoint's state would be ahead of the training; "
                 "use Loader(epochs=1) and Trainer(max_epochs=...)"
             )
         return TorchDataset(loader, self.take, restart=restart)
 
 
 class _Validation(_Training):
-    """What it calls to validate, where there is something to validate with."""
+    """The hook that it calls to validate, if there is a validation loader."""
 
     validation: Loader | MakeLoader
 
@@ -104,7 +104,7 @@ class _Validation(_Training):
 
 
 class _Batches:
-    """What Lightning iterates: it has a length, and is nothing that wants workers."""
+    """What Lightning iterates: it has a length, and is not a `DataLoader`, for which Lightning suggests workers."""
 
     def __init__(self, batches: TorchDataset) -> None:
         self.batches = batches
@@ -116,24 +116,24 @@ class _Batches:
         return len(self.batches)
 
 
-class _Resumable(_Batches):
-    """Resumable for Lightning itself, too: it keeps this state while it trains, and that of the data module always."""
+class _TrainingBatches(_Batches):
+    """Batches whose state Lightning keeps while it trains; that of the data module it keeps always."""
 
     def state_dict(self) -> dict[str, Any]:
         return self.batches.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.batches.load_state_dict(state)
-        # Lightning counts batches by itself: where an epoch is over it asks for the next, not for an empty rest.
+        # Lightning counts batches itself: after the end of an epoch it asks for the next one, not for an empty rest.
         self.batches.begin_after_the_end()
 
 
 def _lightning() -> Any:
-    """The package that the program uses: one that is imported already, before one that could be."""
+    """The package that the program uses: an imported one if there is one, otherwise an installed one."""
     for name in sorted(_PACKAGES, key=lambda name: name not in sys.modules):
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
-            if error.name not in (name, name.partition(".")[0]):  # it is there, and lacks something itself
+            if error.name not in (name, name.partition(".")[0]):  # installed, but one of its own imports is missing
                 raise
     raise ImportError("a data module needs Lightning: pip install lightning")

@@ -1,14 +1,15 @@
 """Our loader as the activation stream of Llamascopium's `Trainer.fit(sae, activation_stream)`.
 
-In: a `Loader`. Out: dicts `{hook point: (B, D), "tokens": (B,), "mask": (B,)}`, again from the same place each time
-they are iterated: `Initializer` and `fit` take a first batch to look at, and then begin once more.
+In: a `Loader`. Out: dicts `{hook point: (B, D), "tokens": (B,), "mask": (B,)}`, from the same place each time they are
+iterated: `Initializer` and `fit` look at a first batch, and then begin again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from actcache.adapters.resumable import Repeatable
 from actcache.errors import ConfigError, SiteError
 
 if TYPE_CHECKING:
@@ -17,35 +18,34 @@ if TYPE_CHECKING:
     from actcache.load import Loader
 
 
-class ActivationStream:
-    """The batches of a loader as Llamascopium wants them.
+class ActivationStream(Repeatable):
+    """The batches of a loader as Llamascopium expects them.
 
-    Every iteration begins where the loader stood when the stream was made: a peek at the first batch costs no batch.
-    "mask" is one everywhere, since a store has no rows for padding; leave others out with `Loader(rows=...)`.
+    Every iteration begins where the loader was when the stream was made, or at the state loaded last, so a look at the
+    first batch does not use it up. "mask" is true everywhere, since a store has no rows for padding; leave out other
+    rows with `Loader(rows=...)`.
 
     Args:
-        loader: what makes the batches; `epochs=None` lets `total_training_tokens` alone decide when training ends.
-        hook_points: the site that is meant by each hook point; None where they have the same names.
+        loader: makes the batches; with `epochs=None`, `total_training_tokens` alone decides when training ends.
+        hook_points: the site for each hook point; None if they have the same names.
 
     Raises:
         SiteError: a site is not one of the loader's.
     """
 
     def __init__(self, loader: Loader, hook_points: Mapping[str, str] | None = None) -> None:
-        self.loader = loader
+        super().__init__(loader)
         self.hook_points = dict(hook_points or {site: site for site in loader.sites})
         for hook_point, site in self.hook_points.items():
             if site not in loader.sites:
                 raise SiteError(
                     f"no site {site!r} (for {hook_point!r}) in the loader; there are {', '.join(loader.sites)}"
                 )
-        self._start = loader.state_dict()
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         import torch
 
-        self.loader.load_state_dict(self._start)
-        for batch in self.loader:
+        for batch in self._pass():
             acts = {hook_point: batch[site] for hook_point, site in self.hook_points.items()}
             tokens = batch.tokens.to(self.loader.device)
             yield {**acts, "tokens": tokens, "mask": torch.ones_like(tokens, dtype=torch.bool)}
@@ -57,7 +57,7 @@ class ActivationStream:
         which otherwise estimates it from 8 batches.
 
         Raises:
-            ConfigError: the loader centres the rows, and no statistics say what their norms are then.
+            ConfigError: the loader centres the rows, and the statistics do not have the norms of centred rows.
         """
         return {hook_point: self._mean_norm(site) for hook_point, site in self.hook_points.items()}
 
@@ -67,16 +67,7 @@ class ActivationStream:
             return mean_norm
         if done.mean is not None:
             raise ConfigError(
-                f"the loader centres {site}, and the store knows the norms before that; leave activation_norm to "
+                f"the loader centres {site}, and the store only knows the norms before that; leave activation_norm to "
                 'Initializer, or centring to Llamascopium: normalize="rms"'
             )
         return mean_norm * done.scale
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the loader is, after the batch delivered last: see `Loader.state_dict`."""
-        return self.loader.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Begin every iteration from now on after the batch at which `state` was taken."""
-        self.loader.load_state_dict(state)
-        self._start = self.loader.state_dict()

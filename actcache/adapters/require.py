@@ -1,4 +1,4 @@
-"""What peers silently expect of their data, checked where an adapter is made: the error comes before the training."""
+"""What peers silently expect of their data, checked when an adapter is made: before the training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def one_site(loader: Loader, site: str | None) -> str:
-    """The site that is meant: the named one, or the loader's only one."""
+    """The named site, or the loader's only one."""
     has = f"the loader has {', '.join(loader.sites)}"
     if site is None:
         if len(loader.sites) > 1:
@@ -23,26 +23,26 @@ def one_site(loader: Loader, site: str | None) -> str:
 
 
 def endless(loader: Loader, peer: str) -> None:
-    """The loader goes on for as long as it is asked.
+    """Check that the loader has no end.
 
     Raises:
-        ConfigError: its epochs are counted.
+        ConfigError: it has a number of epochs.
     """
     if loader.epochs is not None:
         raise ConfigError(
-            f"{peer} asks for batches until it has had its number of steps, and this loader ends after epochs="
+            f"{peer} asks for batches until it has done its number of steps, and this loader ends after epochs="
             f"{loader.epochs} ({loader.epochs * len(loader):,} batches); make it with epochs=None"
         )
 
 
 def even_batches(loader: Loader, peer: str) -> None:
-    """Every batch has `batch_rows` rows.
+    """Check that every batch has `batch_rows` rows.
 
     Raises:
         ConfigError: the last batch of an epoch is smaller.
     """
-    rest = loader.plan.n_rows % loader.batch_rows
-    if rest and not loader.plan.drop_last:
+    rest = loader.n_rows % loader.batch_rows
+    if rest and not loader.drop_last:
         raise ConfigError(
             f"{peer} counts samples by the batch, and with drop_last=False the last of each epoch has {rest:,} rows "
             f"where the others have {loader.batch_rows:,}; leave drop_last=True"

@@ -1,21 +1,22 @@
 """SAELens 6: what its `SAETrainer` and `MultiSAETrainer` read from, and their scaling from the store's statistics.
 
-In: an endless loader. Out: iterators of `(B, D)` tensors, or of those by hook name, with the loader's state; a trainer
-whose normalisation is set, so that it does not draw 1,000 batches to estimate it (`activation_scaler.py` of sae-lens
-6.54). SAELens trains no transcoders: a training SAE has one tensor for input and target.
+In: an endless loader. Out: iterators of `(B, D)` tensors, or of dicts of them by hook name, with the loader's state; a
+trainer whose normalisation is set, so that it does not draw 1,000 batches to estimate it (`activation_scaler.py` of
+sae-lens 6.54). SAELens does not train transcoders: a training SAE has one tensor for input and target.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
 from actcache.adapters import require
+from actcache.adapters.resumable import Resumable
 from actcache.errors import ConfigError, StateError
 from actcache.files import read_json, write_whole
 
@@ -30,7 +31,7 @@ STATE_FILE = "actcache_loader.json"
 
 _PEER = "SAELens"
 _KEEPS_A_PRESET = (6, 52)
-"""The version since which `fit` leaves a scaling alone that is there; those before estimate it in any case."""
+"""The first version whose `fit` leaves an existing scaling alone; earlier ones always estimate it."""
 _WHITENING_EPSILON = 1e-3
 """Added to the eigenvalues of the covariance, as in `ActivationScaler.estimate_whitening`."""
 
@@ -38,20 +39,22 @@ T = TypeVar("T")
 
 
 class TrainerConfig(Protocol):
-    """What of SAELens' `SAETrainerConfig` the data has to fit."""
+    """The part of SAELens' `SAETrainerConfig` that the data must match."""
 
     train_batch_size_samples: int
 
 
-class Provider(Iterator[T], Generic[T]):
-    """A loader as SAELens asks for data: `next(provider)`, for ever. Made by `data_provider` or `multi_data_provider`.
+class Provider(Resumable, Iterator[T], Generic[T]):
+    """A loader as SAELens asks for data: `next(provider)`, without end. Made by `data_provider` or
+    `multi_data_provider`.
 
-    The state is the loader's, after the batch that was handed out last; SAELens' `PrefetchingIterator` around it would
-    draw batches before they are trained on, and is not needed: the loader reads ahead.
+    The state is the loader's, after the batch that was handed out last. Do not wrap it in SAELens'
+    `PrefetchingIterator`, which draws batches before they are trained on: the loader already reads ahead.
     """
 
     def __init__(self, loader: Loader, sites: tuple[str, ...], take: Callable[[Batch], T]) -> None:
-        self.loader, self.sites = loader, sites
+        super().__init__(loader)
+        self.sites = sites
         self._take = take
         self._batches: Iterator[Batch] | None = None
 
@@ -60,18 +63,14 @@ class Provider(Iterator[T], Generic[T]):
             self._batches = iter(self.loader)
         return self._take(next(self._batches))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the loader is, after the batch that was handed out last: JSON-able."""
-        return self.loader.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the batch at which `state` was taken; raises as `Loader.load_state_dict` does."""
         self._batches = None
-        self.loader.load_state_dict(state)
+        super().load_state_dict(state)
 
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         """Put the state into a checkpoint's folder; give this to a trainer as its `save_checkpoint_fn`."""
-        if checkpoint_path is None:  # the trainer was told of no place to keep checkpoints in
+        if checkpoint_path is None:  # the trainer has no place for checkpoints
             return
         file = Path(checkpoint_path) / STATE_FILE
         write_whole(file, json.dumps(self.state_dict()))
@@ -80,7 +79,7 @@ class Provider(Iterator[T], Generic[T]):
         """Continue where the checkpoint in that folder was taken.
 
         Raises:
-            StateError: the folder has no state of a loader, or one that does not belong to this loader.
+            StateError: the folder has no state of a loader, or that of another loader.
         """
         file = Path(checkpoint_path) / STATE_FILE
         if not file.exists():
@@ -97,7 +96,7 @@ class Provider(Iterator[T], Generic[T]):
     def close(self) -> None:
         """Stop reading ahead."""
         self._batches = None
-        self.loader.close()
+        super().close()
 
 
 def data_provider(loader: Loader, cfg: TrainerConfig, site: str | None = None) -> Provider[torch.Tensor]:
@@ -109,8 +108,8 @@ def data_provider(loader: Loader, cfg: TrainerConfig, site: str | None = None) -
         site: which of the loader's sites; needed where it has several.
 
     Raises:
-        ConfigError: the loader ends, or its batches are not all of `cfg.train_batch_size_samples` rows, or no site is
-        named where there are several. SiteError: the loader has no such site.
+        ConfigError: the loader ends, its batches do not all have `cfg.train_batch_size_samples` rows, or it has several
+        sites and none is named. SiteError: the loader has no such site.
     """
     name = require.one_site(loader, site)
     _check_batches(loader, cfg)
@@ -140,20 +139,20 @@ def _check_batches(loader: Loader, cfg: TrainerConfig) -> None:
 def preset_scaling(trainer: Any) -> dict[str, float | None]:
     """Give a trainer the normalisation that it would estimate, from the store's statistics; before `trainer.fit()`.
 
-    For `normalize_activations="expected_average_only_in"`, `sqrt(D) / mean norm`, which the store has. For
-    `"covariance_whitening"`, mean and covariance, which takes one pass over the rows. What a trainer already has, of a
-    checkpoint, is left alone, and so are SAEs that are not normalised.
+    For `normalize_activations="expected_average_only_in"`: `sqrt(D) / mean norm`, which the store has. For
+    `"covariance_whitening"`: mean and covariance, which takes one pass over the rows. What a trainer already has from a
+    checkpoint is left alone, and so are SAEs without normalisation.
 
     Args:
         trainer: an `SAETrainer` or `MultiSAETrainer` whose `data_provider` was made here.
 
     Returns:
-        The scaling factor by site, None where there is none.
+        The scaling factor by site; None for a site without one.
 
     Raises:
-        ConfigError: the trainer reads from something else, or is of a SAELens before 6.52, an SAE's `d_in` is not the
-        width of its site, or the loader centres the activations, whose mean norm is not known then. SiteError: the
-        loader does not have its hook.
+        ConfigError: the trainer reads from something else, SAELens is older than 6.52, an SAE's `d_in` is not the width
+        of its site, or the loader centres the activations, so that their mean norm is not known. SiteError: the loader
+        does not have a hook of the trainer.
     """
     provider = trainer.data_provider
     if not isinstance(provider, Provider):
@@ -175,7 +174,7 @@ def _check_version() -> None:
 
     if tuple(int(part) for part in sae_lens.__version__.split(".")[:2]) < _KEEPS_A_PRESET:
         raise ConfigError(
-            f"SAELens {sae_lens.__version__} estimates its scaling in any case; preset_scaling is for 6.52 and later: "
+            f"SAELens {sae_lens.__version__} always estimates its scaling; preset_scaling is for 6.52 and later: "
             "install a newer sae-lens, or do without preset_scaling"
         )
 
@@ -202,20 +201,14 @@ def _mean_norm(loader: Loader, site: str) -> float:
     shift, scale = _normalization(loader, site)
     if shift is not None:
         raise ConfigError(
-            f"the loader centres {site}, and what mean norm is left no statistics say; make it with normalize=None or "
-            '"rms", or let SAELens estimate it: do without preset_scaling'
+            f"the loader centres {site}, and the statistics do not have the mean norm of centred rows; make it with "
+            'normalize=None or "rms", or let SAELens estimate it: do without preset_scaling'
         )
     return loader.site_stats(site).mean_norm * scale
 
 
-def _chosen_rows(loader: Loader) -> NDArray[np.int64] | None:
-    """The rows that are delivered, by id; None for all."""
-    plan = loader.plan
-    return None if plan.wanted is None or plan.chunk_table is None else plan.row_ids(plan.chunk_table[:, 0])
-
-
 def _normalization(loader: Loader, site: str) -> tuple[NDArray[np.float32] | None, float]:
-    """What the loader takes from the rows, `(D,)` or None, and what it multiplies them with then."""
+    """What the loader subtracts from the rows, `(D,)` or None, and what it multiplies them by."""
     done = loader.normalization.get(site)
     return (None, 1.0) if done is None else (done.mean, done.scale)
 
@@ -229,7 +222,7 @@ def _whitening(loader: Loader, site: str) -> Any:
     stats = loader.site_stats(site)
     centred = stats.mean if shift is None else stats.mean - shift
     unbiased = stats.count / max(1, stats.count - 1)
-    covariance = torch.from_numpy(loader.store.covariance(site, _chosen_rows(loader)))
+    covariance = torch.from_numpy(loader.store.covariance(site, loader.row_ids()))
     eigenvalues, eigenvectors = torch.linalg.eigh(covariance * (unbiased * scale**2))
     eigenvalues = eigenvalues.clamp(min=0) + _WHITENING_EPSILON
     return ActivationWhitening(

@@ -1,12 +1,12 @@
-"""Our store as the model and the data set of sparsify's `Trainer`, which runs unchanged and runs no language model.
+"""Our store as the model and the data set of sparsify's `Trainer`, which runs unchanged, without a language model.
 
-In: a store, and which site is the output (and the input) of which module. Out: a model whose modules "give" what the
-store holds, and the data set that goes with it. An item of the data set is as many rows as a sequence has in the store;
-its `input_ids` are the token ids of those rows, so that `exclude_tokens` means what it always does.
+In: a store, and which site is the output (and the input) of which module. Out: a model whose modules return what the
+store holds, and the data set that belongs to it. An item of the data set has as many rows as a sequence has in the
+store; its `input_ids` are the token ids of those rows, so `exclude_tokens` means what it always does.
 
-Only rows that the store has are in items: positions left out by `skip_first`, padding and masked ones are not, so
-items are cut from the stream of rows, and where sequences have gaps an item does not begin with a sequence. sparsify
-forgets which row was in which sequence before it calculates anything, so no result depends on that.
+Items have only rows that the store has: no positions left out by `skip_first`, no padding, no masked ones. They are cut
+from the stream of rows, so if sequences have gaps, an item need not begin with a sequence. sparsify drops the
+information which row was in which sequence before it computes anything, so no result depends on that.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 Order = Literal["stored", "reading"]
 """`stored`: as the rows lie in the store, shuffled within each shard. `reading`: sequence after sequence."""
 HookPoints = Mapping[str, str | tuple[str, str]]
-"""A module's name, as in `TrainConfig.hookpoints`: the site of its output, or those of its input and output."""
+"""By module name, as in `TrainConfig.hookpoints`: the site of its output, or the sites of its input and output."""
 
 _KEPT_SHARDS = 2
-"""Shards that are held decoded: a batch may end in one and begin in the one before."""
+"""Shards that are kept decoded: a batch may begin in one and end in the next."""
 _REMEMBERED_ITEMS = 1 << 16
 
 
@@ -48,30 +48,31 @@ def replay(
 ) -> tuple[ReplayModel, ReplayDataset]:
     """The model and the data set for sparsify's `Trainer(config, dataset, model)`.
 
-    `TrainConfig.hookpoints` names those of the given ones that are to be trained on; `loss_fn` is "fvu", as there are
-    no logits. `batch_size` counts items. Two shards of the sites are held decoded, besides a batch.
+    `TrainConfig.hookpoints` names the given ones to train on; `loss_fn` must be "fvu", since there are no logits.
+    `batch_size` counts items. In memory are two decoded shards of the sites, and a batch.
 
     Args:
         store: a sealed store.
-        hookpoints: the site, or (input, output) sites, for each module name; or sites alone, which are then the names.
-            A transcoder needs both, of the same width.
-        order: of the rows; `stored` mixes the sequences of a shard, `reading` is what a live model would have given.
-        rows_per_item: rows of an item; by default those of a sequence. Rows that fill no item at the end are left out.
+        hookpoints: the site, or (input, output) sites, for each module name; or a list of sites, which serve as names.
+            A transcoder needs both sites, of the same width.
+        order: of the rows; `stored` mixes the sequences of a shard, `reading` is what a live model would give.
+        rows_per_item: rows of an item; by default those of a sequence. Rows at the end that do not fill an item are
+            left out.
         device: of the activations.
-        dtype: of the activations; sparsify's coders are float32, and autocast where there is CUDA.
+        dtype: of the activations; sparsify's coders are float32, with autocast on CUDA.
 
     Raises:
-        SiteError: no such site. StoreIncompleteError: the store is not sealed. ConfigError: the sites of a transcoder
-        differ in width, or an item is larger than the store.
+        SiteError: the store has no such site. StoreIncompleteError: it is not sealed. ConfigError: the sites of a
+        transcoder differ in width, or an item is larger than the store.
     """
-    sites = {name: _pair(store, name, at) for name, at in _named(hookpoints).items()}
+    sites = {name: _pair(store, name, at) for name, at in _by_name(hookpoints).items()}
     n_rows = store.spec.rows_per_sequence if rows_per_item is None else rows_per_item
     dataset = ReplayDataset(_Rows(store, order), n_rows)
     return ReplayModel(dataset, sites, torch.device(device), dtype), dataset
 
 
 class ReplayDataset:
-    """Items `{"input_ids": (L,)}`; what was handed out last is what the model is going to be called with."""
+    """Items `{"input_ids": (L,)}`; the model expects to be called with the items that were handed out last."""
 
     def __init__(self, rows: _Rows, rows_per_item: int, items: range | None = None) -> None:
         check_positive("replay", rows_per_item=rows_per_item)
@@ -93,11 +94,11 @@ class ReplayDataset:
         return {"input_ids": torch.from_numpy(self.tokens(item))}
 
     def __reduce__(self) -> NoReturn:
-        # In a worker process it would hand items out of which the model knows nothing.
+        # In a worker process it would hand out items without the model's knowledge.
         raise ConfigError("a replay data set and its model belong to one process; use num_workers=0")
 
     def select(self, items: range) -> ReplayDataset:
-        """The items of these numbers, for the same model: what `Trainer` resumes with."""
+        """The items with these numbers, for the same model: what `Trainer` resumes with."""
         return self._part(self.items[items.start : items.stop : items.step])
 
     def shard(self, num_shards: int, shard_id: int) -> ReplayDataset:
@@ -129,7 +130,7 @@ class ReplayDataset:
 
 
 class ReplayModel(nn.Module):
-    """Has no weights: called with the `input_ids` of items, it calls its modules, whose outputs come from the store."""
+    """A model without weights: called with the `input_ids` of items, it calls its modules, which read the store."""
 
     def __init__(
         self,
@@ -145,11 +146,11 @@ class ReplayModel(nn.Module):
 
     @property
     def config(self) -> NoReturn:
-        """There is none: sparsify asks for it to guess hookpoints where none are named."""
+        """Always an error: sparsify asks for it to guess hookpoints if none are named."""
         raise ConfigError(f"name what to train on: TrainConfig(hookpoints={list(self.base_model.points)})")
 
     def forward(self, input_ids: torch.Tensor | None = None, **more: Any) -> Any:
-        """Call every module once, in the order of the hookpoints; without `input_ids` with one zero row, for widths.
+        """Call every module once, in the order of the hookpoints; without `input_ids`, with one row of zeros.
 
         Raises:
             StateError: these are not the items that the data set handed out last. ConfigError: the loss needs logits.
@@ -164,14 +165,14 @@ class ReplayModel(nn.Module):
         return _Missing()
 
     def _values(self, site: str, items: list[int]) -> torch.Tensor:
-        """`(B, L, D)` activations of items; `(1, 1, D)` zeros of none."""
+        """`(B, L, D)` activations of items; `(1, 1, D)` zeros without items."""
         if not items:
             width = self.dataset.rows.store.spec.site(site).width
             return torch.zeros(1, 1, width, dtype=self.dtype, device=self.device)
         return self.dataset.activations(site, items).to(device=self.device, dtype=self.dtype)
 
     def _handed_out(self, input_ids: torch.Tensor) -> list[int]:
-        """The items that these are: the last ones that the data set gave, whose tokens must then be equal."""
+        """The items with these tokens, which must be the last ones that the data set handed out."""
         handed_out = self.dataset.handed_out
         items = list(handed_out)[-len(input_ids) :]
         handed_out.clear()
@@ -181,12 +182,12 @@ class ReplayModel(nn.Module):
                 return items
         raise StateError(
             "the replay model was called with other tokens than its data set handed out just before; give Trainer both "
-            "as replay() returned them, and let nothing stand between them (no worker processes, no shuffling)"
+            "as replay() returned them, with nothing between them (no worker processes, no shuffling)"
         )
 
 
 class _Rows:
-    """The rows of a store in some order, and what belongs to them; shards are decoded whole and kept for a while."""
+    """The rows of a store in one of two orders; shards are decoded as a whole, and the last ones are kept."""
 
     def __init__(self, store: Store, order: Order) -> None:
         if not store.sealed:
@@ -203,7 +204,7 @@ class _Rows:
         self._read = {site: keep(partial(self._read_activations, site)) for site in store.sites}
 
     def parts(self, span: range) -> Iterator[tuple[int, slice]]:
-        """Where a stretch of the rows lies: shards, and which of their rows."""
+        """Where a stretch of the rows is: shards, and slices of their rows."""
         first, last = np.searchsorted(self.ends, (span.start, span.stop - 1), side="right").tolist()
         for shard in range(first, last + 1):
             begin = int(self.ends[shard] - self.store.shard_n_rows[shard])
@@ -232,7 +233,7 @@ class _Rows:
 
 
 class _Modules:
-    """The part of a module tree that sparsify looks at, flat: nothing but the hookpoints can be found in it."""
+    """The part of a module tree that sparsify looks at: flat, with the hookpoints and nothing else."""
 
     def __init__(self, points: Mapping[str, _Point]) -> None:
         self.points = dict(points)
@@ -245,7 +246,7 @@ class _Modules:
 
 
 class _Point(nn.Module):
-    """A hookpoint: returns what was put there, so that the hooks on it see input and output as of the real module."""
+    """A hookpoint: returns what was put there, so that hooks on it see the input and output of the real module."""
 
     def __init__(self, name: str, input_site: str | None, output_site: str) -> None:
         super().__init__()
@@ -257,21 +258,21 @@ class _Point(nn.Module):
 
 
 class _Missing:
-    """What the model returns: whoever asks it for logits or a loss is told why there is none."""
+    """What the model returns: asking it for logits or a loss raises an error that explains why there are none."""
 
     def __getattr__(self, name: str) -> NoReturn:
         _no_logits()
 
 
 class _MissingInput:
-    """The input of a module of which the store has the output alone: an autoencoder does not ask for it."""
+    """The input of a module whose output alone is in the store; an autoencoder does not ask for it."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
     def __getattr__(self, _: str) -> NoReturn:
         raise ConfigError(
-            f"a transcoder of {self._name} needs the input of the module as well: replay(store, "
+            f"a transcoder of {self._name} also needs the input of the module: replay(store, "
             f'{{"{self._name}": (input_site, output_site)}})'
         )
 
@@ -280,7 +281,7 @@ def _no_logits() -> NoReturn:
     raise ConfigError('a replay of activations has no logits; train with loss_fn="fvu"')
 
 
-def _named(hookpoints: HookPoints | Sequence[str]) -> HookPoints:
+def _by_name(hookpoints: HookPoints | Sequence[str]) -> HookPoints:
     if isinstance(hookpoints, str):
         hookpoints = [hookpoints]
     named = hookpoints if isinstance(hookpoints, Mapping) else {site: site for site in hookpoints}

@@ -1,7 +1,7 @@
-"""Our loader as a torch dataset, for `DataLoader`, torchdata's `StatefulDataLoader` and whatever is built on them.
+"""Our loader as a torch dataset, for `DataLoader`, torchdata's `StatefulDataLoader` and what is built on them.
 
-In: a `Loader`. Out: an `IterableDataset` of whole batches. The loader reads and decodes in threads of its own, so
-worker processes are neither needed nor allowed: each would deliver every batch once more.
+In: a `Loader`. Out: an `IterableDataset` of whole batches. The loader has its own threads to read and decode, so worker
+processes are not needed. They are not allowed either: each would deliver all batches again.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from actcache.adapters.resumable import Resumable
 from actcache.errors import ConfigError, SiteError
 
 if TYPE_CHECKING:
@@ -19,29 +20,29 @@ if TYPE_CHECKING:
     from actcache.load import Batch, Loader
 
 _COLUMNS = ("rows", "tokens", "sequences", "positions", "documents")
-"""What a batch has beside its sites, `(B,)` each."""
+"""What a batch has besides its sites, `(B,)` each."""
 
 
-class TorchDataset(IterableDataset[Any]):
+class TorchDataset(Resumable, IterableDataset[Any]):
     """The batches of a loader, for `DataLoader(dataset, batch_size=None)`.
 
-    Iterating goes on where the loader stands, as iterating the loader does: once over the dataset is `epochs` of its
-    epochs, and after a loop that was broken off the rest of them. `state_dict` and `load_state_dict` are the loader's,
-    so that torchdata's `StatefulDataLoader` resumes after any batch without making the batches before it again.
+    Iterating continues where the loader is, as iterating the loader does: one loop over the dataset is `epochs` of its
+    epochs, and after a loop that was left early, the rest of them. `state_dict` and `load_state_dict` are the loader's,
+    so torchdata's `StatefulDataLoader` resumes after any batch without making the batches before it again.
 
     Args:
-        loader: what makes the batches; its batch_rows, device, dtype, rank, read_ahead and threads hold.
+        loader: makes the batches; its batch_rows, device, dtype, rank, read_ahead and threads apply.
         take: what a batch is. None: a dict of all sites and "rows". One name: that `(B, D)` tensor. Several names: a
-            tuple of tensors in that order. Beside sites, "rows", "tokens", "sequences", "positions" and "documents".
-        restart: begin every iteration where the loader stands now: for validation, which is to see the same each time.
+            tuple of tensors in that order. Besides sites, names are "rows", "tokens", "sequences", "positions" and
+            "documents".
+        restart: begin every iteration where the loader is now: for validation, which should see the same each time.
 
     Raises:
         SiteError: a name is neither a site of the loader nor one of those.
     """
 
     def __init__(self, loader: Loader, take: str | Sequence[str] | None = None, *, restart: bool = False) -> None:
-        super().__init__()
-        self.loader = loader
+        super().__init__(loader)
         self._start = loader.state_dict() if restart else None
         self._passes_over_the_end = False
         self.take = take if take is None or isinstance(take, str) else tuple(take)
@@ -52,7 +53,7 @@ class TorchDataset(IterableDataset[Any]):
                 )
 
     def __iter__(self) -> Iterator[Any]:
-        # Asked here and not in the first `next`, so that a worker process reports it before it takes anything.
+        # Checked here and not in the first `next`, so that a worker process reports it before it takes a batch.
         worker = get_worker_info()
         if worker is not None:
             raise _no_workers(f"num_workers={worker.num_workers} was asked for")
@@ -65,35 +66,31 @@ class TorchDataset(IterableDataset[Any]):
         for batch in self.loader:
             nothing_left, self._passes_over_the_end = False, True
             yield self._taken(batch)
-        # A loop that counts may have taken the last batch and never asked whether there is another. The epochs are over
-        # all the same, and the next loop is for the next ones.
+        # A loop that counts batches may have taken the last one without asking for another. The epochs are over all the
+        # same, and the next loop is for the next ones.
         if nothing_left and self._passes_over_the_end:
             yield from map(self._taken, self.loader)
 
     def __len__(self) -> int:
-        """Batches of all epochs; TypeError of a loader that goes on for ever, as of any iterable without an end."""
+        """Batches of all epochs. A loader without an end has no length: TypeError, as for other endless iterables."""
         if self.loader.epochs is None:
-            raise TypeError("a loader with epochs=None goes on for ever and has no length")
+            raise TypeError("a loader with epochs=None has no end and no length")
         return len(self.loader) * self.loader.epochs
 
     def __reduce__(self) -> NoReturn:
-        # Where workers are spawned and not forked, the dataset would be pickled for them.
-        raise _no_workers("a dataset of a loader was to be sent to another process")
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the loader is, after the batch delivered last: see `Loader.state_dict`."""
-        return self.loader.state_dict()
+        # The dataset would be pickled for workers that are spawned, not forked.
+        raise _no_workers("a dataset of a loader was about to be sent to another process")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the batch at which `state` was taken: see `Loader.load_state_dict`.
 
-        After the last batch of the epochs, what is left of them is nothing, and the iteration that follows is empty.
+        After the last batch of the epochs nothing is left of them, so the next iteration is empty.
         """
-        self.loader.load_state_dict(state)
+        super().load_state_dict(state)
         self._passes_over_the_end = False
 
     def begin_after_the_end(self) -> None:
-        """From a state after the last batch of the epochs, begin the next ones instead of an empty rest."""
+        """After a state at the end of the epochs, begin the next ones instead of an empty iteration."""
         self._passes_over_the_end = True
 
     def _taken(self, batch: Batch) -> Any:
@@ -111,6 +108,6 @@ def _part(batch: Batch, name: str) -> torch.Tensor:
 
 def _no_workers(asked: str) -> ConfigError:
     return ConfigError(
-        f"{asked}, and every worker process would deliver all batches once more, out of order; use num_workers=0: the "
-        "loader reads in threads of its own, as many as Loader(threads=...) says"
+        f"{asked}, and every worker process would deliver all batches again, out of order; use num_workers=0: the "
+        "loader reads in its own threads, as many as Loader(threads=...) says"
     )

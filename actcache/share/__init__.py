@@ -1,7 +1,7 @@
 """One loader, many consumers: a sweep on one machine reads and decodes once.
 
-`threads` shares a loader within a process, `server` and `client` across processes, through shared
-`memory`; `copies` makes each consumer's batch its own.
+`threads` shares a loader within a process; `server` and `client` share it between processes, with batches in
+`shared_memory`, `messages` on a socket, and the socket's file in `listen`; `copies` gives each consumer its own batch.
 """
 
 from actcache.share.client import ServedBatches

@@ -1,4 +1,7 @@
-"""What a consumer in another process has of a server: its batches, copied out of shared memory."""
+"""A consumer in another process: it takes a server's batches, copied out of shared memory.
+
+In: the path of the server's socket. Out: batches, as of a `Loader`.
+"""
 
 from __future__ import annotations
 
@@ -35,23 +38,24 @@ _TRY_EVERY_S = 0.05
 
 
 class ServedBatches(Iterator[Batch]):
-    """The batches that a server puts in shared memory: those of its loader, each a copy of this consumer's own.
+    """The batches of a server's loader; each is this consumer's own copy.
 
-    Ends where the server's loader ends. Close it, or use it as a context manager, to be waited for no more; the end of
-    the process does the same, however it ends. `batch.tokens` and the like are read from the store, by this process.
+    It ends where the server's loader ends. The server waits for every consumer: close this one when it is done, or use
+    it as a context manager. The end of the process, however it comes, closes it too. `batch.tokens` and the other
+    columns are read from the store by this process.
 
     Args:
         path: of the server's socket (`serve_batches`, `actcache serve`).
-        sites: hook names or glob patterns of the sites that this consumer wants; others cost it nothing.
-        dtype: of the batches' tensors, float32 by default, as of a `Loader`.
+        sites: hook names or glob patterns of the sites that this consumer wants; other sites cost it nothing.
+        dtype: of the batches' tensors; float32 by default, as for a `Loader`.
         device: of the batches' tensors.
-        state: go on after that batch: a `state_dict()` of this class or of a loader with the same settings.
-        wait_s: how long to wait for the server to come up.
+        state: a `state_dict()` of this class, or of a loader with the same settings; continues after that batch.
+        wait_s: how many seconds to wait for the server to start.
 
     Raises:
-        ServingError: no server is there, or it refuses this consumer, because of its state for one; while iterating:
-            the server has died, or its loader has failed.
-        SiteError: a pattern matches no site. StateError: the state is none of a loader.
+        ServingError: there is no server, or it refuses this consumer, for instance because of its state; while
+        iterating: the server has died, or its loader has failed. SiteError: a pattern matches no site. StateError:
+        `state` is not the state of a loader.
 
     Examples:
         >>> import threading
@@ -78,21 +82,23 @@ class ServedBatches(Iterator[Batch]):
         if not isinstance(wait_s, int | float) or isinstance(wait_s, bool) or not wait_s >= 0:
             raise ConfigError(f"{who}: wait_s must be a number of seconds from 0 on, got {shown(wait_s)}")
         self._copies = Copies(dtype_of(who, dtype), device_of(who, device))
-        self._path, self._messages, self._ended = path_of(path, f"{who}: path"), deque[Message](), False
+        self._path = path_of(path, f"{who}: path")
+        self._messages = deque[Message]()
+        self._ended = False
         introduction = _introduction(state)
-        self._lines = Lines(_connected(self._path, wait_s))
+        self._lines = Lines(_connect(self._path, wait_s))
         try:
-            greeting, descriptor = self._introduced(introduction)
+            greeting, descriptor = self._introduce(introduction)
             self._take(greeting, descriptor)
             self.sites = expand_names(sites, list(self._widths))
         except ActcacheError:
             self.close()
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise self._strange(error) from error
+            raise self._unexpected(error) from error
 
     def _take(self, greeting: Message, descriptor: int) -> None:
-        """What the server says of itself."""
+        """Keep what the server says about itself."""
         import torch
 
         self._memory = MappedMemory(descriptor, greeting["region_bytes"])
@@ -111,7 +117,7 @@ class ServedBatches(Iterator[Batch]):
     def __next__(self) -> Batch:
         import torch
 
-        message: Message = {"end": True} if self._ended else self._heard()
+        message: Message = {"end": True} if self._ended else self._hear()
         if "end" in message:
             self.close()
             raise StopIteration
@@ -124,18 +130,18 @@ class ServedBatches(Iterator[Batch]):
                 if site in self.sites
             }
         except (OSError, ValueError) as error:
-            raise self._strange(error) from error
+            raise self._unexpected(error) from error
         finally:
             self._give_back(message["batch"])
         self._state = {**self._state, **message["place"]}
         return Batch(own, rows, [(_Origin(self._tables, self._rows_per_shard, rows.numpy().copy()), np.arange(n_rows))])
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the server's loader after the batch that this consumer got last, as of `Loader.state_dict`."""
+        """The state of the server's loader after this consumer's last batch, as from `Loader.state_dict`."""
         return dict(self._state)
 
     def close(self) -> None:
-        """Take no more batches; the others go on."""
+        """Take no more batches; other consumers continue."""
         self._ended = True
         self._lines.close()
 
@@ -145,26 +151,26 @@ class ServedBatches(Iterator[Batch]):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _introduced(self, introduction: Message) -> tuple[Message, int]:
-        """The server's greeting, and the descriptor of its memory that comes with it."""
+    def _introduce(self, introduction: Message) -> tuple[Message, int]:
+        """Greet the server; its greeting, and the descriptor of its memory."""
         try:
             self._lines.send(introduction)
             messages, descriptors = self._lines.receive_descriptor()
         except OSError as error:
             raise self._gone() from error
         self._messages.extend(messages)
-        greeting = self._heard()
+        greeting = self._hear()
         if not descriptors:
             raise self._gone()
         return greeting, descriptors[0]
 
-    def _heard(self) -> Message:
-        """What the server says next, unless it gives up."""
+    def _hear(self) -> Message:
+        """The next message of the server, unless that is an error."""
         try:
             while not self._messages:
                 self._messages.extend(self._lines.receive())
         except ValueError as error:
-            raise self._strange(error) from error
+            raise self._unexpected(error) from error
         except OSError as error:
             raise self._gone() from error
         message = self._messages.popleft()
@@ -174,10 +180,10 @@ class ServedBatches(Iterator[Batch]):
         return message
 
     def _give_back(self, number: int) -> None:
-        with suppress(OSError):  # a batch that is here counts; that the server has died is said by the next one
+        with suppress(OSError):  # this batch is complete; if the server has died, the next one says so
             self._lines.send({"done": number})
 
-    def _strange(self, error: Exception) -> ServingError:
+    def _unexpected(self, error: Exception) -> ServingError:
         self.close()
         return ServingError(
             f"what listens at {self._path} is no server of this actcache ({error}); use the same actcache there"
@@ -186,27 +192,27 @@ class ServedBatches(Iterator[Batch]):
     def _gone(self) -> ServingError:
         self.close()
         return ServingError(
-            f"the server at {self._path} is gone, and said no word; start it again, and go on with "
-            "ServedBatches(path, state=...), the state being this consumer's state_dict()"
+            f"the server at {self._path} is gone, without a message; start it again, and continue with "
+            "ServedBatches(path, state=...), where the state is this consumer's state_dict()"
         )
 
 
 def _introduction(state: State | None) -> Message:
-    """What a consumer says first."""
+    """A consumer's first message."""
     message: Message = {"actcache": PROTOCOL, "process": os.getpid(), "state": state}
     try:
         if state is not None and not isinstance(state, Mapping):
             raise TypeError("it must be a mapping")
         json.dumps(message)
     except (TypeError, ValueError, RecursionError) as error:
-        reason = f"this is no state of a loader: {shown(state)} ({error}); give one that state_dict() gave"
+        reason = f"this is no state of a loader: {shown(state)} ({error}); give one that state_dict() returned"
         raise StateError(reason) from error
     return message
 
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """Where the rows of a batch come from. It knows the store, and not the connection."""
+    """Where the rows of a batch come from; it needs the store, but not the connection."""
 
     tables: Callable[[], ShardTables]
     rows_per_shard: int
@@ -222,13 +228,13 @@ def _tables_of(path: str) -> ShardTables:
     return ShardTables(open_store(path))
 
 
-def _connected(path: Path, wait_s: float) -> socket.socket:
-    """A connection to the server at a path, which may be about to start."""
+def _connect(path: Path, wait_s: float) -> socket.socket:
+    """A connection to the server at a path; waits for one that is starting."""
     last = monotonic() + wait_s
     connection = socket.socket(socket.AF_UNIX)
     while True:
         try:
-            connection.settimeout(_TRY_EVERY_S)  # one that is too busy to let anybody in is tried again
+            connection.settimeout(_TRY_EVERY_S)  # a server may be too busy to accept: try again
             connection.connect(str(path))
             connection.settimeout(None)
             return connection

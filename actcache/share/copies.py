@@ -1,4 +1,4 @@
-"""From memory that others read too to a consumer's own: copied, widened on the way, sent to its device."""
+"""From shared memory to a consumer's own: copied, widened on the way, sent to its device."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 
 class Copies:
-    """Copies tensors `(B, D)`, in a dtype, to a device; on the CPU into reused memory. For one thread."""
+    """Copies tensors `(B, D)`, in a dtype, to a device; on the CPU into reused memory. For use by one thread."""
 
     def __init__(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
         self._dtype, self._device, self._memory = dtype, device, BatchMemory()
         self._widen, self._places = take_widened(), np.empty(0, np.int64)
 
     def __call__(self, source: torch.Tensor) -> torch.Tensor:
-        """The same values in memory that nothing else uses. `source` has been read when this returns."""
+        """The same values in the caller's own memory. When this returns, nothing reads `source` any longer."""
         dtype, device = self._dtype or source.dtype, self._device or source.device
         if device.type != "cpu" or source.device.type != "cpu":
-            # Widened where it is going to live: half as much is sent.
+            # Widened on the target device, so that half as much is sent.
             sent = source.to(device)
             return sent.to(dtype, copy=sent is source)
         n_rows, width = source.shape
@@ -34,7 +34,7 @@ class Copies:
         return target
 
     def _copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """On the calling thread: torch would split it over a team of threads, and the trainer needs the cores."""
+        """Copy on the calling thread: torch would use a team of threads, and the trainer needs the cores."""
         import torch
 
         if source.dtype == target.dtype:

@@ -1,4 +1,7 @@
-"""The socket of a server: taken by one server at a time, open to this user alone, and removed by its owner only."""
+"""The socket of a server: used by one server at a time, open to this user only, and removed by its owner only.
+
+In: a path. Out: a listening socket there, whose file is gone in the end.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,18 @@ from actcache.errors import ServingError
 
 _WAIT_S, _TRY_EVERY_S, _ANSWER_S = 10.0, 0.02, 1.0
 _NO_FLOCK = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
-"""What file systems say that have no such lock."""
+"""Errors of file systems without such locks."""
 
 
 @contextmanager
 def listening(path: Path) -> Iterator[socket.socket]:
-    """A socket at a path that only this user may connect to; the path is free again at the end.
+    """A socket at a path that only this user may connect to; the path is free again in the end.
 
-    A server that is dead has left its socket behind, which is replaced. The folder is locked meanwhile: of two servers
-    that find the same dead socket, one would otherwise remove the other's new one.
+    The socket that a dead server left behind is replaced. The folder is locked meanwhile: of two servers that find the
+    same dead socket, one could otherwise remove the other's new one.
 
     Raises:
-        ServingError: a server is there already, or something that is no socket, or there can be no socket.
+        ServingError: a server is already there, something at the path is not a socket, or a socket cannot be made.
     """
     with socket.socket(socket.AF_UNIX) as listener:
         with _alone_in(path.parent, path):
@@ -44,7 +47,7 @@ def listening(path: Path) -> Iterator[socket.socket]:
             listener.setblocking(False)
             yield listener
         finally:
-            # The listener is still open, so that nothing else can have got the number of its file.
+            # The listener is still open, so no other file can have its inode number.
             with suppress(OSError), _alone_in(path.parent, path):
                 if _identity(path) == mine:
                     path.unlink()
@@ -56,7 +59,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _make_way(path: Path) -> None:
-    """Remove the socket of a server that is dead."""
+    """Remove the socket of a dead server."""
     with suppress(FileNotFoundError):
         try:
             is_socket = stat.S_ISSOCK(path.lstat().st_mode)
@@ -74,7 +77,7 @@ def _make_way(path: Path) -> None:
                 path.unlink()
             except PermissionError as error:
                 raise ServingError(f"{path} is the socket of another user; give another path") from error
-            except (TimeoutError, BlockingIOError):  # it is there, and has no time
+            except (TimeoutError, BlockingIOError):  # a server that is busy
                 raise _taken(path) from None
             else:
                 raise _taken(path)
@@ -86,7 +89,7 @@ def _taken(path: Path) -> ServingError:
 
 @contextmanager
 def _alone_in(folder: Path, path: Path) -> Iterator[None]:
-    """With a lock on the folder, where the file system has such: no file is left of it."""
+    """With a lock on the folder, if the file system has locks; it leaves no file behind."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
@@ -102,7 +105,7 @@ def _alone_in(folder: Path, path: Path) -> Iterator[None]:
         _lock(descriptor, path)
         yield
     finally:
-        with suppress(OSError):  # unlocked, and not only closed: a process that was started meanwhile has it open too
+        with suppress(OSError):  # closing is not enough: a child process may have the folder open, too
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 

@@ -1,9 +1,9 @@
-"""What server and consumers say to each other: JSON objects, a line each, on a Unix domain socket.
+"""What server and consumers say to each other: one JSON object per line, on a Unix domain socket.
 
 consumer   {"actcache": 1, "process": 4711, "state": {...} or null}
 server     {"actcache": 1, "store": ..., "sites": ..., "state": {...}, ...}    with the descriptor of the memory
 server     {"batch": 17, "n_rows": 4096, "place": {...}, "rows": OFFSET, "sites": [OFFSET, ...]}
-consumer   {"done": 17}                                                        its memory may be used again
+consumer   {"done": 17}                                                        its memory may be reused
 server     {"end": true} or {"error": "..."}                                   the last line
 """
 
@@ -14,11 +14,7 @@ import socket
 from typing import Any
 
 PROTOCOL = 1
-
-
 _MOST_LINE_BYTES = 1 << 16
-
-
 Message = dict[str, Any]
 
 
@@ -34,29 +30,29 @@ class Lines:
 
     @property
     def in_midst(self) -> bool:
-        """Whether a line has begun to come, and not its end."""
+        """Whether a part of a line has arrived, and its end has not."""
         return bool(self._received)
 
     def send(self, message: Message, *descriptors: int) -> None:
         """Send a message, and descriptors with it.
 
         Raises:
-            OSError: the other side is gone, or has not read for so long that there is no room for another line.
+            OSError: the other side is gone, or has read so little that there is no room for another line.
         """
         line = json.dumps(message).encode() + b"\n"
         n_sent = socket.send_fds(self._socket, [line], descriptors) if descriptors else 0
         self._socket.sendall(line[n_sent:])
 
     def receive(self) -> list[Message]:
-        """The messages that have come whole; waits until anything has come.
+        """The messages that are complete; waits until something has arrived.
 
         Raises:
-            OSError: the other side is gone. ValueError: what it said is no message.
+            OSError: the other side is gone. ValueError: what it sent is not a message.
         """
         return self._messages(self._socket.recv(_MOST_LINE_BYTES))
 
     def receive_descriptor(self) -> tuple[list[Message], list[int]]:
-        """The same, with the descriptor that has come, too."""
+        """Like `receive`, with the descriptor that has arrived."""
         data, descriptors, _, _ = socket.recv_fds(self._socket, _MOST_LINE_BYTES, 1)
         return self._messages(data), descriptors
 
@@ -69,7 +65,7 @@ class Lines:
         return [_message(line) for line in lines]
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._socket.close()
 
 

@@ -1,7 +1,8 @@
 """The process that reads for others: one loader, its batches in shared memory, consumers on a socket.
 
-One thread does it all, in turn: it takes a batch of the loader, which makes them in shared memory and reads ahead in
-threads of its own, tells every consumer where it is, and hears who has done with which, and who comes and goes.
+In: a loader and a path. Out: batches for every consumer at that path. One thread does everything in turn: it takes a
+batch from the loader, which makes batches in shared memory and reads ahead in its own threads; tells every consumer
+where the batch is; and hears which batches consumers are done with, and which consumers come and go.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ if TYPE_CHECKING:
     from actcache.store import Store
 
 _MOST_TOLD = 4
-"""Batches that a consumer knows of at a time: lines about them always fit the buffer of its socket."""
+"""Batches that a consumer is told of at a time: the lines about them always fit in the buffer of its socket."""
 _ROW_ID_BYTES = 8
 _MOST_CONNECTIONS, _OF_OPEN_FILES = 1024, 4
-"""Connections at a time, and at most one in so many of the files that the process may open: stores are files too."""
+"""Connections at a time; and which fraction of the files that the process may open, since stores need files too."""
 _PATIENCE_S = 10.0
-"""For a greeting, from the first moment on; and for the rest of a line that has begun."""
+"""Seconds to wait for a greeting, and for the rest of a line that has begun."""
 _PAUSE_S = 0.2
-"""In which nobody is let in, after there was no room for another open file."""
+"""Seconds without accepting connections, after the process could open no more files."""
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _PLACE = ("first_epoch", "epoch", "batch")
-"""What of a loader's state changes from batch to batch."""
+"""The part of a loader's state that changes from batch to batch."""
 
 
 def serve_batches(
@@ -57,27 +58,26 @@ def serve_batches(
 ) -> None:
     """Serve a loader's batches to other processes of this machine, which take them with `ServedBatches(path)`.
 
-    Waits until `n_consumers` are there, so that all get the same batches from the first one; one that comes later gets
-    those from then on. The fastest is at most `batches_ahead` batches ahead of the slowest, and waits for it then. One
-    that ends, however it ends, is waited for no more. Returns when all have taken the last batch, or have left.
-    Connections that say nothing for ten seconds, or what no consumer says, are hung up on, and those that are too many.
+    The server waits for `n_consumers`, so that all of them get every batch; a consumer that joins later gets the
+    batches from then on. A consumer that is `batches_ahead` batches ahead of the slowest one waits for it. A consumer
+    that ends, however it ends, no longer holds up the others. The call returns when all have taken the last batch, or
+    have left. Connections that are silent for ten seconds, do not speak the protocol, or are too many, are closed.
 
     Batches are made in shared memory, in the loader's dtype: `batches_ahead` of them, and those that the loader has
     read ahead. Consumers widen them: `Loader(dtype=torch.bfloat16)` halves that memory, and is exact for sites that are
     stored as bfloat16, neither quantised nor normalised.
 
     Args:
-        loader: on the CPU. Consumers that bring no state begin where it stands; it begins at the earliest state.
-        path: of the socket, which only this user may connect to; that of a dead server is replaced.
+        loader: on the CPU. It begins at the earliest state of a consumer; consumers without a state begin where it is.
+        path: of the socket, which only this user may connect to; the socket of a dead server is replaced.
         n_consumers: how many to wait for.
-        batches_ahead: batches that are held for the slower consumers.
-        progress: told (batches, of how many); without an end, of those of the epochs begun.
-        say: told who comes and goes.
+        batches_ahead: batches that are kept for slower consumers.
+        progress: called with (batches done, of how many); a loader without an end counts the epochs begun.
+        say: called with a sentence when a consumer joins or leaves.
 
     Raises:
-        ConfigError: an argument is none, or the loader is not on the CPU.
-        ServingError: a server is at that path, or something that is no socket. Else what reading raises: the consumers
-            are told.
+        ConfigError: an argument is invalid, or the loader is not on the CPU. ServingError: a server is at that path, or
+        something that is not a socket. Errors of reading are raised too, and the consumers are told.
 
     Examples:
         >>> import threading
@@ -101,7 +101,7 @@ def serve_batches(
         )
     if loader.device.type != "cpu":
         raise ConfigError(
-            f'a loader on {loader.device} has its batches in no memory to share; make it with device="cpu", and '
+            f'batches of a loader on {loader.device} cannot be shared; make it with device="cpu", and '
             "ServedBatches(path, device=...)"
         )
     from actcache.share.listen import listening  # locks folders, as Unix can
@@ -112,7 +112,7 @@ def serve_batches(
 
 
 def exact_dtype(store: Store, sites: Sequence[str], normalize: str | None = None) -> torch.dtype:
-    """The narrowest dtype for a loader in which a store's values stay what they are: its own, or else float32."""
+    """The narrowest dtype of batches that keeps a store's values exactly: its own, or float32."""
     import torch
 
     of_sites = [store.spec.site(name) for name in expand_names(sites, store.sites)]
@@ -122,7 +122,7 @@ def exact_dtype(store: Store, sites: Sequence[str], normalize: str | None = None
 
 
 def _most_connections() -> int:
-    import resource  # as sockets with a path, on Unix only
+    import resource  # on Unix only, like sockets with a path
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else min(_MOST_CONNECTIONS, soft // _OF_OPEN_FILES)
@@ -133,16 +133,16 @@ class _Consumer:
     lines: Lines
     process: int = 0
     state: State | None = None
-    """After which batch it goes on; None for one that has not introduced itself yet."""
+    """After which batch it continues; None until it has greeted."""
     coming: deque[Message] = field(default_factory=deque)
     n_told: int = 0
     waited_for: float | None = None
-    """Until when it has to have said what it owes: a greeting, or the rest of a line."""
+    """Deadline for what it owes: a greeting, or the rest of a line."""
 
 
 @dataclass
 class _Offered:
-    """A batch that somebody still reads; its memory is used again when it is forgotten."""
+    """A batch that consumers still read; dropping it frees its memory for another batch."""
 
     batch: Batch
     rows: torch.Tensor
@@ -151,14 +151,18 @@ class _Offered:
 
 class _Server:
     def __init__(self, loader: Loader, listener: socket.socket, n_held: int, say: Say) -> None:
-        self._loader, self._listener, self._n_held, self._say = loader, listener, n_held, say
+        self._loader = loader
+        self._listener = listener
+        self._n_held = n_held
+        self._say = say
         self._widths = {site: loader.store.spec.site(site).width for site in loader.sites}
         row_bytes = [width * loader.dtype.itemsize for width in self._widths.values()]
         self._shared = SharedMemory([loader.batch_rows * n_bytes for n_bytes in (*row_bytes, _ROW_ID_BYTES)])
         self._memory = BatchMemory(self._shared.allocate)
         self._consumers: list[_Consumer] = []
         self._offered: dict[int, _Offered] = {}
-        self._n_batches, self._begun = 0, False
+        self._n_batches = 0
+        self._begun = False
         self._paused_until: float | None = None
         self._state: State = loader.state_dict()
         self._selector = selectors.DefaultSelector()
@@ -179,7 +183,7 @@ class _Server:
         self._loader.make_batches_in(BatchMemory())
 
     def serve(self, n_consumers: int, progress: Progress) -> None:
-        """Every batch to every consumer, once so many are there."""
+        """Give every batch to every consumer, once `n_consumers` are there."""
         while len(self._there()) < n_consumers:
             self._listen()
         self._loader.load_state_dict(min((c.state for c in self._there() if c.state), key=how_far))
@@ -196,13 +200,13 @@ class _Server:
         return [consumer for consumer in self._consumers if consumer.state is not None]
 
     def _amounts(self) -> tuple[int, int]:
-        """Batches so far, of all; of a loader without an end, of the epochs begun."""
+        """Batches so far, and of how many; for a loader without an end, those of the epochs begun."""
         epoch = self._state["epoch"] - self._state["first_epoch"]
         done = epoch * len(self._loader) + self._state["batch"]
         return done, (self._loader.epochs or -(-done // len(self._loader))) * len(self._loader)
 
     def _offer(self, batch: Batch, state: State) -> None:
-        """Tell a batch to those who want it, once there is room for another one."""
+        """Tell the consumers of a batch, as soon as there is room for another one."""
         self._listen(wait=False)
         while len(self._offered) >= self._n_held:
             self._listen()
@@ -225,7 +229,7 @@ class _Server:
             self._tell_coming(consumer)
 
     def _listen(self, *, wait: bool = True) -> None:
-        """Hear everybody who has something to say; `wait` until there is somebody, or somebody is overdue."""
+        """Handle everything that has arrived; with `wait`, block until something arrives or a deadline passes."""
         dues = [c.waited_for for c in self._consumers if c.waited_for is not None]
         if self._paused_until is not None:
             dues.append(self._paused_until)
@@ -246,7 +250,7 @@ class _Server:
     def _let_in(self) -> None:
         try:
             connection, _ = self._listener.accept()
-        except OSError as error:  # or whoever it was has gone already
+        except OSError as error:  # the other side may be gone already
             if error.errno in _NO_ROOM:
                 self._make_room()
             return
@@ -258,14 +262,14 @@ class _Server:
             self._hang_up(f"there are {_most_connections()} connections, and no more are taken")
 
     def _hang_up(self, why: str) -> None:
-        """On the one that has been silent for longest: a consumer greets as soon as it is there."""
+        """Close the connection that has been silent for longest: a consumer greets as soon as it is there."""
         silent = next((consumer for consumer in self._consumers if consumer.state is None), None)
         if silent is not None:
             self._tell(silent, {"error": why})
             self._forget(silent)
 
     def _make_room(self) -> None:
-        """Hang up on somebody, and let nobody in for a moment."""
+        """Close a silent connection, and accept none for a moment."""
         self._hang_up("the server can open no more files")
         self._selector.unregister(self._listener)
         self._paused_until = monotonic() + _PAUSE_S
@@ -289,10 +293,10 @@ class _Server:
     def _greet(self, consumer: _Consumer, message: Message) -> None:
         if message.get("actcache") != PROTOCOL or type(message.get("process")) is not int:
             raise ValueError(f"this server speaks version {PROTOCOL} of actcache's protocol; use the same actcache")
-        consumer.state = self._state if message.get("state") is None else self._checked(message["state"])
+        consumer.state = self._state if message.get("state") is None else self._parse(message["state"])
         consumer.process, consumer.waited_for = message["process"], None
         loader = self._loader
-        address = str(loader.store.objects.location)  # the whole of it: consumers open the store themselves
+        address = str(loader.store.objects.location)  # in full, since consumers open the store themselves
         greeting = {
             "actcache": PROTOCOL,
             "store": address if "://" in address else os.path.abspath(address),
@@ -308,8 +312,8 @@ class _Server:
         self._tell(consumer, greeting, self._shared.descriptor)
         self._say(f"process {consumer.process} has joined; consumers: {len(self._there())}")
 
-    def _checked(self, state: Any) -> State:
-        """A state that a consumer brings, if it is one of what is served from now on."""
+    def _parse(self, state: Any) -> State:
+        """The state that a consumer brings, which must be one that is still to be served."""
         found = parse_state(state, self._state["fingerprint"], self._loader.store.path)
         check_settings(found["settings"], self._state["settings"])
         parse_place(found, self._loader.plan.n_batches)
@@ -324,14 +328,14 @@ class _Server:
         number = message.get("done")
         offered = self._offered.get(number) if type(number) is int else None
         if offered is None or consumer not in offered.readers:
-            raise ValueError(f"{shown(number)} is no batch that this consumer has")
+            raise ValueError(f"{shown(number)} is not a batch that this consumer has")
         offered.readers.remove(consumer)
         self._drop_read()
         consumer.n_told -= 1
         self._tell_coming(consumer)
 
     def _drop_read(self) -> None:
-        """Forget the batches that nobody reads any more, so that their memory is used again."""
+        """Drop batches without readers, which frees their memory for others."""
         self._offered = {number: offered for number, offered in self._offered.items() if offered.readers}
 
     def _tell_coming(self, consumer: _Consumer) -> None:
@@ -346,7 +350,7 @@ class _Server:
             self._forget(consumer)
 
     def _forget(self, consumer: _Consumer) -> None:
-        """Wait for a consumer no more."""
+        """Close a consumer's connection and stop waiting for it."""
         if consumer not in self._consumers:
             return
         self._consumers.remove(consumer)

@@ -1,7 +1,7 @@
 """Memory that several processes share: buffers that one of them writes and the others read.
 
-It is anonymous: no file bears its name. Processes get its descriptor over a socket, and the kernel frees it with the
-last of them, however they end. None of them can take it away from the others, or write to what they read.
+It is anonymous: it has no name in a file system. Processes get its descriptor over a socket, and the kernel frees it
+with the last of them, however they end. No reader can take it away from the others, or write to it.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
 _ALIGNMENT = 64
 """Bytes: a cache line."""
 _MOST_BYTES = 1 << 40
-"""Of the addresses that are set aside; memory is what has been written to."""
+"""Bytes of address space that are reserved; only what has been written to takes memory."""
 _FEWEST_REGIONS = 16
 _SEAL_FUTURE_WRITE = 0x10
-"""`F_SEAL_FUTURE_WRITE` of Linux 5.1, for which Python has no name yet: only mappings from before may be written to."""
+"""`F_SEAL_FUTURE_WRITE` of Linux 5.1, for which Python has no name: only existing mappings may be written to."""
 
 
 class SharedMemory:
-    """Memory that grows by regions, in which there is room for buffers; others find a buffer by its offset.
+    """Memory that grows by regions, with buffers in it that other processes find by offset.
 
-    It is mapped as large as it can ever be, and then sealed: nobody can make it smaller, which would kill all who look
-    at it, and nobody but this process can write to it. That it grows is no harm, whoever does it.
+    It is mapped as large as it can ever be, and then sealed: no process can make it smaller, which would kill all that
+    read it, and only this process can write to it. Any process may let it grow, which is harmless.
 
     Args:
-        sizes: bytes of the buffers that a region has room for: those of a batch. Each region that another process maps
-            takes one of its descriptors, which are few.
+        sizes: bytes of the buffers of a batch, for which a region has room. Each region that another process maps takes
+            one of its few descriptors.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
@@ -50,13 +50,14 @@ class SharedMemory:
         self.descriptor = _anonymous_memory()
         self._mapped = self._map(_FEWEST_REGIONS * self.region_bytes)
         _seal(self.descriptor)
-        self._n_regions, self._used = 0, self.region_bytes
-        """Regions so far, and the bytes that are used of the last one."""
+        self._n_regions = 0
+        self._used = self.region_bytes
+        """Bytes that are used of the last region."""
         self._offsets: dict[int, int] = {}
         self._alone = threading.Lock()
 
     def _map(self, fewest_bytes: int) -> mmap.mmap:
-        """Addresses for all that there may ever be, or as many as the limits of this process allow."""
+        """Address space for all regions that there may ever be, or as much as the limits of this process allow."""
         n_bytes = max(_MOST_BYTES, fewest_bytes)
         while True:
             try:
@@ -68,7 +69,7 @@ class SharedMemory:
                 if n_bytes < fewest_bytes:
                     os.close(self.descriptor)
                     raise ServingError(
-                        f"no memory to share, of at least {fewest_bytes:,} bytes ({error.strerror}); serve fewer rows "
+                        f"cannot share at least {fewest_bytes:,} bytes of memory ({error.strerror}); serve fewer rows "
                         "a batch, or raise the limits of this process (ulimit -v, ulimit -f)"
                     ) from error
         os.ftruncate(self.descriptor, 0)
@@ -97,16 +98,16 @@ class SharedMemory:
         self._n_regions, self._used = self._n_regions + 1, 0
 
     def offset_of(self, tensor: torch.Tensor) -> int:
-        """Where the buffer of a tensor begins."""
+        """The offset at which a tensor's buffer begins."""
         return self._offsets[tensor.data_ptr()]
 
     def close(self) -> None:
-        """Close the descriptor; what is mapped stays until nobody looks at it."""
+        """Close the descriptor; mapped memory stays as long as somebody uses it."""
         os.close(self.descriptor)
 
 
 class MappedMemory:
-    """The buffers of another process, to read; the descriptor is this object's from now on."""
+    """The buffers of another process, to read. This object owns the descriptor from now on."""
 
     def __init__(self, descriptor: int, region_bytes: int) -> None:
         self._descriptor, self._region_bytes = descriptor, region_bytes
@@ -115,7 +116,7 @@ class MappedMemory:
         self._buffers: dict[int, torch.Tensor] = {}
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A buffer, which is always asked for in the same shape and dtype. Writing to it would end the process.
+        """A buffer, always in the same shape and dtype. Writing to it would crash the process.
 
         Raises:
             OSError, ValueError: there is no such buffer.
@@ -133,7 +134,7 @@ class MappedMemory:
             first = number * self._region_bytes
             mapped = mmap.mmap(self._descriptor, self._region_bytes, offset=first, access=mmap.ACCESS_READ)
             address = np.frombuffer(mapped, np.uint8).ctypes.data
-            # torch warns of memory that cannot be written to, so it gets a view that does not say so.
+            # torch warns about read-only memory, so it gets a view that does not say so.
             view = (ctypes.c_char * self._region_bytes).from_address(address)
             view.mapped = mapped  # type: ignore[attr-defined]  # lives as long as any tensor on it
             self._regions[number] = view
@@ -145,7 +146,7 @@ def _up(n_bytes: int, multiple: int) -> int:
 
 
 def _anonymous_memory() -> int:
-    """A descriptor of memory without a name; where there is no such thing, of a file without a name."""
+    """A descriptor of anonymous memory; of a file without a name if the system has no anonymous memory."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("actcache-batches", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with tempfile.TemporaryFile() as file:
@@ -153,7 +154,7 @@ def _anonymous_memory() -> int:
 
 
 def _seal(descriptor: int) -> None:
-    """Let nobody take memory away, and nobody write who has not mapped it yet; as far as the system can do that."""
+    """Forbid to shrink the memory, and to map it for writing from now on; as far as the system can do that."""
     import fcntl
 
     if not hasattr(fcntl, "F_ADD_SEALS"):

@@ -1,4 +1,7 @@
-"""One loader for several threads of a process, each of which gets every batch."""
+"""One loader for several threads of a process.
+
+In: a loader. Out: an iterator for each thread, which gives every batch.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 _LOOK_EVERY_S = 0.5
-"""How often a full queue looks whether the threads that it waits for are alive."""
+"""How often a full queue checks that the threads it waits for are alive."""
 
 
 def share_batches(
@@ -35,25 +38,25 @@ def share_batches(
 ) -> list[SharedBatches]:
     """A loader's batches for several threads: each consumer gets all of them, in the same order.
 
-    The fastest consumer is at most `batches_ahead` batches ahead of the slowest, and waits for it then; so take from
-    each in a thread of its own, or from all in turn. One that is closed, garbage collected, or whose thread has ended
-    is waited for no more. An error of the loader reaches every consumer. Reading begins at once; when all consumers
-    are gone, the loader is closed.
+    A consumer that is `batches_ahead` batches ahead of the slowest one waits for it, so take from each consumer in its
+    own thread, or from all in turn. A consumer that is closed or garbage collected, or whose thread has ended, no
+    longer holds up the others. An error of the loader reaches every consumer. Reading begins at once; when all
+    consumers are gone, the loader is closed.
 
     Args:
-        loader: what reads; only through the consumers from now on.
+        loader: reads the batches; use it only through the consumers from now on.
         n_consumers: how many.
-        batches_ahead: batches that are held for the slower ones.
+        batches_ahead: batches that are kept for slower consumers.
         sites: for each consumer the names or patterns of the sites that it gets; None for all.
-        dtype: of the consumers' tensors; None for the loader's. Copies are what each consumer costs, and those that
-            widen a bfloat16 loader's batches to float32 are cheaper than those of float32 ones.
-        copy: give each consumer tensors of its own; False: all get the same ones, which must not be modified.
-        states: for each consumer the state to go on after, None for where the loader stands. Reading begins at the
-            earliest, and each gets its first batch when its turn comes.
+        dtype: of the consumers' tensors; None for the loader's. The cost of a consumer is its copy of each batch: from
+            bfloat16 to float32 is cheaper than from float32.
+        copy: give each consumer its own tensors. False: all get the same tensors, which they must not modify.
+        states: for each consumer the state after which to continue; None for where the loader is. Reading begins at
+            the earliest state, and each consumer gets its first batch when its turn comes.
 
     Raises:
-        ConfigError: an argument is none. SiteError: a pattern matches no site.
-        StateError: a state is none of this loader.
+        ConfigError: an argument is invalid. SiteError: a pattern matches no site. StateError: a state does not belong
+        to this loader.
 
     Examples:
         >>> first, second = ac.share_batches(ac.Loader(store, [site_out], batch_rows=512), 2)
@@ -69,11 +72,11 @@ def share_batches(
         if given is not None and (isinstance(given, str) or not isinstance(given, Sequence)):
             raise ConfigError(f"share_batches: {name} must be a list with one for each consumer, got {shown(given)}")
         if given is not None and len(given) != n_consumers:
-            raise ConfigError(f"share_batches: {n_consumers} consumers and {len(given)} {name}; give each consumer its")
+            raise ConfigError(f"share_batches: {n_consumers} consumers and {len(given)} {name}; give one for each")
     if not copy and dtype is not None:
         raise ConfigError("share_batches: without copy the tensors are the loader's; make the loader with that dtype")
     names = [expand_names(wanted, loader.sites) for wanted in sites or [["*"]] * n_consumers]
-    begun = _begun(loader, states or [None] * n_consumers)
+    begun = _move_to_earliest(loader, states or [None] * n_consumers)
     queue = _Queue(loader, n_consumers, batches_ahead)
     return [
         SharedBatches(queue, number, wanted, state, Copies(dtype) if copy else None)
@@ -81,8 +84,8 @@ def share_batches(
     ]
 
 
-def _begun(loader: Loader | MixedLoader, states: Sequence[State | None]) -> list[State]:
-    """The state of each consumer before its first batch; the loader is moved to the earliest."""
+def _move_to_earliest(loader: Loader | MixedLoader, states: Sequence[State | None]) -> list[State]:
+    """Move the loader to the earliest state; the state of each consumer before its first batch."""
     here = loader.state_dict()
     try:
         for state in states:
@@ -97,15 +100,18 @@ def _begun(loader: Loader | MixedLoader, states: Sequence[State | None]) -> list
 
 
 class SharedBatches(Iterator[Batch]):
-    """One consumer's batches of a loader that it shares with others; made by `share_batches`.
+    """One consumer's batches of a shared loader; made by `share_batches`.
 
-    It ends where the loader's epochs end. As a context manager it is closed at the end.
+    It ends where the loader's epochs end. It is also a context manager that closes it.
     """
 
     def __init__(self, queue: _Queue, number: int, sites: list[str], state: State, copies: Copies | None) -> None:
         self.sites = sites
-        """What each batch has."""
-        self._queue, self._number, self._state, self._copies = queue, number, state, copies
+        """The sites of each batch."""
+        self._queue = queue
+        self._number = number
+        self._state = state
+        self._copies = copies
         self._leave = weakref.finalize(self, queue.leave, number)
         self._leave.atexit = False
 
@@ -120,11 +126,11 @@ class SharedBatches(Iterator[Batch]):
         return own
 
     def state_dict(self) -> dict[str, Any]:
-        """The loader's state after the batch that this consumer got last, as of `Loader.state_dict`."""
+        """The loader's state after this consumer's last batch, as from `Loader.state_dict`."""
         return dict(self._state)
 
     def close(self) -> None:
-        """Take no more batches; the others go on."""
+        """Take no more batches; other consumers continue."""
         self._leave()
 
     def __enter__(self) -> SharedBatches:
@@ -135,7 +141,7 @@ class SharedBatches(Iterator[Batch]):
 
 
 class _Queue:
-    """Batches, each kept until every consumer has taken it; a thread keeps it filled."""
+    """Batches, each kept until every consumer has taken it; a thread fills the queue."""
 
     def __init__(self, loader: Loader | MixedLoader, n_consumers: int, most: int) -> None:
         self._loader, self._most = loader, most
@@ -143,14 +149,14 @@ class _Queue:
         self._kept: deque[tuple[Batch, State]] = deque()
         self._n_dropped = 0
         self._taken = dict.fromkeys(range(n_consumers), 0)
-        """How many batches each consumer has taken, of those who are there."""
+        """How many batches each present consumer has taken."""
         self._takers: dict[int, threading.Thread] = {}
         self._ended = False
         self._error: BaseException | None = None
         threading.Thread(target=self._fill, name="actcache-share", daemon=True).start()
 
     def take(self, consumer: int) -> tuple[Batch, State]:
-        """The next batch of a consumer, once there is one, and the state after it."""
+        """The next batch of a consumer, as soon as there is one, and the state after it."""
         with self._changed:
             self._takers[consumer] = threading.current_thread()
             self._changed.wait_for(lambda: self._ended or self._n_kept(consumer) != 0)
@@ -167,13 +173,13 @@ class _Queue:
             return self._kept[-n_kept]
 
     def leave(self, consumer: int) -> None:
-        """Wait for a consumer no more. May be called while the lock is held: consumers are collected at any moment."""
+        """Forget a consumer. May be called while the lock is held: garbage collection can come at any moment."""
         with self._changed:
             self._taken.pop(consumer, None)
             self._changed.notify_all()
 
     def _n_kept(self, consumer: int) -> int | None:
-        """How many batches are there for a consumer; None for one that has left."""
+        """How many batches are ready for a consumer; None for one that has left."""
         taken = self._taken.get(consumer)
         return None if taken is None else self._n_dropped + len(self._kept) - taken
 
@@ -191,7 +197,7 @@ class _Queue:
                 self._changed.notify_all()
 
     def _put(self, batch: Batch, state: State) -> bool:
-        """Keep a batch, once there is room; False when nobody is left to take it."""
+        """Keep a batch, as soon as there is room; False if no consumer is left."""
         with self._changed:
             while not self._has_room():
                 self._changed.wait(_LOOK_EVERY_S)
@@ -202,7 +208,7 @@ class _Queue:
             return bool(self._taken)
 
     def _has_room(self) -> bool:
-        """After what everybody has taken was dropped."""
+        """Drop what every consumer has taken; whether there is room for another batch."""
         slowest = min(list(self._taken.values()), default=None)
         while self._kept and (slowest is None or self._n_dropped < slowest):
             self._kept.popleft()

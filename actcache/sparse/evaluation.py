@@ -37,11 +37,11 @@ class Reconstruction:
 
     fvu: float
     """Fraction of variance unexplained: squared error over squared deviation from the per-dimension mean of the
-    targets, both summed over all rows and dimensions; 0 is perfect, 1 the best constant."""
+    targets, both summed over all rows and dimensions; 0 is perfect, 1 is the best constant."""
     l0: float
     """Mean number of latents that fire for a row."""
     dead_fraction: float
-    """Latents that fired for none of the rows, as a fraction."""
+    """Fraction of the latents that did not fire for any row."""
     density: NDArray[np.float64]
     """`(F,)` fraction of the rows for which each latent fired."""
     n_rows: int
@@ -57,7 +57,8 @@ def reconstruction(
     site_out: str | None = None,
     n_batches: int | None = None,
 ) -> Reconstruction:
-    """Evaluate on the loader's next `n_batches` (default: an epoch's number), and leave the loader where it was.
+    """Evaluate on the loader's next `n_batches` (by default as many as an epoch has), and leave the loader where it
+    was.
 
     Sites default to the loader's first and last. Sums are float64.
 
@@ -83,10 +84,11 @@ def reconstruction(
 
 
 class _Sums:
-    """Running float64 sums over rows, from which every figure of `Reconstruction` follows."""
+    """Running float64 sums over rows, from which the figures of `Reconstruction` follow."""
 
     def __init__(self, mlp: SparseMLP) -> None:
-        self.mlp, self.n_rows = mlp, 0
+        self.mlp = mlp
+        self.n_rows = 0
         zero = torch.zeros((), dtype=torch.float64, device=mlp.encoder.weight.device)
         self.error, self.fired_F = zero.clone(), zero.repeat(mlp.n_latents)
         self.y_D, self.y_squared_D = zero.repeat(mlp.d_out), zero.repeat(mlp.d_out)
@@ -109,7 +111,7 @@ class _Sums:
     def result(self) -> Reconstruction:
         if not self.n_rows:
             raise ConfigError(
-                "evaluation needs at least one batch, the loader gave none; begin it anew or use epochs=None"
+                "evaluation needs at least one batch, and the loader gave none; make a new one, or use epochs=None"
             )
         variance = (self.y_squared_D - self.y_D.square() / self.n_rows).sum().item()
         if variance <= 0:
@@ -159,11 +161,12 @@ def spliced_loss(
     batch_sequences: int = 32,
     progress: Progress | None = None,
 ) -> SplicedLoss:
-    """Loss over all next-token predictions of the blocks, with the value at `site_out` replaced; padding is no token.
+    """Loss over all next-token predictions of the blocks, with the value at `site_out` replaced; padding does not
+    count.
 
     `mean` is the `(D_out,)` mean of the site (`store.stats(site_out).mean`). The first `skip_first` positions of every
-    sequence keep the model's own value: pass the store's `skip_first`, since the MLP never saw those positions. The
-    logits of `batch_sequences` sequences are in memory at once.
+    sequence keep the model's own value: pass the store's `skip_first`, since the MLP has never seen those positions.
+    The logits of `batch_sequences` sequences are in memory at once.
 
     Examples:
         >>> mlp = ac.SparseMLP(d_in=128, d_out=128, n_latents=256)  # untrained: it recovers little
@@ -174,7 +177,7 @@ def spliced_loss(
     check_positive("spliced loss", batch_sequences=batch_sequences)
     check_callable("spliced loss", progress=progress)
     if not isinstance(mlp, SparseMLP):
-        raise ConfigError(f"spliced loss: mlp must be of SparseMLP, got {shown(mlp)}")
+        raise ConfigError(f"spliced loss: mlp must be a SparseMLP, got {shown(mlp)}")
     if type(skip_first) is not int:
         raise ConfigError(f"spliced loss: skip_first must be an integer, got {shown(skip_first)}")
     blocks = as_token_blocks(blocks)
@@ -210,7 +213,7 @@ def spliced_loss(
 def _together(
     lm: LanguageModel, ids: NDArray[np.uint32], lengths: NDArray[np.int64]
 ) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.int64]]]:
-    """A batch as it is where padding is harmless, otherwise its sequences of equal length, without padding."""
+    """The batch as it is if padding is harmless, otherwise its sequences of equal length, without padding."""
     if (lengths == ids.shape[1]).all() or lm.takes_padding_to(ids.shape[1]):
         yield ids, lengths
         return
@@ -220,9 +223,9 @@ def _together(
 
 
 def next_token_loss(logits_QTV: Tensor, ids_QT: Tensor, lengths_Q: NDArray[np.int64] | None = None) -> float:
-    """Summed cross-entropy of each position's prediction of the next token, within the sequences' lengths if given."""
+    """Summed cross-entropy of each position's prediction of the next token, within the sequences' lengths."""
     ends = [ids_QT.shape[1]] * len(ids_QT) if lengths_Q is None else np.maximum(lengths_Q, 1).tolist()
-    # Sequence by sequence: the softmax needs a second copy of its logits, and one sequence's is small.
+    # Sequence by sequence: the softmax needs a copy of its logits, which is small for one sequence.
     pairs = zip(logits_QTV, ids_QT, ends, strict=True)
     losses = [
         F.cross_entropy(logits_TV[: end - 1].float(), ids_T[1:end], reduction="sum") for logits_TV, ids_T, end in pairs
@@ -231,7 +234,7 @@ def next_token_loss(logits_QTV: Tensor, ids_QT: Tensor, lengths_Q: NDArray[np.in
 
 
 def _treatments(mlp: SparseMLP, mean: Any) -> dict[str, Callable[[Tensor], Tensor]]:
-    """What to put in the site's place, each a function of the value at the MLP's input `(Q, T, D_in)`."""
+    """What replaces the site's value, each a function of the value at the MLP's input `(Q, T, D_in)`."""
     weight = mlp.encoder.weight
 
     def spliced(x_QTD: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ In: a sealed store; for evaluation also the base model, and tokens that were not
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -18,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.errors import ActcacheError, RunNotFoundError, StateError
+from actcache.errors import RunNotFoundError, StateError
 from actcache.files import path_of
 from actcache.provenance import machine, versions
+from actcache.sparse.held_out import training_store, warn_of_overlap
 from actcache.sparse.metrics import DensityHistogram, LayerRow, Metrics, Stage, read_metrics, write_metrics
 from actcache.spec import Progress, Site
 
@@ -36,9 +36,6 @@ OnStage = Callable[[str, str], Progress]
 
 _LOADER_BYTES = 256 << 20
 _BINS_PER_DECADE = 4
-_PASSAGE_TOKENS = 24
-_SHARED_AT_MOST = 0.2
-"""Share of passages that simple texts have in common by chance."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -306,9 +303,9 @@ def evaluate_run(
         if said.get(name) is None:
             raise StateError(f"{run / 'metrics.json'} does not say the {name}; train the run again")
     _check_model(run, lm, spec["model"])
-    trained_on = _training_store(metrics["store"])
+    trained_on = training_store(metrics["store"])
     if trained_on is not None:
-        _warn_of_overlap(trained_on, blocks)
+        warn_of_overlap(trained_on, blocks)
     began, tokens = perf_counter(), blocks.digest()
     path = run / f"held_out-{tokens[:8]}.zarr"
     sites = list(dict.fromkeys(row[side] for row in rows for side in ("site_in", "site_out")))
@@ -369,37 +366,3 @@ def _check_meanings(run: Path, lm: LanguageModel, sites: Sequence[Site], blocks:
                 f"{run} was trained on {site.name} when that was {site.meaning}, and in {lm.name} it is "
                 f"{found.site.meaning}; evaluate it with the version of transformer-lens that the store was made with"
             )
-
-
-def _training_store(facts: Mapping[str, Any]) -> Store | None:
-    """The store that a run was trained on, if it can still be opened there and is the same."""
-    from actcache.store import open_store
-
-    try:
-        store = open_store(facts["path"])
-    except (ActcacheError, OSError):  # a URL may need credentials that are missing here
-        return None
-    return store if store.fingerprint == facts.get("fingerprint") else None
-
-
-def _warn_of_overlap(trained_on: Store, blocks: TokenBlocks) -> None:
-    """Warn if many passages of the blocks are in the training store."""
-    shared = np.isin(_passages(blocks.ids), _passages(trained_on.tokens())).mean()
-    if shared > _SHARED_AT_MOST:
-        warnings.warn(
-            f"{shared:.0%} of this text is in {trained_on.path} too, so it is not held out and the results flatter; "
-            "take other text, or leave out what was read before (--skip-documents)",
-            stacklevel=3,
-        )
-
-
-def _passages(ids_QT: NDArray[np.uint32]) -> NDArray[np.uint64]:
-    """A hash of every passage of 24 tokens (fewer in shorter sequences)."""
-    length = min(_PASSAGE_TOKENS, ids_QT.shape[1])
-    n_starts = ids_QT.shape[1] - length + 1
-    hashes = np.zeros((len(ids_QT), n_starts), np.uint64)
-    for offset in range(length):
-        # A polynomial in an odd multiplier, modulo 2**64: numpy's integers wrap.
-        hashes *= np.uint64(0x9E3779B97F4A7C15)
-        hashes += ids_QT[:, offset : offset + n_starts]
-    return hashes.ravel()

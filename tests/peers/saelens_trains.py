@@ -283,5 +283,5 @@ def test_a_saelens_that_would_estimate_all_the_same_is_told(store, monkeypatch):
     with loader_of(store) as loader:
         trainer = SAETrainer(cfg, sae_of(24, normalize="expected_average_only_in"), data_provider(loader, cfg))
         monkeypatch.setattr(sae_lens, "__version__", "6.51.8")
-        with pytest.raises(ConfigError, match=r"SAELens 6\.51\.8 estimates its scaling in any case"):
+        with pytest.raises(ConfigError, match=r"SAELens 6\.51\.8 always estimates its scaling"):
             preset_scaling(trainer)
