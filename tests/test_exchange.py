@@ -153,7 +153,7 @@ def test_a_cache_that_breaks_its_promise_is_refused(tmp_path, rows, message):
 
 
 def test_what_is_no_saelens_cache_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"no folder that datasets\.load_from_disk opens"):
+    with pytest.raises(ConfigError, match=r"not a folder that datasets\.load_from_disk opens"):
         import_saelens(tmp_path / "nowhere", tmp_path / "x.zarr")
     only_tokens = datasets.Dataset.from_dict({"token_ids": [[1, 2]], "text": ["a"]})
     only_tokens.save_to_disk(str(tmp_path / "text"))
@@ -166,7 +166,7 @@ def test_what_is_no_saelens_cache_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="different lengths"):
         import_saelens(saelens_cache(tmp_path / "two", two, None), tmp_path / "x.zarr")
     negative = saelens_cache(tmp_path / "negative", {MLP: values_of(MLP)}, -token_ids())
-    with pytest.raises(ConfigError, match="something else than token ids"):
+    with pytest.raises(ConfigError, match="holds values that are not token ids"):
         import_saelens(negative, tmp_path / "x.zarr")
     assert not (tmp_path / "x.zarr").exists()
 

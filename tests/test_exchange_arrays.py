@@ -110,7 +110,7 @@ def test_npy_files_that_do_not_fit_are_refused(tmp_path):
         import_npy({MLP: files["whole"]}, out)
     with pytest.raises(ConfigError, match=r"tokens has the shape \(21, 6\)"):
         import_npy({MLP: files["a"]}, out, tokens=files["few"])
-    with pytest.raises(ConfigError, match="something else than token ids"):
+    with pytest.raises(ConfigError, match="holds values that are not token ids"):
         import_npy({MLP: files["a"]}, out, tokens=token_ids().astype(float))
     with pytest.raises(ConfigError, match="at least one hook"):
         import_npy({}, out)
@@ -221,7 +221,7 @@ def test_safetensors_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"has torch\.float16 activations"):
         import_safetensors({MLP: good}, out)
     (good / "chunk-9.safetensors").write_bytes((good / "chunk-9").read_bytes()[:-10])
-    with pytest.raises(ConfigError, match="no whole safetensors file"):
+    with pytest.raises(ConfigError, match="cannot be read as a safetensors file"):
         import_safetensors({MLP: good}, out)
     assert not out.exists()
 

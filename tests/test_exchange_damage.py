@@ -177,9 +177,9 @@ CHUNK = {"activation": torch.ones(4, 3, 5), "tokens": torch.zeros(4, 3, dtype=to
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({**CHUNK, "tokens": torch.zeros(4, 3)}, "something else than token ids"),
+        ({**CHUNK, "tokens": torch.zeros(4, 3)}, "holds values that are not token ids"),
         ({**CHUNK, "tokens": torch.zeros(4, 2, dtype=torch.int64)}, "tokens of shape"),
-        ({**CHUNK, "tokens": torch.full((4, 3), -1)}, "something else than token ids"),
+        ({**CHUNK, "tokens": torch.full((4, 3), -1)}, "holds values that are not token ids"),
         ({**CHUNK, "tokens": torch.zeros(4, 3, dtype=torch.bfloat16)}, "tokens in"),
         ({**CHUNK, "mask": torch.ones(4, 3, dtype=torch.bfloat16)}, "mask in"),
         ({**CHUNK, "activation": torch.ones(4, 3, 5, dtype=torch.int8)}, "floating-point"),

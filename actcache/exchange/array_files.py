@@ -103,7 +103,7 @@ def import_npy(
         ids = checked_ids(given, shape, "tokens").reshape(n_sequences, length)
 
     def read(hook: str, start: int, stop: int) -> torch.Tensor:
-        # A copy in this machine's byte order: the mapped values may not be written to, which torch asks for.
+        # A copy in this machine's byte order: mapped values are read-only, and torch wants memory it can write to.
         values = np.array(mapped[hook][start:stop], dtypes[hook])
         return torch.from_numpy(values.reshape(stop - start, length, -1))
 
@@ -302,7 +302,7 @@ def _read_header(file: Path) -> _Chunk:
     """What the header of a chunk says.
 
     Raises:
-        ConfigError: it is no such file, lacks a tensor, or its tensors do not go together.
+        ConfigError: it is not such a file, lacks a tensor, or its tensors do not fit together.
     """
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -312,7 +312,7 @@ def _read_header(file: Path) -> _Chunk:
             dtype = "" if missing else slices["activation"].get_dtype()
     except (SafetensorError, OSError, ValueError) as error:
         reason = why_not_tensors(file, error)
-        raise ConfigError(f"import: {file} is no whole safetensors file: it {reason}") from error
+        raise ConfigError(f"import: {file} cannot be read as a safetensors file: it {reason}") from error
     if missing:
         raise ConfigError(f"import: {file} lacks {' and '.join(sorted(missing))}; it has {', '.join(sorted(shapes))}")
     mask = next((name for name in ("mask", "attention_mask") if name in shapes), None)

@@ -103,7 +103,7 @@ def write(
 
 @contextmanager
 def damage_explained(what: str) -> Iterator[None]:
-    """Whatever another library raises while it reads a file is one sentence about the file."""
+    """Turn anything that another library raises while it reads a file into one sentence about the file."""
     try:
         yield
     except ActcacheError:
@@ -130,12 +130,12 @@ def checked_ids(values: NDArray[Any], shape: tuple[int, ...], where: str) -> NDA
     """Token ids as a store holds them.
 
     Raises:
-        ConfigError: another shape, not whole numbers, or numbers that are no token ids.
+        ConfigError: another shape, not whole numbers, or numbers out of the range of token ids.
     """
     if values.shape != shape:
         raise ConfigError(f"{where} has the shape {values.shape}, but the activations are of {shape} tokens")
     if values.dtype.kind not in "iu" or (values.size and not 0 <= int(values.min()) <= int(values.max()) < 1 << 32):
-        raise ConfigError(f"{where} holds something else than token ids, which are whole numbers from 0 to 2**32 - 1")
+        raise ConfigError(f"{where} holds values that are not token ids: whole numbers from 0 to 2**32 - 1")
     return values.astype(np.uint32)
 
 

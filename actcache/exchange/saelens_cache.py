@@ -130,11 +130,11 @@ def _open_dataset(folder: Path) -> datasets.Dataset:
 
 
 def _check_files(folder: Path) -> None:
-    """Raise ConfigError unless the folder is what `save_to_disk` makes, with all files that it says it has."""
+    """Raise ConfigError unless the folder is what `save_to_disk` writes, with all the files that it lists."""
     for name in ("state.json", "dataset_info.json"):
         if not (folder / name).is_file():
             raise ConfigError(
-                f"import: {folder} is no folder that datasets.load_from_disk opens: there is no {name}; name the "
+                f"import: {folder} is not a folder that datasets.load_from_disk opens: there is no {name}; name the "
                 "folder that CacheActivationsRunner wrote (cached_activations_path)"
             )
         try:
@@ -152,7 +152,7 @@ def _check_files(folder: Path) -> None:
             raise ConfigError(f"import: {folder / name} names no files of data: its _data_files is {shown(files)}")
         for file in named:
             if Path(file).name != file or not (folder / file).is_file():
-                raise ConfigError(f"import: {folder / name} names {shown(file)}, which is no file in that folder")
+                raise ConfigError(f"import: {folder / name} names {shown(file)}, which is not a file in that folder")
 
 
 def _hooks(dataset: datasets.Dataset, folder: str | Path) -> tuple[dict[str, tuple[int, int]], dict[str, torch.dtype]]:
@@ -179,19 +179,19 @@ def _hooks(dataset: datasets.Dataset, folder: str | Path) -> tuple[dict[str, tup
 
 
 def _tensor(column: pa.ChunkedArray, shape: tuple[int, int, int], where: str) -> torch.Tensor:
-    """A column of lists of lists, of which each holds as many values as it should, as a tensor."""
+    """A column of lists of lists as a tensor; ConfigError unless each list has its promised length."""
     parts = []
     for chunk in column.chunks:
         values = chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk
         for n_values in shape[1:]:
-            # An Array2D promises a shape, but nothing in Arrow holds it to that.
+            # An Array2D promises a shape, but Arrow does not enforce it.
             if values.null_count or not pc.all(pc.equal(values.value_lengths(), n_values)).as_py():
                 raise ConfigError(f"import: {where} are not all of shape {shape[1:]}, as the dataset says they are")
             values = values.flatten()
         if values.null_count:
             raise ConfigError(f"import: {where} have values that are missing (null)")
         parts.append(values.to_numpy())
-    # The one copy: the memory-mapped values may not be written to, which torch asks for.
+    # The only copy: memory-mapped values are read-only, and torch wants memory that it can write to.
     return torch.from_numpy(np.concatenate(parts)).view(shape)
 
 
@@ -288,7 +288,7 @@ def _features(store: Store, names: list[str], dtype: np.dtype[Any]) -> datasets.
 
 
 def _begin(store: Store, out: Path, features: datasets.Features) -> None:
-    """Make the folder, or make sure that it is the one which an earlier call began."""
+    """Make the folder, or check that an earlier call of the same export has made it."""
     from datasets import DatasetInfo
 
     origin = {"exported_from": store.fingerprint, "by": "actcache"}
@@ -303,7 +303,7 @@ def _begin(store: Store, out: Path, features: datasets.Features) -> None:
                 write_whole(file, Path(beside, file.name).read_bytes())
             return
     found = None
-    with suppress(Exception):  # whatever is there, and however it is damaged, it is not ours
+    with suppress(Exception):  # whatever is there, if it cannot be read it is not ours
         found = DatasetInfo.from_directory(str(out)) if file.exists() else None
     if found is None or (found.description, found.features) != (info.description, info.features):
         raise ConfigError(f"export: {out} holds something else; name another folder")
@@ -354,7 +354,7 @@ def _column(values: NDArray[Any], kind: pa.DataType) -> pa.Array:
 
 
 def _state(store: Store, files: list[str], features: datasets.Features) -> dict[str, Any]:
-    """What `datasets` keeps of a saved dataset; it names caches by the fingerprint, which stands for the contents."""
+    """What `datasets` stores about a saved dataset; it names caches by the fingerprint, made here from the contents."""
     contents = json.dumps([store.fingerprint, features.to_dict()])
     return {
         "_data_files": [{"filename": file} for file in files],

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -105,15 +105,12 @@ class Backend(ABC):
         for key in list(self.walk(prefix)):
             self.delete(key)
 
-    def writing(self, key: str) -> AbstractContextManager[Callable[..., None]]:
+    @contextmanager
+    def writing(self, key: str) -> Iterator[Callable[..., None]]:
         """Write one object piece by piece with the function that is given; it appears, whole, when the block ends.
 
         It does not appear when the block raises. By default the pieces are kept in memory until then.
         """
-        return self._write_at_end(key)
-
-    @contextmanager
-    def _write_at_end(self, key: str) -> Iterator[Callable[..., None]]:
         kept: list[bytes] = []
         yield lambda *parts: kept.extend(map(bytes, parts))
         self.put(key, *kept)

@@ -13,7 +13,7 @@ import stat
 import threading
 import uuid
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
@@ -150,8 +150,10 @@ class FileBackend(Backend):
         with self.writing(key) as add:
             add(*parts)
 
-    def writing(self, key: str) -> AbstractContextManager[Callable[..., None]]:
-        return self._write(key, flushed=False)
+    @contextmanager
+    def writing(self, key: str) -> Iterator[Callable[..., None]]:
+        with self._write(key, flushed=False) as add:
+            yield add
 
     @contextmanager
     def _write(self, key: str, *, flushed: bool) -> Iterator[Callable[..., None]]:

@@ -16,7 +16,7 @@ from actcache.store.backends.objects import Objects
 from actcache.store.format import metadata
 from actcache.store.format.keys import ROWS, TOKEN_ARRAYS, token_key, token_sequences_per_chunk
 from actcache.store.format.places import refuse_inside_store
-from actcache.store.format.root import Root, exists_any, read_root, write_root
+from actcache.store.format.root import Root, read_root, write_root
 from actcache.store.format.table_objects import UINT32, put_table
 from actcache.store.store import Store
 from actcache.store.writing.agenda import Agenda
@@ -31,16 +31,13 @@ def look(objects: Objects, spec: StoreSpec, blocks: TokenBlocks | None, *, may_g
         is there, and without tokens nothing can be created. ConfigError: the place lies in a store. CorruptShardError:
         the root is not the one that the store was created with.
     """
-    if objects.size("zarr.json") < 0:
-        # In this order: another process may be creating it at this moment.
-        if exists_any(objects) and objects.size("zarr.json") < 0:
-            raise NotAStoreError(f"{objects} holds something other than an activation store; name another place")
+    root = _find_root(objects)
+    if root is None:
         if blocks is None:
             raise StoreNotFoundError(f"no activation store at {objects}; make one with 'actcache extract'")
         if isinstance(place := objects.root or objects.location, str | Path):
             refuse_inside_store(place, itself=False)
         return None
-    root = read_root(objects)
     if root.state == "creating":  # a crash before the first shard: starting again loses nothing
         return None
     Store(objects, root).check()
@@ -50,6 +47,18 @@ def look(objects: Objects, spec: StoreSpec, blocks: TokenBlocks | None, *, may_g
         else:
             check_same_spec(objects, root.spec, spec)
     return root
+
+
+def _find_root(objects: Objects) -> Root | None:
+    """The root that lies there, None where there is nothing at all."""
+    try:
+        return read_root(objects)
+    except StoreNotFoundError:
+        return None
+    except NotAStoreError:
+        if objects.size("zarr.json") < 0:
+            raise
+        return read_root(objects)  # another process may have created the store at this moment
 
 
 def create(objects: Objects, spec: StoreSpec, blocks: TokenBlocks, provenance: Mapping[str, Any]) -> Root:

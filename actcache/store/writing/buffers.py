@@ -36,8 +36,8 @@ class ShardBuffers:
         self.kept: NDArray[np.int64] = np.empty(0, np.int64)
         self.order: NDArray[np.int64] = np.empty(0, np.int64)
 
-    def keep(self, kept: NDArray[np.bool_] | None) -> None:
-        """Say which of the shard's rows are in the buffers, and draw the order: row i on disk will be `order[i]`."""
+    def shuffle(self, kept: NDArray[np.bool_] | None) -> None:
+        """Say which of the shard's rows are in the buffers, and draw their order on disk: row i will be `order[i]`."""
         capacity = len(self.spec.shard_rows(self.shard))
         self.kept = np.arange(capacity) if kept is None else np.flatnonzero(kept)
         self.order = permutation(len(self.kept), self.spec.seed, self.shard)

@@ -225,7 +225,7 @@ class StoreWriter:
             ids: `(q, T)` tokens of the shard's sequences.
             kept: `(q * rows_per_sequence,)` which rows there are; all by default.
         """
-        buffers.keep(kept)
+        buffers.shuffle(kept)
         missing = self._agenda.missing(buffers.shard)
         sites = [site for site in self.spec.sites if site.name in missing]
         parts: list[Future[Any]] = [self._pool.submit(self._write_site, buffers, site) for site in sites]
