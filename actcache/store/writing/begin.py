@@ -33,7 +33,7 @@ def look(objects: Objects, spec: StoreSpec, blocks: TokenBlocks | None, *, may_g
     if objects.size("zarr.json") < 0:
         # In this order: somebody may be making it at this moment.
         if exists_any(objects) and objects.size("zarr.json") < 0:
-            raise NotAStoreError(f"{objects} holds something else, no activation store; name another place")
+            raise NotAStoreError(f"{objects} holds something that is not an activation store; name another place")
         if blocks is None:
             raise StoreNotFoundError(f"no activation store at {objects}; make one with 'actcache extract'")
         if isinstance(place := objects.root or objects.location, str | Path):
