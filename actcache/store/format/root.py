@@ -64,7 +64,9 @@ def read_root(objects: Objects) -> Root:
         attributes = json.loads(bytes(data))["attributes"]["actcache"]
         version = attributes["format_version"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise NotAStoreError(f"{objects} is not an activation store: its zarr.json has no 'actcache' attributes") from None
+        raise NotAStoreError(
+            f"{objects} is not an activation store: its zarr.json has no 'actcache' attributes"
+        ) from None
     if type(version) is not int or not 0 < version <= FORMAT_VERSION:
         raise StoreVersionError(
             f"{objects} has format version {str(version)[:40]}, this actcache reads up to {FORMAT_VERSION}; "
