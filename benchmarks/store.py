@@ -49,7 +49,7 @@ from actcache.store.maintenance.verify import verify
 _CHECKSUM_BYTES = 4
 _INDEX_ENTRY_BYTES = 16
 
-PRESETS = ("lossless", "fast")
+PRESETS = ("lossless",)
 
 # --- ways of writing -----------------------------------------------------------------------------------------------
 

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from actcache.kernels.bits import NAN, PATTERNS
+
 _BLOCK_ROWS = 256
 """Rows measured at a time: they stay in the cache from one step to the next."""
 _ROUNDED_ROWS = 16
 """Rows rounded at a time, for the same reason."""
-_MAGNITUDE, _INFINITY = np.uint16(0x7FFF), np.uint16(0x7F80)
-"""Of the bits of a bfloat16: all but the sign, and the smallest that are no finite number."""
+_BFLOAT16 = PATTERNS["bfloat16"]
+_MAGNITUDE, _INFINITY = np.uint16(_BFLOAT16.magnitude), np.uint16(_BFLOAT16.infinity)
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
@@ -208,7 +210,7 @@ def round_to_bfloat16(bits, out):
             word = bits[i, j]
             nearest = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
             is_nan = (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-            out[i, j] = np.uint16(0x7FC0) if is_nan else np.uint16(nearest)
+            out[i, j] = np.uint16(NAN) if is_nan else np.uint16(nearest)
 
 
 @_compiled_exactly

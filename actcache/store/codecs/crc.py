@@ -20,7 +20,7 @@ def checksum_of(stored: memoryview) -> int:
 
 def matches(payload: memoryview, crc: int) -> bool:
     """True when the payload has this crc32c."""
-    # The library takes arrays and bytes, no memoryviews.
+    # The library takes arrays and bytes, but not memoryviews.
     return bool(google_crc32c.value(np.frombuffer(payload, dtype=np.uint8)) == crc)
 
 
@@ -29,5 +29,5 @@ _RESIDUE = 0x48674BC7
 
 
 def is_whole(stored: bytes) -> bool:
-    """True when a stored chunk matches the crc32c at its end. Of bytes, unlike arrays, it is taken without the GIL."""
+    """True when a stored chunk matches the crc32c at its end. For bytes, unlike arrays, the GIL is released."""
     return len(stored) >= CRC_BYTES and bool(google_crc32c.value(stored) == _RESIDUE)

@@ -58,7 +58,7 @@ def fit_codec(site: Site, asked: str, rows: NDArray[Any], logical: str, rows_per
 
 
 _SAVES = 0.95
-"""What is smaller than this is worth it."""
+"""A codec has to make values smaller than this, relative to the alternative."""
 _TRIAL_BYTES = 1 << 19
 """Size of the pieces that `choose_codec` tries: that of chunks, by default."""
 
@@ -106,10 +106,10 @@ def _starts(n_bytes: int) -> range:
 
 
 def expected_row_bytes(codec: str, logical: str, width: int) -> float:
-    """About what a row takes on disk, for a look at the free space before a run; rather too little than too much.
+    """A low estimate of the bytes of a row on disk, to compare with the free space before a run.
 
-    What a store really takes depends on its values: shares are the smallest of the measured figures, so that nobody is
-    refused who has room. Of a chain given by hand nothing is known.
+    What a store really takes depends on its values: the shares are the smallest that were measured, so that a run that
+    fits is never refused. A chain given by hand counts as 0.
     """
     share = PRESETS[codec].least_share if codec in PRESETS else 0.0
     return share * sum(array.row_bytes for array in stored_arrays(codec, logical, width))

@@ -1,4 +1,4 @@
-"""Blosc frames made for floating-point values: zstd over the bytes of each place, coding what repeats in no pattern.
+"""Blosc frames made for floating-point values: zstd over the bytes of each place, coded by how often they occur.
 
 The bytes that hold sign and exponent take few values, in no order; those of the fraction are noise. zstd looks for
 repeated sequences first, finds short ones by chance, and is slower in writing and reading them than in coding each byte
@@ -31,7 +31,7 @@ _PARAMETERS = zstandard.ZstdCompressionParameters(
 
 
 class _Own(threading.local):
-    """What each thread has for itself: fresh memory is dear on hot paths, and compressors serve one thread."""
+    """What each thread has for itself: fresh memory is expensive on hot paths, and a compressor serves one thread."""
 
     def __init__(self) -> None:
         self.compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)

@@ -105,7 +105,7 @@ def parse_codec(codec: str | Sequence[Mapping[str, Any]]) -> str:
         if not PRESETS[codec].offered:
             raise ConfigError(f"the codec preset {codec!r} is no longer offered; {_choices()}")
         return codec
-    steps = _parse_chain(_listed(codec)).metadata()
+    steps = _parse_chain(_parse_list(codec)).metadata()
     if not steps:
         return "raw"
     text = json.dumps(steps, separators=(",", ":"), sort_keys=True)
@@ -139,15 +139,15 @@ def stored_arrays(codec: str, logical: str, width: int) -> tuple[StoredArray, ..
 
 @lru_cache(maxsize=256)
 def _chain_by_hand(codec: str) -> Chain:
-    return _parse_chain(_listed(codec))
+    return _parse_chain(_parse_list(codec))
 
 
 def _choices() -> str:
     return f"there are {', '.join(preset.name for preset in offered())}, or a list of Zarr v3 codec metadata"
 
 
-def _listed(codec: str | Sequence[Mapping[str, Any]]) -> Sequence[Any]:
-    """The list of codec metadata, from text or as given."""
+def _parse_list(codec: str | Sequence[Mapping[str, Any]]) -> Sequence[Any]:
+    """The list of codec metadata, from its text or as it is."""
     if not isinstance(codec, str):
         return list(codec)
     if not codec.lstrip().startswith("["):

@@ -1,9 +1,9 @@
 """What a site's commit record is bound to: the tokens and rows that its values belong to, and what made them.
 
-A record lists the checksums of what lies on the disk, and of nothing else: a shard of another store, data and record
-together, fits it as well. The binding is a sha256 over all that must be equal for the shard to be at home here. It lies
+A record lists the checksums of what lies on the disk, and nothing else: a shard of another store, data and record
+together, would fit as well. The binding is a sha256 over all that must be equal for the shard to belong here. It lies
 in the record's object, in bytes of its Blosc frame that belong to no block: every reader of Zarr passes over them, and
-so do versions of this package that know nothing of it. Records of those versions have none.
+so do versions of this package that know nothing of it. Records of those versions have no binding.
 
 In: a spec, the record of the row table, token ids. Out: 32 bytes, and the stored object that has them.
 """
@@ -36,7 +36,7 @@ def frame_of(data: bytes, binding: bytes) -> bytes:
 
 
 def binding_in(frame: memoryview, n_bytes: int) -> bytes:
-    """The binding in a frame that expands to `n_bytes`; nothing when it has none.
+    """The binding in a frame that expands to `n_bytes`; empty if it has none.
 
     No other frame is that long: Blosc stores what it cannot compress in 16 bytes more than it is.
     """
@@ -44,12 +44,12 @@ def binding_in(frame: memoryview, n_bytes: int) -> bytes:
 
 
 class Bindings:
-    """Those of the shards of one store."""
+    """The bindings of one store's shards."""
 
     def __init__(self, spec: StoreSpec) -> None:
         plain = spec.to_dict()
         common = {name: value for name, value in plain.items() if name not in _NOT_OF_A_SHARD}
-        # What a model is called is no part of what it computes.
+        # A model's name does not change what it computes.
         common["model"] = {name: value for name, value in spec.to_dict()["model"].items() if name != "name"}
         self._made_by = {
             site["name"]: hashlib.sha256(json.dumps({**common, "site": site}, sort_keys=True).encode()).digest()

@@ -1,7 +1,7 @@
 """The `zarr.json` files below the root: what every other reader of Zarr goes by.
 
-In: a spec. Out: the files that zarr-python would write for it, put where they are missing, and held against those that
-are there. Nothing of ours reads them, so damage to them misleads others only.
+In: a spec. Out: the files that zarr-python would write for it, put where they are missing, and compared with
+those that are there. Nothing in this package reads values by them, so damage to them misleads other readers only.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _TOKENS = "tokens/ids/zarr.json"
 
 
 def write_metadata(objects: Objects, spec: StoreSpec) -> None:
-    """Put the metadata of every group and array that lacks it, has grown or is damaged; leave what is as it should."""
-    wanted = _wanted(spec)
+    """Put the metadata of every group and array where it is missing, outgrown or damaged; leave the rest alone."""
+    wanted = _expected(spec)
     _mend(objects, _TOKENS, wanted[_TOKENS])
     objects.flush()  # it says what the others mean
     for key in sorted(wanted.keys() - {_TOKENS}):
@@ -57,7 +57,7 @@ def put_ledger(objects: Objects, spec: StoreSpec, ledger: NDArray[np.uint8]) -> 
 
 
 def mend_metadata(objects: Objects, root: Root) -> None:
-    """Put everything that `wrong_metadata` would name as it should be."""
+    """Repair everything that `wrong_metadata` reports."""
     write_metadata(objects, root.spec)
     if root.state == "sealed":
         for key, wanted in _ledger(root.spec).items():
@@ -67,22 +67,22 @@ def mend_metadata(objects: Objects, root: Root) -> None:
 def wrong_metadata(objects: Objects, root: Root) -> Iterator[tuple[str, str]]:
     """Key and fault of each `zarr.json` below the root that is not what the root says.
 
-    That of a store which somebody has begun to extend may be that of the larger store already.
+    Where an extension was begun, the metadata of the larger store is right too.
     """
-    wanted = dict(_wanted(root.spec))
+    wanted = dict(_expected(root.spec))
     if root.state == "sealed":
         wanted |= _ledger(root.spec)
-    grown = _grown(objects, root.spec)
+    grown = _metadata_of_growth(objects, root.spec)
     for key, data in wanted.items():
-        found = _stored(objects, key)
-        reason = _difference(found, data)
-        if reason and not (key in grown and _difference(found, grown[key]) is None):
+        found = _read_file(objects, key)
+        reason = _first_difference(found, data)
+        if reason and not (key in grown and _first_difference(found, grown[key]) is None):
             yield key, reason
 
 
 def stored_length(objects: Objects) -> int | None:
     """T, the length of the sequences by the metadata of the token array; None where that is missing or damaged."""
-    found = _parsed(_stored(objects, _TOKENS))
+    found = _parse(_read_file(objects, _TOKENS))
     try:
         length = found["shape"][1]
     except (KeyError, TypeError, IndexError):
@@ -97,7 +97,7 @@ def differences(objects: Objects, spec: StoreSpec, site: Site) -> Iterator[tuple
     """
     first = arrays_of(spec, site)[0]
     key = f"{site_prefix(site.name)}/{first.name}/zarr.json"
-    found, wanted = _parsed(_stored(objects, key)), _sharded(spec, first, _about(spec, site))
+    found, wanted = _parse(_read_file(objects, key)), _sharded(spec, first, _about(spec, site))
     try:
         about = {"feature_exponents": [], "meaning": None, **found["attributes"]}
         about["rows of a shard"] = found["chunk_grid"]["configuration"]["chunk_shape"][0]
@@ -110,71 +110,71 @@ def differences(objects: Objects, spec: StoreSpec, site: Site) -> Iterator[tuple
 
 
 def _mend(objects: Objects, key: str, wanted: bytes) -> None:
-    stored = _stored(objects, key)
-    if _difference(stored, wanted) is None:
+    stored = _read_file(objects, key)
+    if _first_difference(stored, wanted) is None:
         objects.keep(key)
         return
-    found, parsed = _parsed(stored), json.loads(wanted)
+    found, parsed = _parse(stored), json.loads(wanted)
     if isinstance(found, dict):  # what somebody else has added stays
         given, ours = found.get("attributes"), parsed.get("attributes", {})
         parsed = {**found, **parsed, "attributes": {**(given if isinstance(given, dict) else {}), **ours}}
     objects.put(key, json.dumps(parsed, indent=2).encode())
 
 
-def _stored(objects: Objects, key: str) -> bytes | None:
-    """A file, None when there is none; nothing when it is far too long."""
+def _read_file(objects: Objects, key: str) -> bytes | None:
+    """The bytes of a file; None if it is missing, empty if it is far too long."""
     data = objects.tail(key, _MOST_BYTES)
     return None if data is None else bytes(data) if len(data) < _MOST_BYTES else b""
 
 
-def _parsed(stored: bytes | None) -> Any:
-    """What a file says; None when it is no JSON."""
+def _parse(stored: bytes | None) -> Any:
+    """What a file says; None if it is not JSON."""
     try:
         return json.loads(stored or b"")
     except (ValueError, RecursionError):
         return None
 
 
-def _difference(stored: bytes | None, wanted: bytes) -> str | None:
+def _first_difference(stored: bytes | None, wanted: bytes) -> str | None:
     """What is wrong with a file; None when it says, in the words of any version of zarr, what is wanted."""
     if stored == wanted:
         return None
     if stored is None:
         return "is missing"
-    found, parsed = _parsed(stored), json.loads(wanted)
+    found, parsed = _parse(stored), json.loads(wanted)
     if not isinstance(found, dict):
         return "is damaged"
     for name, value in parsed.pop("attributes", {}).items():
         attributes = found.get("attributes")
         if not isinstance(attributes, dict) or attributes.get(name) != value:
             return f"has another attribute {name!r}"
-    wrong = [name for name, value in parsed.items() if _plain(found.get(name)) != _plain(value)]
+    wrong = [name for name, value in parsed.items() if _without_empty(found.get(name)) != _without_empty(value)]
     return f"has another {', '.join(wrong)}" if wrong else None
 
 
-def _plain(value: Any) -> Any:
+def _without_empty(value: Any) -> Any:
     """A value without what is empty in it, which one version of zarr writes and another leaves out."""
     if isinstance(value, dict):
-        plain = {name: _plain(part) for name, part in value.items()}
+        plain = {name: _without_empty(part) for name, part in value.items()}
         return {name: part for name, part in plain.items() if part is not None}
     if isinstance(value, list):
-        return [_plain(part) for part in value] or None
+        return [_without_empty(part) for part in value] or None
     return value
 
 
-def _grown(objects: Objects, spec: StoreSpec) -> Mapping[str, bytes]:
-    """The metadata of the larger store that this one is becoming; empty when it is not."""
-    found = _parsed(_stored(objects, _TOKENS))
+def _metadata_of_growth(objects: Objects, spec: StoreSpec) -> Mapping[str, bytes]:
+    """The metadata of the larger store that this one is growing into; empty if it is not growing."""
+    found = _parse(_read_file(objects, _TOKENS))
     shape = found.get("shape") if isinstance(found, dict) else None
     if not isinstance(shape, list) or not shape or type(shape[0]) is not int or shape[0] <= spec.n_sequences:
         return {}
     try:
-        return _wanted(replace(spec, n_sequences=shape[0]))
+        return _expected(replace(spec, n_sequences=shape[0]))
     except ConfigError:
         return {}
 
 
-def _wanted(spec: StoreSpec) -> Mapping[str, bytes]:
+def _expected(spec: StoreSpec) -> Mapping[str, bytes]:
     return _of_spec(json.dumps(spec.to_dict()), False)
 
 

@@ -1,4 +1,4 @@
-"""Where something may be made: nowhere inside a store, which holds nothing but its own objects.
+"""Nothing is made inside a store, which holds only its own objects.
 
 A store in a store is deleted with a site, copied with its neighbours and shown by every reader of Zarr as a part of the
 outer one. So everything that makes a folder asks here first.
@@ -54,7 +54,7 @@ def _is_store(place: str) -> bool:
         read_root(objects)
     except (NotAStoreError, StoreNotFoundError, ConfigError):
         return False
-    except OSError as error:  # of a folder that may not be looked into nothing is known; a damaged store is one
+    except OSError as error:  # an unreadable folder says nothing; a damaged store is a store
         return isinstance(error, CorruptShardError)
     except StoreVersionError:
         return True

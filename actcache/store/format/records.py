@@ -126,5 +126,5 @@ def read_ledger(objects: Objects, spec: StoreSpec) -> NDArray[np.uint8]:
     room = np.full((spec.n_shards, 1), spec.rows_per_shard, np.uint64)
     room[-1] = len(spec.shard_rows(spec.n_shards - 1))
     if (n_rows > room).any() or (n_rows != n_rows[:, :1]).any():
-        raise CorruptShardError(f"{LEDGER_KEY} of {objects} lists numbers of rows that cannot be", store=objects)
+        raise CorruptShardError(f"{LEDGER_KEY} of {objects} lists impossible numbers of rows", store=objects)
     return ledger

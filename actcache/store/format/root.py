@@ -1,4 +1,4 @@
-"""The root attributes: what a store says of itself. Putting them is what makes a store open or sealed."""
+"""The root attributes: what a store says of itself. Putting them makes a store open or sealed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Root:
     digests: tuple[str, ...] = ()
     """sha256 (hex) of the ledger, then of each site's total: by them each is known by itself. Of a sealed store."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """How the store came to be (versions, device, batch): for people, and no part of what the fingerprint says."""
+    """How the store came to be (versions, device, batch): for people; the fingerprint does not cover it."""
 
     def attributes(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -64,7 +64,9 @@ def read_root(objects: Objects) -> Root:
         attributes = json.loads(bytes(data))["attributes"]["actcache"]
         version = attributes["format_version"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise NotAStoreError(f"{objects} is no activation store: its zarr.json has no 'actcache' attributes") from None
+        raise NotAStoreError(
+            f"{objects} is not an activation store: its zarr.json has no 'actcache' attributes"
+        ) from None
     if type(version) is not int or not 0 < version <= FORMAT_VERSION:
         raise StoreVersionError(
             f"{objects} has format version {str(version)[:40]}, this actcache reads up to {FORMAT_VERSION}; "
@@ -88,7 +90,7 @@ def exists_any(objects: Objects) -> bool:
 
 
 def _root(attributes: dict[str, Any]) -> Root:
-    """The root that `Root.attributes` described; KeyError, TypeError or ValueError when it is not legal."""
+    """The root that `Root.attributes` described; KeyError, TypeError or ValueError when it is invalid."""
     root = Root(
         state=attributes["state"],
         spec=StoreSpec.from_dict(attributes["spec"]),
@@ -97,7 +99,7 @@ def _root(attributes: dict[str, Any]) -> Root:
         provenance=attributes.get("provenance", {}),
     )
     if not isinstance(root.provenance, dict):
-        raise ValueError("its provenance is no mapping")
+        raise ValueError("its provenance is not a mapping")
     if root.state not in ("creating", "open", "sealed"):
         raise ValueError(f"there is no state {root.state!r}")
     if root.state != "sealed" and (root.fingerprint is not None or root.digests):
@@ -110,7 +112,7 @@ def _root(attributes: dict[str, Any]) -> Root:
 
 
 def write_root(objects: Objects, root: Root) -> None:
-    """Put the root attributes: one atomic put, which is what makes a store open or sealed."""
+    """Put the root attributes: one atomic put, which makes a store open or sealed."""
     metadata = {"zarr_format": 3, "node_type": "group", "attributes": {"actcache": root.attributes()}}
     data = json.dumps(metadata, indent=2).encode()
     if len(data) > _MOST_ROOT_BYTES // 4:  # long lists of exponents, a line each

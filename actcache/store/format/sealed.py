@@ -1,4 +1,4 @@
-"""The root held against what lies there: no value is believed, and nothing sealed, on the root's word alone.
+"""The root compared with what lies there: no value is trusted, and nothing sealed, on the root's word alone.
 
 A sealed store has a fingerprint over spec, ledger and totals, all of them small. One that is not sealed has none yet;
 its spec is held against the metadata that its arrays were created with.
@@ -116,7 +116,7 @@ def first_difference(objects: Objects, spec: StoreSpec) -> str | None:
 
 
 def changed_since(objects: Objects, root: Root) -> StoreError | None:
-    """The error for a store that is sound, and not the one any more that was opened with this root; None otherwise."""
+    """The error for a sound store that has changed since it was opened with this root; None otherwise."""
     try:
         now = read_root(objects)
         if (now.state, now.spec, now.fingerprint) == (root.state, root.spec, root.fingerprint):
@@ -126,6 +126,6 @@ def changed_since(objects: Objects, root: Root) -> StoreError | None:
         else:
             check_open(objects, now.spec)
     except (ActcacheError, OSError):
-        return None  # it is damaged, and has not just changed
+        return None  # damaged, and not just changed
     grown = now.spec.n_sequences > root.spec.n_sequences or len(now.spec.sites) > len(root.spec.sites)
     return StoreError(f"{objects} has {'grown' if grown else 'changed'} since it was opened; open it again")

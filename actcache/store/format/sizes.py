@@ -1,4 +1,4 @@
-"""How large shards and chunks are where nobody says otherwise."""
+"""Default sizes of shards and chunks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from actcache.store_options import StoreOptions
 _SHARD_BYTES = 256 << 20
 """Default size of one shard of all sites, before compression; two of them are in memory."""
 _CHUNK_BYTES = 1 << 19
-"""Default size of the unit of reading, before compression: what it costs to ask for one is then no matter."""
+"""Default size of the unit of reading, before compression: large enough that the cost of a request does not matter."""
 _NARROW_CHUNK_BYTES, _WIDE_CHUNK_BYTES = 1 << 18, 1 << 20
 """Of sites of different widths, at least so much of the narrowest, for `lossless` works on whole blocks of high bytes
 that zstd takes 128 KiB at a time; but no more than that of the widest."""
@@ -27,7 +27,7 @@ def default_sizes(
     rows_per_sequence: int,
     sequences_per_shard: int | None = None,
 ) -> tuple[int, int]:
-    """Sequences of a shard and rows of a chunk for sites of these widths, where nobody says otherwise."""
+    """Default sequences of a shard and rows of a chunk for sites of these widths."""
     row_bytes = [width * DTYPE_BYTES.get(dtype, 4) for width in widths]
     if sequences_per_shard is None:
         by_memory = _SHARD_BYTES // max(1, sum(row_bytes) * rows_per_sequence)

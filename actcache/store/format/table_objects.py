@@ -32,7 +32,7 @@ def put_table(objects: Objects, key: str, values: NDArray[Any]) -> tuple[int, in
 def get_table(
     objects: Objects, key: str, shape: tuple[int, ...], dtype: np.dtype[Any], *, at_least: int = 0
 ) -> tuple[NDArray[Any], int]:
-    """One whole chunk of a table array and its crc32c; stored in `at_least` so many bytes.
+    """One whole chunk of a table array and its crc32c; it has at least `at_least` stored bytes.
 
     Raises:
         CorruptShardError: the object is missing or damaged; never answered with fill values.
@@ -44,7 +44,7 @@ def get_table(
 def get_stored_table(
     objects: Objects, key: str, shape: tuple[int, ...], dtype: np.dtype[Any], *, at_least: int = 0
 ) -> tuple[NDArray[Any], memoryview]:
-    """See `get_table`; with the stored bytes."""
+    """Like `get_table`, with the stored bytes."""
     most = math.prod(shape) * dtype.itemsize * 9 // 8 + (1 << 16)
     too_long = objects.is_local and objects.size(key) > most  # nothing of that size is even read
     stored = memoryview(b"") if too_long else objects.get(key)
