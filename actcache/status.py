@@ -69,3 +69,7 @@ class Status:
 
 Watch = Callable[[Status], None]
 """`watch(status)`: called by an extraction after each forward pass."""
+
+
+def ignore(*_: object) -> None:
+    """Stands in for a callback that the caller did not give."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,12 @@ import torch
 from conftest import grow_disk, random_blocks, small_disk_in
 
 import actcache as ac
+from actcache.cluster import extract_on_cluster
 from actcache.errors import ConfigError, SiteError, StorageFullError, StoreMismatchError
+from actcache.extraction import settle
 from actcache.lm.stories import StoriesConfig, StoriesLM
 from actcache.spec import TokenBlocks
+from actcache.store_options import StoreOptions
 
 CONFIG = StoriesConfig(d_model=16, d_mlp=32, n_layers=2, n_heads=2, n_ctx=32, d_vocab=2048)
 SITES = ["blocks.*.mlp.hook_in", "blocks.*.hook_mlp_out"]
@@ -121,7 +126,6 @@ def test_bad_input(tmp_path, blocks):
 
 def test_default_sizes_make_chunks_of_half_a_megabyte():
     from actcache.extraction import store_spec
-    from actcache.store_options import StoreOptions
 
     lm = tiny_lm()
     sites = [place.site for place in lm.resolve(SITES)]
@@ -153,3 +157,44 @@ def test_a_full_disk_says_what_is_missing_and_the_same_call_finishes(small_disk,
     finished = ac.extract(tiny_lm(), blocks, SITES, small_disk / "s.zarr", **SIZES)
     assert finished.fingerprint == unbroken.fingerprint
     assert ac.verify(small_disk / "s.zarr") == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"codec": 5}, "codec must be the name of one, or names by pattern of sites, got 5"),
+        ({"codec": {"*": 5}}, "codec must be"),
+        ({"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32"),
+        ({"skip_first": -1}, "skip_first must be an integer from 0 up"),
+        ({"skip_first": True}, "skip_first must be an integer from 0 up"),
+        ({"seed": 1.5}, "seed must be an integer"),
+        ({"sequences_per_shard": 0}, "sequences_per_shard must be a positive integer"),
+        ({"rows_per_chunk": 2.0}, "rows_per_chunk must be a positive integer"),
+    ],
+)
+def test_a_wrong_store_option_is_refused_where_it_is_given(tmp_path, blocks, wrong, said):
+    with pytest.raises(ConfigError, match=said):
+        StoreOptions(**wrong)
+    with pytest.raises(ConfigError, match=said):
+        ac.extract(tiny_lm(), blocks, SITES, tmp_path / "s.zarr", **wrong)
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_every_door_has_the_same_store_options():
+    options = {field.name: field.default for field in fields(StoreOptions)}
+    for door in (ac.extract, extract_on_cluster):
+        parameters = signature(door).parameters
+        assert {name: parameters[name].default for name in options} == options
+    imports = {**options, "dtype": None, "skip_first": 0}
+    for door in (ac.import_npy, ac.import_saelens, ac.import_safetensors):
+        parameters = signature(door).parameters
+        assert {name: parameters[name].default for name in options} == imports
+    assert type(StoreOptions(seed=np.int64(3)).seed) is int
+
+
+def test_a_store_that_is_continued_is_opened_once_before_it_is_written(tmp_path, blocks, monkeypatch):
+    path, opened = tmp_path / "s.zarr", []
+    ac.extract(tiny_lm(), blocks, SITES, path, codec="auto", **SIZES)
+    monkeypatch.setattr(settle, "open_store", lambda place: opened.append(place) or ac.open_store(place))
+    ac.extract(tiny_lm(), blocks, SITES, path, codec="auto", **SIZES)
+    assert len(opened) == 1

@@ -208,7 +208,7 @@ def test_module_paths_are_names_of_every_model(kind: str, ids: Tensor) -> None:
         assert not lm.capture(ids, found)[path].any()
     with (
         lm.splice(pattern[0], pattern[0], lambda x: x),
-        pytest.raises(ConfigError, match="no name of the instrumented"),
+        pytest.raises(ConfigError, match="is not in the instrumented model"),
     ):
         lm.capture(ids, lm.resolve([path]))
 

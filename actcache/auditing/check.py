@@ -27,6 +27,7 @@ from actcache.errors import AuditError, ConfigError, SiteError, StoreIncompleteE
 from actcache.files import shown
 from actcache.lm import LanguageModel
 from actcache.spec import Meaning, Progress, Site, check_callable, check_positive, expand_names, integer
+from actcache.status import ignore
 from actcache.store import Store, open_store
 
 _FEWEST, _MOST, _ONE_OF, _ONE_SHARD_OF = 4, 32, 300, 8
@@ -86,7 +87,7 @@ def audit(
     store = store if isinstance(store, Store) else open_store(store)
     names = expand_names(sites, store.sites)
     drawn = draw_sequences(store, min(n_sequences, store.spec.n_sequences), seed)
-    found = _audit(store, lm, names, drawn, seed, progress or _untold)
+    found = _audit(store, lm, names, drawn, seed, progress or ignore)
     if not found.sequences:
         raise StoreIncompleteError(f"{store.path} has no rows yet that could be looked at; finish 'actcache extract'")
     return found
@@ -113,7 +114,7 @@ def check_before_sealing(
         n = len(sequences) if sequences is not None else store.spec.n_sequences
         size = small_audit_size(n)
         drawn = draw_cheaply(store, size, sequences, one_shard_of=_ONE_SHARD_OF, most_shards=_MOST)
-        found = _audit(store, lm, list(sites) or store.sites, drawn, 0, _untold)
+        found = _audit(store, lm, list(sites) or store.sites, drawn, 0, ignore)
         entry = found.to_entry(of)
         if not found.sound:
             raise AuditError(_failure(found), entry)
@@ -295,7 +296,3 @@ def _check_model(store: Store, lm: LanguageModel) -> None:
         raise StoreMismatchError(
             f"{store.path} was not made from {lm.name} as it was opened here:\n  " + "\n  ".join(differences)
         )
-
-
-def _untold(done: int, total: int) -> None:
-    """The progress of an audit that is not watched."""

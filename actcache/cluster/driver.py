@@ -23,7 +23,7 @@ from actcache.cluster.worker import Report, Task, make_shards, where
 from actcache.errors import ActcacheError, ClusterError, ConfigError, StoreBusyError
 from actcache.extraction import BatchSequences, begin
 from actcache.spec import Dtype, TokenBlocks
-from actcache.status import Watch
+from actcache.status import Watch, ignore
 from actcache.store import Check, Objects, Store, StoreWriter, open_store, to_write
 from actcache.store_options import StoreOptions
 
@@ -111,7 +111,7 @@ def extract_on_cluster(
             "open it by its name or from its folder, with load_lm or --model"
         )
     place = _place_of(path)
-    with connected(cluster, say or _silent) as client:
+    with connected(cluster, say or ignore) as client:
         n_local = local_workers(cluster)
         n_model_threads = None if n_local is None else model_threads(n_local)
         with _torch_threads(n_model_threads):
@@ -128,7 +128,7 @@ def extract_on_cluster(
             workers_per_machine=1,
             audit=audit,
         )
-        Driver(client, task, watch or _unwatched).run()
+        Driver(client, task, watch or ignore).run()
     return seal(to_write(place, durable=durable), check_before_sealing(lm, "extract") if audit else None)
 
 
@@ -324,11 +324,3 @@ def _torch_threads(n: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _silent(sentence: str) -> None:
-    """Drop a sentence that no caller asked for."""
-
-
-def _unwatched(status: Any) -> None:
-    """Drop a status that no caller asked for."""

@@ -64,14 +64,7 @@ class LanguageModel:
         """What `load_lm(**recipe)` opens the same model with elsewhere; None if it was given as an object."""
         self._tokenizer = tokenizer
         self._d_vocab = d_vocab
-        self._passes = Passes(
-            module,
-            lambda: self._forward,
-            lambda: self._names,
-            self._check_failed,
-            is_instrumented=kind == "transformer_lens",
-        )
-        self._inputs = Inputs(self, n_ctx, self._passes.run_plainly)
+        self._inputs = Inputs(self, n_ctx, lambda ids: self._passes.run_plainly(ids))
         self._padding = Padding(self._run_padded, lambda length: self._survey_ids(length)[0][:1])
 
     def __repr__(self) -> str:
@@ -335,8 +328,10 @@ class LanguageModel:
         """
         return self._names.bridge
 
-    def _check_failed(self, length: int, error: Exception) -> None:
-        self._inputs.check_failed(length, error)
+    @cached_property
+    def _passes(self) -> Passes:
+        is_instrumented, check_failed = self.kind == "transformer_lens", self._inputs.check_failed
+        return Passes(self.module, lambda: self._forward, lambda: self._names, check_failed, is_instrumented)
 
     @cached_property
     def _forward(self) -> Forward:

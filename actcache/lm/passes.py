@@ -39,7 +39,6 @@ class Passes:
         forward: Callable[[], Forward],
         names: Callable[[], SiteNames],
         check_failed: Callable[[int, Exception], None],
-        *,
         is_instrumented: bool,
     ) -> None:
         self._module = module
