@@ -27,7 +27,7 @@ def command_line_page() -> str:
     finally:
         sys.argv = arguments
     head, _, rest = text.partition("## Table of Contents\n")
-    verbs = rest[rest.index("**Commands**") :]
+    verbs = rest[rest.index("\n**") + 1 :]  # the groups of verbs
     head = head.replace("# actcache\n", f"# Command line\n\n{NOTE}\n", 1)
     page = f"{head.rstrip()}\n\n{app.help_epilogue}\n{verbs}"
     # A star in quotes is a pattern, and no emphasis.
