@@ -33,6 +33,8 @@ def command_line_page() -> str:
     # A star in quotes is a pattern, and no emphasis.
     page = PATTERN.sub(r"`\1`", page)
     page = page.replace("\n* ", "\n- ")
+    # Forges and the site make different anchors of its heading.
+    page = re.sub(r"\[(`--install-completion`)\]\([^)]*\)", r"\1", page)
     return "\n".join(line.rstrip() for line in page.splitlines()).rstrip() + "\n"
 
 

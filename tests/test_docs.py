@@ -191,7 +191,7 @@ def public_adapters() -> set[str]:
     """Functions and classes that a module in `actcache.adapters` offers; protocols describe what a peer gives."""
     names = set()
     for path in (ROOT / "actcache" / "adapters").glob("*.py"):
-        if path.stem in ("__init__", "require"):
+        if path.stem in ("__init__", "require", "resumable"):
             continue
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             is_protocol = isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "Protocol" for base in node.bases)
