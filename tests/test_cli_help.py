@@ -110,6 +110,12 @@ def examples(verb: str, capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
     return [shlex.split(line)[1:] for line in lines if line.strip()]
 
 
+def test_the_verb_that_is_loaded_late_is_described_as_it_describes_itself() -> None:
+    from actcache.cli.train import train
+
+    assert build_app()["train"].help == (train.__doc__ or "").splitlines()[0]
+
+
 @pytest.mark.parametrize("verb", [*VERBS, "--install-completion"])
 def test_the_help_of_every_verb_ends_with_an_example_of_it(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = examples(verb, capsys)

@@ -263,7 +263,7 @@ def test_the_command_line_imports_each_format(tmp_path, capsys):
         (["--format", "npy", "h=a.npy", "h=b.npy"], "each hook once"),
         (["--format", "npy", "h=nowhere.npy"], "there is no file nowhere.npy"),
         (["--format", "saelens", "nowhere", "--tokens", "t.npy"], "--tokens goes with --format npy"),
-        (["--format", "parquet", "x"], "See 'actcache import --help'"),
+        (["--format", "parquet", "x"], "not 'parquet'; see 'actcache import --help'"),
     ],
 )
 def test_imports_that_make_no_sense_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):

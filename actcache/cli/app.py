@@ -12,6 +12,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 
 from actcache._version import __version__
 from actcache.cli import care, learn, look, make
+from actcache.cli.plan import plan
 
 _HELP = """Cache a model's activations, serve them shuffled, learn sparse MLPs from them.
 
@@ -30,7 +31,7 @@ With a model and a text from the Hugging Face hub:
 
 
 class _Verb(NamedTuple):
-    """A verb: its function (or the path of it, imported when it is used), and command lines that show it."""
+    """A verb: its function (or the path of one that is imported when it is used), and a command line that shows it."""
 
     function: Any
     example: str
@@ -38,7 +39,7 @@ class _Verb(NamedTuple):
     help: str | None = None
 
 
-# Of the two verbs that are named by a path, `train` has the trainer's options, whose module needs torch.
+# `train` is imported when it is used: it has the trainer's options, whose module needs torch.
 _VERBS: dict[str, list[_Verb]] = {
     "Make a store": [
         _Verb(
@@ -56,9 +57,8 @@ _VERBS: dict[str, list[_Verb]] = {
     "Look at a model, a store or a run": [
         _Verb(look.sites, "actcache sites stories-4l 'blocks.*.hook_mlp_out'"),
         _Verb(
-            "actcache.cli.plan:plan",
+            plan,
             "actcache plan stories-4l stories-corpus 'blocks.*.hook_mlp_out' \\\n  --tokens 1000000000 --seconds 5",
-            help="Estimate what an extraction will cost before it runs: bytes, time, memory, money.",
         ),
         _Verb(look.info, "actcache info acts.zarr"),
         _Verb(look.report, "actcache report run"),
@@ -153,7 +153,8 @@ def _reason(error: CycloptsError, verb: str) -> str:
 def _kind(wanted: Any) -> str:
     """`a whole number or auto`: the values that a type has."""
     if get_origin(wanted) is Literal:
-        return " or ".join(map(str, get_args(wanted)))
+        *first, last = map(str, get_args(wanted))
+        return f"{', '.join(first)} or {last}" if first else last
     if kinds := [_kind(one) for one in get_args(wanted) if one is not type(None)]:
         return " or ".join(kinds)
     return {int: "a whole number", float: "a number", bool: "no value"}.get(wanted) or str(wanted)
