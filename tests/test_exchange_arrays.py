@@ -115,10 +115,10 @@ def test_npy_files_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="at least one hook"):
         import_npy({}, out)
     np.save(tmp_path / "bomb.npy", np.array([Bomb()], object), allow_pickle=True)
-    with pytest.raises(ConfigError, match=r"no \.npy file of plain numbers"):
+    with pytest.raises(ConfigError, match=r"not a \.npy file of plain numbers"):
         import_npy({MLP: tmp_path / "bomb.npy"}, out)
     (tmp_path / "text.npy").write_text("1 2 3")
-    with pytest.raises(ConfigError, match=r"no \.npy file of plain numbers"):
+    with pytest.raises(ConfigError, match=r"not a \.npy file of plain numbers"):
         import_npy({MLP: tmp_path / "text.npy"}, out)
     assert not out.exists()
 
