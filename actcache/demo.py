@@ -19,7 +19,8 @@ from actcache.report import write_report
 from actcache.sparse.checkpoint import CHECKPOINT
 from actcache.sparse.metrics import LayerRow, Metrics, Stage, read_metrics, write_metrics
 from actcache.sparse.runs import OnStage, Pair, Trained, evaluate_pair, provenance, store_facts, train_pair
-from actcache.spec import Say, check_positive, ignore
+from actcache.spec import check_positive
+from actcache.status import Say, ignore
 
 if TYPE_CHECKING:
     from actcache.lm import LanguageModel

@@ -32,7 +32,7 @@ def keep_freed_memory() -> None:
 
 
 class Scratch:
-    """Bytes that are reused from call to call (one per thread): fresh memory is dear on hot paths."""
+    """Bytes that are reused from call to call (one per thread): fresh memory is expensive on hot paths."""
 
     def __init__(self) -> None:
         self._bytes = np.empty(0, np.uint8)

@@ -70,14 +70,6 @@ def check_callable(where: str, **values: Any) -> None:
             raise ConfigError(f"{where}: {name} must be a function, got {shown(value)}")
 
 
-Say = Callable[[str], None]
-"""`say(sentence)`: called by long functions that report more than progress."""
-
-
-def ignore(*_: object) -> None:
-    """A `Progress` or `Say` for callers who do not listen."""
-
-
 def digest_of(value: Any) -> str:
     """sha256 (hex) of a JSON-able value in canonical form: sorted keys, no spaces."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

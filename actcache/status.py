@@ -71,5 +71,9 @@ Watch = Callable[[Status], None]
 """`watch(status)`: called by an extraction after each forward pass."""
 
 
+Say = Callable[[str], None]
+"""`say(sentence)`: called by long functions that report more than progress."""
+
+
 def ignore(*_: object) -> None:
     """Stands in for a callback that the caller did not give."""

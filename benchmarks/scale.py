@@ -146,9 +146,9 @@ def large_words(measured: Plan) -> str:
         f"this one at ${PRICE_PER_HOUR:.2f} an hour; storage is ${PRICE_PER_TB_MONTH:.0f} a terabyte and month. Bytes "
         "and objects are right if the sample is like the text. Hours assume that workers are as fast as this machine "
         "and wait neither for each other nor for the storage; the tables above show how far that holds. One worker "
-        f"makes {fits / 1e9:,.1f} G tokens a month. A GPU changes the hours and not the bytes: divide by what the forward "
-        "pass gains, until encoding is the bottleneck. `actcache plan MODEL TEXT SITES --tokens N --workers N` says "
-        "the same for your model, machine and prices."
+        f"makes {fits / 1e9:,.1f} G tokens a month. A GPU changes the hours and not the bytes: divide by what the "
+        "forward pass gains, until encoding is the bottleneck. `actcache plan MODEL TEXT SITES --tokens N --workers N` "
+        "says the same for your model, machine and prices."
     )
 
 

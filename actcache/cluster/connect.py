@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from actcache.errors import ClusterError, ConfigError, first_line
+from actcache.status import Say
 
 if TYPE_CHECKING:
     from distributed import Client
-
-Say = Callable[[str], None]
 
 _CONNECT_S = 15.0
 _FIRST_WORKER_S = 60.0

@@ -17,13 +17,13 @@ from urllib.parse import urlsplit
 
 from actcache.addresses import shown
 from actcache.auditing import check_before_sealing
-from actcache.cluster.connect import Say, check_installed, connected, local_workers, model_threads
+from actcache.cluster.connect import check_installed, connected, local_workers, model_threads
 from actcache.cluster.sums import Sums
 from actcache.cluster.worker import Report, Task, make_shards, where
 from actcache.errors import ActcacheError, ClusterError, ConfigError, StoreBusyError
 from actcache.extraction import BatchSequences, begin
 from actcache.spec import Dtype, TokenBlocks
-from actcache.status import Watch, ignore
+from actcache.status import Say, Watch, ignore
 from actcache.store import Check, Objects, Store, StoreWriter, open_store, to_write
 from actcache.store_options import StoreOptions
 

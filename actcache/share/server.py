@@ -25,7 +25,8 @@ from actcache.load.batches.batch_memory import BatchMemory
 from actcache.load.state import State, check_settings, how_far, parse_place, parse_state
 from actcache.share.messages import PROTOCOL, Lines, Message
 from actcache.share.shared_memory import SharedMemory
-from actcache.spec import Progress, Say, check_callable, check_positive, expand_names, ignore
+from actcache.spec import Progress, check_callable, check_positive, expand_names
+from actcache.status import Say, ignore
 from actcache.store.codecs import quantiser_of
 
 if TYPE_CHECKING:
