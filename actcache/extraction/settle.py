@@ -22,7 +22,7 @@ from actcache.store.format.sizes import default_sizes
 
 if TYPE_CHECKING:
     from actcache.lm import LanguageModel, ResolvedSite
-from actcache.provenance import _versions
+from actcache.provenance import store_versions
 
 BatchSequences = int | Literal["auto"]
 """Sequences in one forward pass, or `auto`: as many as make this model fast on this machine, found by trying."""
@@ -173,7 +173,7 @@ def provenance(lm: LanguageModel | None, batch_sequences: int) -> dict[str, Any]
     """What else a store's last bits depend on: versions, batch, and device and threads of the model if it runs here."""
     import torch
 
-    common = {"versions": {"python": platform.python_version(), **_versions()}, "batch_sequences": batch_sequences}
+    common = {"versions": {"python": platform.python_version(), **store_versions()}, "batch_sequences": batch_sequences}
     if lm is None:
         return common
     device = lm.device
