@@ -54,13 +54,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 Key = TypeVar("Key")
-
-
 Value = TypeVar("Value")
 
 
 class Kept(Generic[Key, Value]):
-    """Values that have been read, the latest ones that fit; what is found costs no lock."""
+    """A cache of values that have been read, the latest ones that fit; a hit takes no lock."""
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes, self._n_bytes = most_bytes, 0
@@ -69,9 +67,9 @@ class Kept(Generic[Key, Value]):
         self._changing = threading.Lock()
 
     def get(self, key: Key, read: Callable[[], tuple[Value, int]]) -> Value:
-        """The value of a key, and if need be from `read`, which says how many bytes of memory it takes."""
+        """The value of a key; if it is missing, from `read`, which also says how many bytes of memory it takes."""
         if (found := self._values.get(key)) is None:
-            # Of many threads that need it at once, one asks for it: that is what takes long where a store is far away.
+            # If many threads need it at once, one reads it, which takes long in a store that is far away.
             with self._guards.setdefault(key, threading.Lock()):
                 if (found := self._values.get(key)) is None:
                     found = read()

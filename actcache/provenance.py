@@ -4,36 +4,33 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import metadata
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from actcache._version import __version__
 
-_LIBRARIES = ("actcache", "torch", "transformers", "transformer-lens", "zarr", "numcodecs", "numpy")
+_OF_STORES = ("actcache", "torch", "transformers", "transformer-lens", "zarr", "numcodecs", "numpy")
+_OF_RUNS = ("torch", "zarr", "numcodecs", "numpy", "transformer-lens", "datasets")
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-_PACKAGES = ("torch", "zarr", "numcodecs", "numpy", "transformer-lens", "datasets")
+def store_versions() -> dict[str, str]:
+    """Versions of the libraries that made a store."""
+    return _installed(_OF_STORES)
 
 
 def versions() -> dict[str, str]:
-    """Versions of this library, of Python, and of the packages that decide results."""
-    found = {"actcache": __version__, "python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
+    """Versions of this library, of Python, and of the packages that decide the results of a run."""
+    return {"actcache": __version__, "python": platform.python_version(), **_installed(_OF_RUNS)}
+
+
+def _installed(packages: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for name in packages:
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 

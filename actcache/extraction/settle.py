@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from actcache.errors import ConfigError, StoreError, StoreMismatchError
 from actcache.extraction.sink import Sink
 from actcache.memory import is_out_of_memory
-from actcache.provenance import _versions
 from actcache.spec import DTYPES, Site, StoreSpec, TokenBlocks, check_positive
 from actcache.store import Objects, ShardBuffers, Store, open_store
 from actcache.store.codecs.fit import codec_for, fit_to_first_rows, is_offered, is_result_of, needs_trial
@@ -26,6 +25,7 @@ from actcache.store_options import StoreOptions
 
 if TYPE_CHECKING:
     from actcache.lm import LanguageModel, ResolvedSite
+from actcache.provenance import store_versions
 
 BatchSequences = int | Literal["auto"]
 """Sequences in one forward pass, or `auto`: as many as make this model fast on this machine, found by trying."""
@@ -174,7 +174,7 @@ def provenance(lm: LanguageModel | None, batch_sequences: int) -> dict[str, Any]
     """What else a store's last bits depend on: versions, batch, and the model's device and threads if it runs here."""
     import torch
 
-    common = {"versions": {"python": platform.python_version(), **_versions()}, "batch_sequences": batch_sequences}
+    common = {"versions": {"python": platform.python_version(), **store_versions()}, "batch_sequences": batch_sequences}
     if lm is None:
         return common
     device = lm.device
