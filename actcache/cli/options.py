@@ -19,7 +19,7 @@ from actcache.cli.screen import Screen
 from actcache.errors import ConfigError
 from actcache.source import BosPolicy, ControlTokens, Documents, OnBad, Packing
 from actcache.spec import Dtype
-from actcache.store import PRESETS
+from actcache.store.codecs.presets import offered
 
 MODEL, TEXT, STORE, RUN = (
     Group(name, sort_key=place) for place, name in enumerate(("Model", "Text", "Store", "This command"))
@@ -35,7 +35,7 @@ def _spaced(values: Iterable[str]) -> str:
     return " ".join(values)
 
 
-_OFFERED = ", ".join(name for name in PRESETS if name != "fast")
+_OFFERED = ", ".join(preset.name for preset in offered())
 _CODEC = (
     f"Preset ({_OFFERED}), `auto`, or the JSON text of a list of Zarr codecs; for some sites only as 'PATTERN=CODEC', "
     "several times."
