@@ -126,7 +126,7 @@ class TestTheSameAsOnADisk:
         with pytest.raises(StoreNotFoundError, match="s3://bucket"):
             open_store(bucket)
         writable(bucket).put("somebody/else", b"1")
-        with pytest.raises(NotAStoreError, match="something else"):
+        with pytest.raises(NotAStoreError, match="holds something that is not an activation store"):
             open_store(bucket)
 
 

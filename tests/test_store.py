@@ -259,9 +259,9 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("three years of work")
     blocks = random_blocks(29, 13)
     spec = spec_of(blocks)
-    with pytest.raises(NotAStoreError, match="something else"):
+    with pytest.raises(NotAStoreError, match="holds something that is not an activation store"):
         write_shards(tmp_path, spec, blocks, random_bits(spec))
-    with pytest.raises(NotAStoreError, match="something else"):
+    with pytest.raises(NotAStoreError, match="holds something that is not an activation store"):
         open_store(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
     zarr.open_group(tmp_path / "foreign.zarr", mode="w")
