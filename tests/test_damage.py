@@ -490,5 +490,5 @@ def test_a_store_that_died_while_being_created_begins_again(plan):
 
 def test_every_damage_error_is_ours(copy):
     (copy / "zarr.json").write_text("{")
-    with pytest.raises(ActcacheError, match="no activation store"):
+    with pytest.raises(ActcacheError, match="is not an activation store"):
         open_store(copy)

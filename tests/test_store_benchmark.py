@@ -26,7 +26,7 @@ def data():
 
 def test_comparisons_give_a_row_each(data, tmp_path):
     rows = [figure.row() for figure in store.figures(data, pairs=2, where=tmp_path)]
-    assert len(rows) == 2 * 4 + 2
+    assert len(rows) == 4 * len(store.PRESETS) + 2
     assert all(row.count("|") == 7 for row in rows)
     assert not list(tmp_path.iterdir())
 
@@ -46,7 +46,7 @@ def test_both_ways_of_writing_hold_the_same_bits(data, tmp_path):
 
 def test_parts_and_bounds_give_a_row_each(data, tmp_path):
     rows = store_bounds.part_rows(data, store.PRESETS)
-    assert all(row.count("|") == 4 for row in rows[2:])
+    assert all(row.count("|") == len(store.PRESETS) + 2 for row in rows[2:])
     rows = [bound.row() for bound in store_bounds.bounds(5, 2, (2, 3), 2, where=tmp_path)]
     assert len(rows) == 6
     assert all(row.count("|") == 5 for row in rows)
