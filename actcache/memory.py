@@ -1,4 +1,9 @@
-"""How the process keeps memory: the first touch of fresh pages costs several times a copy, so freed blocks are kept."""
+"""How the process keeps memory: the first touch of fresh pages costs several times a copy, so freed blocks are kept.
+
+dask sets `MALLOC_TRIM_THRESHOLD_` for its workers, which switches this off: allocating and filling two tensors of 4 MiB
+400 times took 1.54 s instead of 0.08 s. Where the environment sets malloc's parameters, both thresholds are raised by
+hand.
+"""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(tokens: Sequence[str], *, as_json: bool) -> int:
     try:
-        code = build_app()(tokens) or FINE
+        code = build_app(with_help=not tokens or tokens[0].startswith("-"))(tokens) or FINE
         sys.stdout.flush()
         return code
     except CycloptsError as error:

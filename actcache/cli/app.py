@@ -5,14 +5,13 @@ In: the functions of the rooms beside this one. Out: an app, and one sentence fo
 
 from __future__ import annotations
 
+import pkgutil
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import cyclopts
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from actcache._version import __version__
-from actcache.cli import care, learn, look, make
-from actcache.cli.plan import plan
 
 _HELP = """Cache a model's activations, serve them shuffled, learn sparse MLPs from them.
 
@@ -31,47 +30,50 @@ With a model and a text from the Hugging Face hub:
 
 
 class _Verb(NamedTuple):
-    """A verb: its function (or the path of one that is imported when it is used), and a command line that shows it."""
+    """A verb: the path of its function, which is imported when it is used, and a command line that shows it."""
 
-    function: Any
+    function: str
     example: str
     name: str | None = None
     help: str | None = None
 
 
-# `train` is imported when it is used: it has the trainer's options, whose module needs torch.
+# `train` says its help here, since the module of its options needs torch.
 _VERBS: dict[str, list[_Verb]] = {
     "Make a store": [
         _Verb(
-            make.extract,
+            "actcache.cli.make:extract",
             "actcache extract --sites 'blocks.3.mlp.hook_in' 'blocks.3.hook_mlp_out' \\\n  --count 128 --out acts.zarr",
         ),
-        _Verb(make.extend, "actcache extend acts.zarr --skip-documents 200 --count 64"),
-        _Verb(make.add_sites, "actcache add-sites acts.zarr --sites 'blocks.0.hook_resid_pre' --codec sparse"),
+        _Verb("actcache.cli.make:extend", "actcache extend acts.zarr --skip-documents 200 --count 64"),
         _Verb(
-            make.import_store,
+            "actcache.cli.make:add_sites",
+            "actcache add-sites acts.zarr --sites 'blocks.0.hook_resid_pre' --codec sparse",
+        ),
+        _Verb(
+            "actcache.cli.make:import_store",
             "actcache import 'blocks.3.hook_mlp_out=acts.npy' --format npy \\\n  --out imported.zarr",
             name="import",
         ),
     ],
     "Look at a model, a store or a run": [
-        _Verb(look.sites, "actcache sites stories-4l 'blocks.*.hook_mlp_out'"),
+        _Verb("actcache.cli.look:sites", "actcache sites stories-4l 'blocks.*.hook_mlp_out'"),
         _Verb(
-            plan,
+            "actcache.cli.plan:plan",
             "actcache plan stories-4l stories-corpus 'blocks.*.hook_mlp_out' \\\n  --tokens 1000000000 --seconds 5",
         ),
-        _Verb(look.info, "actcache info acts.zarr"),
-        _Verb(look.report, "actcache report run"),
+        _Verb("actcache.cli.look:info", "actcache info acts.zarr"),
+        _Verb("actcache.cli.look:report", "actcache report run"),
     ],
     "Take care of a store": [
-        _Verb(care.verify, "actcache verify acts.zarr"),
-        _Verb(care.audit, "actcache audit acts.zarr --count 4"),
-        _Verb(care.repair, "actcache repair acts.zarr"),
-        _Verb(care.export, "actcache export acts.zarr --rows 0:4096 --codec int8 --out part.zarr"),
-        _Verb(care.delete_sites, "actcache delete-sites acts.zarr blocks.0.hook_resid_pre"),
+        _Verb("actcache.cli.care:verify", "actcache verify acts.zarr"),
+        _Verb("actcache.cli.care:audit", "actcache audit acts.zarr --count 4"),
+        _Verb("actcache.cli.care:repair", "actcache repair acts.zarr"),
+        _Verb("actcache.cli.care:export", "actcache export acts.zarr --rows 0:4096 --codec int8 --out part.zarr"),
+        _Verb("actcache.cli.care:delete_sites", "actcache delete-sites acts.zarr blocks.0.hook_resid_pre"),
     ],
     "Learn from a store": [
-        _Verb(learn.demo, "actcache demo --small --out demo"),
+        _Verb("actcache.cli.learn:demo", "actcache demo --small --out demo"),
         _Verb(
             "actcache.cli.train:train",
             "actcache train acts.zarr --site-in blocks.3.mlp.hook_in \\\n"
@@ -79,9 +81,9 @@ _VERBS: dict[str, list[_Verb]] = {
             help="Train a sparse MLP that predicts one site of a store from another. Run again to continue where it "
             "stopped.",
         ),
-        _Verb(learn.evaluate, "actcache evaluate run --skip-documents 400 --count 16"),
+        _Verb("actcache.cli.learn:evaluate", "actcache evaluate run --skip-documents 400 --count 16"),
         _Verb(
-            learn.serve,
+            "actcache.cli.learn:serve",
             "actcache serve acts.zarr --sites '*' --socket acts.sock --consumers 2 \\\n  --batch-rows 2048",
         ),
     ],
@@ -90,8 +92,13 @@ _COMPLETION = "Install completion of verbs and options for your shell."
 _COMPLETION_EXAMPLE = "actcache --install-completion --shell bash"
 
 
-def build_app() -> App:
-    """The command line as a cyclopts app."""
+def build_app(*, with_help: bool = True) -> App:
+    """The command line as a cyclopts app.
+
+    Args:
+        with_help: import what every verb needs, so that the list of verbs can say what each of them does. Without, only
+            the verb that is called is imported, which is a second faster.
+    """
     app = App(
         name="actcache",
         help=_HELP,
@@ -107,14 +114,20 @@ def build_app() -> App:
     for place, (group, verbs) in enumerate(_VERBS.items()):
         heading = Group(group, sort_key=place)
         for order, verb in enumerate(verbs):
-            given: dict[str, Any] = {} if verb.help is None else {"help": verb.help}
-            epilogue = _example(verb.example)
-            app.command(verb.function, verb.name, group=heading, sort_key=order, help_epilogue=epilogue, **given)
+            given: dict[str, Any] = {"group": heading, "sort_key": order, "help_epilogue": _example(verb.example)}
+            if verb.help is not None:
+                given["help"] = verb.help
+            function: Any = pkgutil.resolve_name(verb.function) if with_help and verb.help is None else verb.function
+            app.command(function, _name_of(verb), **given)
     other = Group("Other", sort_key=len(_VERBS))
     app.register_install_completion_command(help=_COMPLETION, group=other, help_epilogue=_example(_COMPLETION_EXAMPLE))
     for flag, says in (("--help", "Show this help."), ("--version", "Show the version.")):
         app[flag].group, app[flag].help = other, says
     return app
+
+
+def _name_of(verb: _Verb) -> str:
+    return verb.name or verb.function.rpartition(":")[2].replace("_", "-")
 
 
 def _example(command: str) -> str:

@@ -1,4 +1,11 @@
-"""Hand out shards until all are made."""
+"""Hand out shards until all are made.
+
+The store is the only list of what is done. Tasks return nothing that counts; the driver lists commit records after all
+tasks have ended and hands out again what has none. So a task may die, run twice, or be passed over because another
+process makes its shards. Tasks are groups of neighbouring shards, large ones first and single ones at the end (guided
+self-scheduling): within a group one shard is encoded while the model runs over the next, and at the end nobody waits
+for a long task.
+"""
 
 from __future__ import annotations
 

@@ -9,6 +9,9 @@ the same reason several processes can fill one store, each some of its shards.
     run.py      the loop: the forward pass on this thread, encoding and disk behind it
     sink.py     from the model's device into a shard's buffers
     follow.py   progress, speed, and warnings about the activations
+
+The room has the verb's noun for its name, because importing a module `actcache.extract` would replace the function of
+that name on the package.
 """
 
 from actcache.extraction.make import add_sites, begin, extend, extract, fill

@@ -1,4 +1,9 @@
-"""Decisions before the first forward pass: the spec, codecs fitted to the sites, the batch size, provenance."""
+"""Decisions before the first forward pass: the spec, codecs fitted to the sites, the batch size, provenance.
+
+What decides a store's last bits but not its values (versions, threads, device, batch) stands beside the spec as
+provenance: continuing in other circumstances is warned of instead of refused. A batch that was found by trying is kept
+with the store, since a matrix product may round differently for another batch.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,10 @@
 
 Each function here gives a loop of `loops.py`, or None where numba is missing: then the caller's numpy code does the
 same. The loops are compiled when they are first used and kept on disk, which takes some seconds once.
+
+The first batch is made with numpy, and compiled loops are loaded behind it by a thread of their own: importing numba
+takes half a second, as much as all else that a first batch needs on a store of a million chunks, and an interrupt would
+leave modules half imported for the rest of the process.
 """
 
 from __future__ import annotations

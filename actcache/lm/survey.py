@@ -3,6 +3,11 @@ layout and width. Sizes are never guessed from a config.
 
 In: a way to run a model, and places under candidate names. Out: the sites that were seen; two models compared by the
 values at their sites. Which names a model has, and what patterns mean, is decided in `names.py`.
+
+Sites are found by agreement of values. transformer-lens knows what its hook names mean; which module of the plain model
+has that value as its input or output depends on the architecture. One forward pass of a few tokens through both models
+shows it. A name for which no module gives the same values is read from the instrumented model, as long as its blocks'
+outputs and logits equal those of the plain model.
 """
 
 from __future__ import annotations

@@ -2,6 +2,10 @@
 
 In: scaled rows of the input and the target. Out: the loss, its error term, and the latents. A sparsity penalty enters
 here and nowhere else.
+
+The L1 penalty weighs each latent by the norm of its decoder column, because small latents with long columns would evade
+it, and it is multiplied by the square root of the target's width, so that one `l1` means the same for narrow and wide
+sites.
 """
 
 from __future__ import annotations

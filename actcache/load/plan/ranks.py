@@ -1,4 +1,10 @@
-"""Which batches, lanes and windows of an order one of several ranks needs: integers only."""
+"""Which batches, lanes and windows of an order one of several ranks needs: integers only.
+
+Ranks read lanes. Windows mix all their chunks, so ranks that take every W-th batch of one order would all read the
+whole store. The order is cut into lanes, stretches of whole batches with windows of their own, and batches are taken
+from the lanes in turn: the order depends on the number of lanes, which stands in the state, and not on the number of
+ranks.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""A lane's windows one after the other; the next one is filled while one is in use."""
+"""A lane's windows one after the other; the next one is filled while one is in use.
+
+A window that is used up is filled again before the next one is waited for, so that decoding threads go from one window
+to the other without a pause. A third window would do the same, for half as much memory again.
+"""
 
 from __future__ import annotations
 

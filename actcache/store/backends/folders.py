@@ -1,6 +1,11 @@
 """A store in a folder: files, read straight into the caller's buffer, and flushed to the disk when it matters.
 
 zarr's own store hands out new memory for every range, and touching new memory takes longer than the copy.
+
+New objects are flushed together, 16 at a time, so that a journal is written once for many of them: 28 small files one
+after the other took 96 ms, 16 at a time 8 ms (ext4). It happens in the encoding thread that ends a shard, behind the
+next shard's forward pass. After a flush that failed this writer commits nothing more, since the system forgets what it
+could not write.
 """
 
 # ruff: noqa: D102 (the methods are documented in `Backend`)

@@ -1,4 +1,9 @@
-"""Which codec a site gets, fitted to the first of its own activations where that decides, before its store is begun."""
+"""Which codec a site gets, fitted to the first of its own activations where that decides, before its store is begun.
+
+The codec is a property of a site, since what suits a residual stream does not suit ReLU activations. `auto` and the
+exponents of a quantiser are found on the first sequences before the store is begun and stand in its spec, so that a
+shard stays a function of its own tokens.
+"""
 
 from __future__ import annotations
 

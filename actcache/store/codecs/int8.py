@@ -11,6 +11,10 @@ A row of zeros has the scale 0. A row with a NaN or an infinity has the scale Na
 and none of it can be taken for numbers. Rounding the scale up, never down, is what keeps q within its range.
 
 All works through a block of rows at a time that stays in the cache, and in numpy calls that release the GIL.
+
+With the scale alone, models with a few very large features lose 5e-4 to 2.4e-3 of the variance (SmolLM2); with the
+powers of two 1e-4. The scale has two bytes instead of four: at a width of 128 that is the difference between 0.508 and
+0.516 of bfloat16.
 """
 
 from __future__ import annotations

@@ -5,6 +5,9 @@ repeated sequences first, finds short ones by chance, and is slower in writing a
 by how often it occurs. With a table of 64 places for sequences it hardly finds any, which is twice as fast to write,
 half as much again faster to read, and for most sites smaller (`docs/codecs.md`). Numcodecs has no such setting, so the
 frames are put together here; every Blosc reads them.
+
+Frames of most sites are 1 to 2 % smaller than numcodecs' own of level 1; for the first residual streams of a model,
+whose rows repeat with the tokens, they are 4 % larger.
 """
 
 from __future__ import annotations

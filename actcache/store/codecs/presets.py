@@ -1,6 +1,10 @@
 """Codecs by name or by their Zarr v3 metadata: from text to what stores the values, and back to one canonical text.
 
 A codec is a string: the name of a preset, or the JSON text of a list of Zarr v3 codec metadata.
+
+`lossless` is zstd behind a byte shuffle in one block: 0.67 to 0.69 of bfloat16 on residual streams, where lz4 behind a
+bit shuffle had 0.78 to 0.85, and it takes hardly longer. zstd takes 128 KiB at a time, and a chunk needs 256 KiB for
+its high and low bytes to fall into different ones, so narrow sites get at least that.
 """
 
 from __future__ import annotations

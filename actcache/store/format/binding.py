@@ -6,6 +6,10 @@ in the record's object, in bytes of its Blosc frame that belong to no block: eve
 so do versions of this package that know nothing of it. Records of those versions have no binding.
 
 In: a spec, the record of the row table, token ids. Out: 32 bytes, and the stored object that has them.
+
+The binding lies in a gap of the record's Blosc frame, because every reader of format 1 works out the length of the
+values from the spec, and one more object for each shard and site would have to be written, flushed and listed. The
+frame's own lengths cover the gap, so zarr-python, zarrs and tensorstore read what they did.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""Keys of the objects of a store."""
+"""Keys of the objects of a store.
+
+Commit records lie beside what they commit (`sites/HOOK/commit`), so that adding or deleting a site moves nothing of the
+others. Keys have dots (`c.17.0`) instead of slashes: a folder of ten thousand shards is listed at once, and no folder
+is made for each shard. The row table has one chunk a shard, so that it is committed with the shard.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Commit records: what a shard has, with the checksum of each stored piece; the ledger and totals of a sealed store."""
+"""Commit records: what a shard has, with the checksum of each stored piece; the ledger and totals of a sealed store.
+
+A record lists the crc32c of every chunk, of the index and of the statistics. With each object's own checksum alone, an
+object that is whole but swapped with another, or left from an older store, would be read without complaint. Ledger and
+totals are written at sealing, so that opening a sealed store and asking for statistics reads two small objects instead
+of one a shard.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,11 @@
 A writer puts a lease, an object that says which process it is, unless there is one. The lease stays when its process is
 killed. The next writer on the same machine sees that the process is gone and takes the lease over. A writer on another
 machine cannot know, and is refused until the user runs `actcache repair STORE --unlock`.
+
+A lease does not end with its process, because another machine cannot see whether that process lives. Its shard is
+passed over by the others, which finish all the rest, and `actcache repair --unlock` frees it. Leases that expire would
+need clocks, or writers that renew them during a forward pass, and a slow writer would be taken for dead and then write
+into the shard of another.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 In: the objects of a store and its root. Out: records, compared with the ledger if the store is sealed, and the errors
 that name what is damaged.
+
+The fingerprint is checked when a value is first read instead of when the store is opened, so that a store in trouble
+can still be opened, named and verified. It costs the totals of all sites and one sha256 of the ledger, once.
 """
 
 from __future__ import annotations

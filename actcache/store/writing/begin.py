@@ -1,4 +1,8 @@
-"""Look for a store, or create one: what is there, whether it is what was asked for, and its arrays and tokens."""
+"""Look for a store, or create one: what is there, whether it is what was asked for, and its arrays and tokens.
+
+A store begins in the state `creating` and becomes `open` when its metadata and tokens are all there: a crash between
+the two leaves nothing that looks like a store and cannot be continued.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,12 @@
 
 The hot path of writing. Buffers are kept from shard to shard (an encoder belongs to one thread), and all that is done
 to a chunk is done while it lies in the core's cache, the writing too.
+
+Shards are encoded and assembled here, with numcodecs in threads; zarr-python writes the metadata alone. Its own sharded
+path wrote 0.25 GB/s and read random chunks at 0.35 GB/s, against 0.76 and 1.4 GB/s (2 cores, 604 MB of bfloat16
+activations, Blosc lz4 with bitshuffle). Tests hold both readings equal. Objects are written chunk by chunk, because
+keeping the chunks and joining them cost more than compressing them: 0.36 against 0.76 of the speed of bare encoding and
+writing.
 """
 
 from __future__ import annotations

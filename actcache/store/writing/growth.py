@@ -1,4 +1,9 @@
-"""What may change about an existing store: nothing, unless it is asked to grow by sequences or by sites."""
+"""What may change about an existing store: nothing, unless it is asked to grow by sequences or by sites.
+
+A growing store stays what it was as long as possible. New shards and new sites are written beside the old ones under a
+root that does not know them, and the root changes when all is there. Only a last shard that was not full has to be
+taken back before it can be made again, and it is made last.
+"""
 
 from __future__ import annotations
 
