@@ -1,6 +1,6 @@
 """Real activations for the benchmarks of the store: three models, three kinds of sites, as bfloat16 bits.
 
-`stories-4l` comes with the package. The others are optional, and whoever asks is told what is missing:
+`stories-4l` comes with the package. The others are optional, and a request for a missing one says what to install:
 
 - stories260K, a folder of a Hugging Face model, in the folder that `models` or the environment variable
   `ACTCACHE_BENCHMARK_MODELS` names (by default `../shared/assets`, beside the repository);

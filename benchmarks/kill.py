@@ -115,7 +115,7 @@ def serve(work: Callable[[str, Path, Path], None]) -> None:
     """Fork a process for every job on stdin, kill it after the seconds that the job says, and print how it ended.
 
     A fork of a process that has written a store begins its work at once, with all that is imported and compiled when
-    it is first used. The only threads by then are event loops, which actcache and zarr begin anew in a fork.
+    it is first used. The only threads by then are event loops, which actcache and zarr start again in a fork.
     """
     with tempfile.TemporaryDirectory() as folder:
         work("write", Path(folder, "s.zarr"), Path())

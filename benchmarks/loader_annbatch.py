@@ -44,7 +44,7 @@ def environment(*, install: bool = True) -> Path:
     """The interpreter of an environment with annbatch, made if need be and if that is allowed.
 
     Raises:
-        MissingPeerError: there is none, and none can be made.
+        MissingPeerError: there is no environment, and it cannot be made.
     """
     python, ready = ENVIRONMENT / "bin" / "python", ENVIRONMENT / ".ready"
     if ready.exists() and ready.read_text() == "\n".join(REQUIREMENTS):

@@ -22,7 +22,7 @@ ROWS_PER_SHARD = 65536
 
 
 def written(settings: dict[str, Any]) -> Any:
-    """The rows of a file of bfloat16 bits as a Zarr array, opened anew."""
+    """The rows of a file of bfloat16 bits as a Zarr array, opened again."""
     rows = np.fromfile(settings["bits"], "<u2").reshape(-1, settings["width"])
     values = widened(rows) if settings["as_float32"] else rows
     array = zarr.create_array(

@@ -85,7 +85,7 @@ def bos_of(tokenizer: Tokenizer) -> int:
     """The id of the token that begins every document."""
     bos = tokenizer.token_to_id(BOS)
     if bos is None:
-        raise ValueError(f"the tokenizer has no {BOS} token: it is none that train_base_lm.py made")
+        raise ValueError(f"the tokenizer has no {BOS} token: train_base_lm.py did not make it")
     return int(bos)
 
 

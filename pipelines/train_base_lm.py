@@ -15,7 +15,7 @@ command goes on from the last checkpoint, and on a finished run it only writes t
 `--export-to FOLDER` writes the same, without training, from the checkpoint as it stands. Needs torch 2.9 (Muon).
 
 ReLU neurons die at high learning rates where no layer norm holds their inputs in place. `--start-from OUT` begins a run
-with the weights of another one and makes the dead neurons anew; `stories-4l` was trained so, in two runs (its card
+with the weights of another one and gives the dead neurons new weights; `stories-4l` was trained so, in two runs (its card
 gives both commands).
 """
 
@@ -116,7 +116,7 @@ class Run:
         return total
 
     def start_from(self, path: Path, ids: Tensor) -> None:
-        """Begin with the weights of another run's checkpoint, its dead MLP neurons made anew."""
+        """Begin with the weights of another run's checkpoint, with new weights for its dead MLP neurons."""
         saved: dict[str, Any] = torch.load(path, weights_only=True)
         self.model.load_state_dict(saved["model"])
         self.tokens_before, self.seconds, self.history = tokens_of(saved), saved["seconds"], saved["history"]

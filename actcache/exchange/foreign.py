@@ -117,7 +117,7 @@ def common_dtype(dtypes: Mapping[str, torch.dtype]) -> Dtype:
     """The element type that holds the values of all hooks exactly.
 
     Raises:
-        ConfigError: there is none, because some are float64.
+        ConfigError: no dtype holds all of them, because some are float64.
     """
     names = {str(dtype).removeprefix("torch.") for dtype in dtypes.values()}
     if "float64" in names:
