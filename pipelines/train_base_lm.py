@@ -15,8 +15,8 @@ command goes on from the last checkpoint, and on a finished run it only writes t
 `--export-to FOLDER` writes the same, without training, from the checkpoint as it stands. Needs torch 2.9 (Muon).
 
 ReLU neurons die at high learning rates where no layer norm holds their inputs in place. `--start-from OUT` begins a run
-with the weights of another one and gives the dead neurons new weights; `stories-4l` was trained so, in two runs (its card
-gives both commands).
+with the weights of another one and gives the dead neurons new weights; `stories-4l` was trained so, in two runs (its
+card gives both commands).
 """
 
 from __future__ import annotations
