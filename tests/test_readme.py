@@ -126,7 +126,10 @@ def test_a_failing_block_is_shown(tmp_path: Path) -> None:
 def verbs_named(text: str) -> set[str]:
     """Verbs in code: at the beginning of a command, or after a backtick."""
     commands = "\n".join(code for language, code in FENCE.findall(text) if language in ("bash", "console"))
-    return {*re.findall(r"^actcache ([a-z][a-z-]*)", commands, re.MULTILINE), *re.findall(r"`actcache ([a-z][a-z-]*)", text)}
+    return {
+        *re.findall(r"^actcache ([a-z][a-z-]*)", commands, re.MULTILINE),
+        *re.findall(r"`actcache ([a-z][a-z-]*)", text),
+    }
 
 
 def test_verbs_named_are_those_there_are() -> None:
