@@ -20,8 +20,8 @@ from places import between_processes, by_name, everywhere, writable
 
 from actcache.errors import ConfigError, NotAStoreError, StoreBusyError
 from actcache.store.format.root import exists_any
-from actcache.store.locks.keys import CLAIM, LEASE, SHARED
 from actcache.store.locks.lock import WriterLock, unlock
+from actcache.store.locks.lock_keys import CLAIM, LEASE, SHARED
 
 HOLDER = """
 import os, sys

@@ -33,7 +33,7 @@ from actcache.store import StoreWriter, delete_sites, open_store, repair, unlock
 from actcache.store.format.keys import commit_key
 from actcache.store.format.root import Root, exists_any, read_root, write_root
 from actcache.store.format.stats import stats_of
-from actcache.store.locks.keys import CLAIM, LEASE, SHARED, lock_keys
+from actcache.store.locks.lock_keys import CLAIM, LEASE, SHARED, lock_keys
 from actcache.store.writing import writer as writer_module
 
 

@@ -23,7 +23,7 @@ from actcache.store.backends.folders import FileBackend
 from actcache.store.format.keys import ROWS
 from actcache.store.format.records import committed_shards
 from actcache.store.format.root import exists_any
-from actcache.store.locks.keys import LEASE
+from actcache.store.locks.lock_keys import LEASE
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import kill

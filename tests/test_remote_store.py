@@ -30,7 +30,7 @@ from actcache.spec import Site
 from actcache.store import Store, StoreWriter, delete_sites, export, open_store, repair, verify
 from actcache.store.backends import urls
 from actcache.store.backends.objects import Objects
-from actcache.store.locks.keys import LEASE
+from actcache.store.locks.lock_keys import LEASE
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from conftest import random_bits, random_blocks, spec_of, write_shards
 
 import actcache
 from actcache.cli import main
-from actcache.cli.streams import Outlet
+from actcache.cli.outlets import Outlet
 from actcache.spec import Site
 
 pytestmark = pytest.mark.exhaustive

@@ -16,7 +16,7 @@ a function in one of these files, and a line with an example in `app.py`. What s
     store_view.py  how a store is shown
     screen.py      tables, JSON: all that is printed
     progress.py    bars, lines in a log, events: how far a command is
-    streams.py     stdout and stderr of any kind
+    outlets.py     stdout and stderr of any kind
     interrupts.py  Ctrl-C
 """
 
@@ -31,8 +31,8 @@ from cyclopts import CycloptsError
 from actcache.addresses import hidden
 from actcache.cli.app import build_app, sentence
 from actcache.cli.interrupts import INTERRUPTED
+from actcache.cli.outlets import patient_streams
 from actcache.cli.screen import FINE, UNSOUND, USER_ERROR, error_line
-from actcache.cli.streams import patient_streams
 from actcache.errors import ActcacheError, AuditError, CorruptShardError
 
 __all__ = ["build_app", "main"]

@@ -19,7 +19,7 @@ from actcache.kernels.bits import bits_tensor
 from actcache.store.backends.objects import Objects
 from actcache.store.format.root import read_root
 from actcache.store.format.stats import SiteStats
-from actcache.store.reading import measure, values, views
+from actcache.store.reading import statistics, values, views
 from actcache.store.reading.chunks import Chunks
 from actcache.store.reading.context import Context, context
 from actcache.store.reading.rows import Rows, checked_rows, row_ids
@@ -116,7 +116,7 @@ class Store(Chunks):
         Raises:
             SiteError: no such site. StoreError: no row is selected. IndexError: a selected row does not exist.
         """
-        return measure.stats(self, site, shards, rows)
+        return statistics.stats(self, site, shards, rows)
 
     def covariance(self, site: str, rows: Rows | None = None, *, threads: int = 2) -> NDArray[np.float64]:
         """`(D, D)` population covariance of a site's dimensions, over all committed rows or some of them.
@@ -128,7 +128,7 @@ class Store(Chunks):
             SiteError: no such site. StoreError: no finite row is selected. IndexError: a selected row does not exist.
             ConfigError: the matrix would take more than 8 GiB.
         """
-        return measure.covariance(self, site, rows, threads)
+        return statistics.covariance(self, site, rows, threads)
 
     def info(self) -> dict[str, Any]:
         """What the store is, how complete, how large, and its statistics: JSON-able."""

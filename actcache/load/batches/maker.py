@@ -14,8 +14,8 @@ from actcache.load.batches.batch import Batch
 from actcache.load.batches.batch_memory import BatchMemory
 from actcache.load.batches.gather import Gather
 from actcache.load.batches.origin import Origin, ShardTables
+from actcache.load.device.device_rows import DeviceGather
 from actcache.load.device.link import link_to
-from actcache.load.device.rows import DeviceGather
 from actcache.load.normalize import Normalization
 from actcache.load.plan.epochs import Lane
 from actcache.load.speed import Clock

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.load.device.rows import DeviceWindow
+from actcache.load.device.device_rows import DeviceWindow
 from actcache.load.plan.epochs import Lane
 from actcache.load.plan.reading_order import reading_order
 from actcache.load.windows.chunk_queue import ChunkQueue, Wanted

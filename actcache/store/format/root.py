@@ -12,7 +12,7 @@ from actcache.spec import StoreSpec
 from actcache.store import codecs
 from actcache.store.backends.objects import Objects
 from actcache.store.format.keys import columns_of as columns
-from actcache.store.locks.keys import LEASE
+from actcache.store.locks.lock_keys import LEASE
 
 FORMAT_VERSION = 1
 

@@ -17,8 +17,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from actcache.errors import NotAStoreError, StoreBusyError
-from actcache.store.locks.keys import LEASE, claim_key, lock_keys
 from actcache.store.locks.leases import busy, read_lease
+from actcache.store.locks.lock_keys import LEASE, claim_key, lock_keys
 
 if TYPE_CHECKING:
     from actcache.store.backends.objects import Objects

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actcache.errors import StoreBusyError
-from actcache.store.locks.keys import CLAIM, LEASE, SHARED, claim_key, lock_keys
+from actcache.store.locks.lock_keys import CLAIM, LEASE, SHARED, claim_key, lock_keys
 
 if TYPE_CHECKING:
     from actcache.store.backends.objects import Objects

@@ -17,8 +17,8 @@ from actcache.spec import expand_names
 from actcache.store.format.keys import ROW_ARRAYS, ROWS, column_prefix, columns_of
 from actcache.store.format.records import committed_shards
 from actcache.store.format.table_objects import UINT32
-from actcache.store.locks.keys import CLAIM, lock_keys
-from actcache.store.reading import measure
+from actcache.store.locks.lock_keys import CLAIM, lock_keys
+from actcache.store.reading import statistics
 from actcache.store.reading.chunks import Chunks
 from actcache.store.reading.values import read_stored
 
@@ -53,7 +53,7 @@ def info(store: Chunks) -> dict[str, Any]:
             "bytes": stored[site.name],
             "bytes_per_activation": stored[site.name] / max(1, store.n_rows * site.width),
             "ratio": stored[site.name] / max(1, raw_bytes[site.name]),
-            **(measure.stats(store, site.name, shards, None).summary() if store.committed else {}),
+            **(statistics.stats(store, site.name, shards, None).summary() if store.committed else {}),
         }
         for site in spec.sites
     }
