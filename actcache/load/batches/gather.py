@@ -1,6 +1,6 @@
 """From windows to batches on the CPU: rows are gathered, widened, multiplied by their scales, and normalised.
 
-In: a window, a site and places in it. Out: rows in the memory of a batch. `device/device_rows.py` does the same on a GPU.
+In: a window, a site and places in it. Out: rows in the memory of a batch; `device/device_rows.py` does it on a GPU.
 
 One thread gathers, in compiled loops or numpy. torch would use a team of threads for each copy, and two teams on the
 same cores, this one and the trainer's, wait for each other more than they work.
