@@ -15,11 +15,11 @@ _URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>]*")
 _QUERY_IN_TEXT = re.compile(r"\?[\w.~%-]+=[^\s\"'<>)]*")
 _HIDDEN = "..."
 _FEWEST_CHARACTERS = 3
-"""Of a secret that is looked for in what other libraries say: shorter ones are found in every text."""
+"""Shortest secret that is looked for in the messages of other libraries: shorter ones occur in any text."""
 
 
 def shown(location: object) -> str:
-    """A location as it may be seen: of a URL without user, password, query and fragment; of a path all of it.
+    """A location as people may see it: a URL without user, password, query and fragment, and a whole path.
 
     What comes before a URL stays: `--out=s3://key:secret@bucket/a` becomes `--out=s3://bucket/a`.
     """
@@ -43,7 +43,7 @@ def _parts(rest: str) -> tuple[str, str, str]:
 
 
 def hidden(text: str, location: object = "") -> str:
-    """A text of another library without what `shown` leaves out of any URL in it, nor of the location it is about."""
+    """A message of another library, without what `shown` leaves out of URLs in it and of the location it is about."""
     whole = str(location)
     if "://" in whole:
         text = text.replace(whole, shown(whole))
@@ -55,7 +55,7 @@ def hidden(text: str, location: object = "") -> str:
 
 
 def _secrets(location: str) -> set[str]:
-    """What a URL says that nobody may see, as it stands there and decoded, piece by piece."""
+    """The secret pieces of a URL, as they stand there and decoded."""
     found = _URL.search(location)
     if found is None:
         return set()
@@ -78,7 +78,7 @@ def safe_message(error: BaseException, location: object = "") -> str:
 
 
 def cause_of(error: BaseException, location: object) -> BaseException:
-    """What may be named as the cause of our error: another library's own, unless somebody could read a secret in it."""
+    """The cause that our error may name: the other library's error, unless a secret can be read in it."""
     for link in _chain(error):
         said = f"{link} {link!r}"
         if hidden(said, location) != said:

@@ -88,7 +88,7 @@ def _layer(index: int) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text that is no formula, whatever is in it."""
+    """Text that matplotlib does not read as a formula, whatever it holds."""
     return text.replace("$", r"\$")
 
 

@@ -54,7 +54,7 @@ def write_report(run: Path | str) -> Path:
             f"{folder / 'metrics.json'} holds something that cannot be shown ({reason[:200]}); run the command that "
             "made it again"
         ) from error
-    # Half of a pair of surrogates is a character of JSON, and none of any encoding.
+    # JSON can hold half of a pair of surrogates, which no encoding can write.
     file = folder / "report.html"
     return write_whole(file, page.encode("utf-8", "replace"), beside=own_partial(file))
 

@@ -124,7 +124,7 @@ def facts(metrics: Metrics) -> list[dict[str, Any]]:
 
 
 def sites(metrics: Metrics) -> list[dict[str, str]]:
-    """Each cached site with its width and size on disk; NaN and Inf are said when there are any."""
+    """Each cached site with its width and size on disk, and its NaN and infinite values if it has any."""
     found = []
     for name, site in metrics.get("store", {}).get("sites", {}).items():
         width = " by ".join(map(str, site["shape"]))

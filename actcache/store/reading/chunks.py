@@ -23,7 +23,7 @@ from actcache.store.format.site_arrays import ABSENT_CHUNK, arrays_of, chunks_pe
 from actcache.store.reading.tables import Tables
 
 _INDEX_BYTES = 64 << 20
-"""Of indexes that are kept: 20 bytes a chunk, so 3.3 million chunks."""
+"""Most memory for indexes: 20 bytes a chunk, so 3.3 million chunks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,7 +140,7 @@ class Chunks(Tables):
     def decode_chunk(
         self, site: str, shard: int, chunk: int, stored: memoryview, out: NDArray[Any], *, array: str = codecs.ACTS
     ) -> None:
-        """Check and decode what `fetch_chunk` gave: the part of `read_chunk` that works the processor."""
+        """Check and decode what `fetch_chunk` gave: the part of `read_chunk` that uses the processor."""
         problem = self._arrays[site, array][0].chain.decode_into(stored, out)
         self.check_chunk(site, array, shard, chunk, stored, self.index(site, array, shard), problem)
 

@@ -91,7 +91,7 @@ class _ShardedObject:
         self._chain, self._n_chunks, self._write = codec, n_chunks, write
         self._sizes: list[int] = []
         self.checksums: list[int] = []
-        """crc32c of each chunk, and in the end of the index."""
+        """crc32c of each chunk, and at the end that of the index."""
         self.n_bytes = 0
         """Bytes written so far."""
 
