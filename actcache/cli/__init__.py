@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from cyclopts import CycloptsError
 
 from actcache.addresses import hidden
-from actcache.cli.app import build_app, sentence
+from actcache.cli.app import build_app, refuse_fractions, sentence
 from actcache.cli.interrupts import INTERRUPTED
 from actcache.cli.outlets import patient_streams
 from actcache.cli.screen import FINE, UNSOUND, USER_ERROR, error_line
@@ -48,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(tokens: Sequence[str], *, as_json: bool) -> int:
     try:
-        code = build_app(with_help=not tokens or tokens[0].startswith("-"))(tokens) or FINE
+        app = build_app(with_help=not tokens or tokens[0].startswith("-"))
+        refuse_fractions(app, tokens)
+        code = app(tokens) or FINE
         sys.stdout.flush()
         return code
     except CycloptsError as error:

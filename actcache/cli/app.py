@@ -6,12 +6,15 @@ In: the functions of the rooms beside this one. Out: an app, and one sentence fo
 from __future__ import annotations
 
 import pkgutil
+import re
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import cyclopts
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from actcache._version import __version__
+from actcache.errors import ConfigError
 
 _HELP = """Cache a model's activations, serve them shuffled, learn sparse MLPs from them.
 
@@ -132,6 +135,20 @@ def _name_of(verb: _Verb) -> str:
 
 def _example(command: str) -> str:
     return "Example:\n\n" + "\n".join(f"    {line}" for line in command.splitlines()) + "\n"
+
+
+def refuse_fractions(app: App, tokens: Sequence[str]) -> None:
+    """Raise `ConfigError` for a fraction where an option takes a whole number: cyclopts would round it."""
+    typed = [re.fullmatch(r"(?:(--[a-z-]+)=)?([+-]?\d*\.\d+)", token) for token in tokens]
+    if not any(typed) or tokens[0] not in list(app):
+        return
+    arguments = app[tokens[0]].assemble_argument_collection()
+    whole = {
+        name for argument in arguments if int in (argument.hint, *get_args(argument.hint)) for name in argument.names
+    }
+    for before, found in zip(["", *tokens], typed, strict=False):
+        if found and (option := found[1] or before) in whole and not float(found[2]).is_integer():
+            raise ConfigError(f"{option} takes a whole number, not '{found[2]}'; see 'actcache {tokens[0]} --help'")
 
 
 def sentence(error: CycloptsError) -> str:
