@@ -7,9 +7,9 @@ them, so `import actcache` costs nothing.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from actcache._lazy import import_when_used
 from actcache._version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -96,10 +96,7 @@ _ROOMS = {
 __all__ = sorted(_ROOMS)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
-        raise AttributeError(f"module 'actcache' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"actcache.{_ROOMS[name]}"), name)
+__getattr__ = import_when_used(__name__, _ROOMS)
 
 
 def __dir__() -> list[str]:

@@ -15,7 +15,6 @@ from time import perf_counter
 from typing import TYPE_CHECKING, cast
 
 from actcache.errors import ActcacheError, ConfigError, SiteError, StateError
-from actcache.report import write_report
 from actcache.sparse.checkpoint import CHECKPOINT
 from actcache.sparse.metrics import LayerRow, Metrics, Stage, read_metrics, write_metrics
 from actcache.sparse.runs import OnStage, Pair, Trained, evaluate_pair, provenance, store_facts, train_pair
@@ -142,6 +141,8 @@ class _Demo:
         trained = self._train(store)
         rows = self._evaluate(lm, store, trained, held_out, held_out_store)
         metrics = self._write(command, lm, blocks, held_out, store, rows, perf_counter() - began)
+        from actcache.report import write_report  # with matplotlib, which the other stages do without
+
         write_report(self.config.out)
         return metrics
 

@@ -36,15 +36,20 @@ def _installed(packages: Sequence[str]) -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """Processor, cores that this process may use, memory and system."""
-    # os.sched_getaffinity knows about containers and taskset, but exists on Linux only.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = {"processor": _processor(), "cores": cores, "system": f"{platform.system()} {platform.release()}"}
+    found = {"processor": processor(), "cores": cores(), "system": f"{platform.system()} {platform.release()}"}
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
         found["memory_bytes"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return found
 
 
-def _processor() -> str:
+def cores() -> int | None:
+    """Cores that this process may use."""
+    # os.sched_getaffinity knows about containers and taskset, but exists on Linux only.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def processor() -> str:
+    """The processor's model, as the system names it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from time import perf_counter
 
 import actcache as ac
 from actcache.lm import LanguageModel
+from actcache.provenance import cores, processor
 from actcache.spec import TokenBlocks
 
 
@@ -87,14 +86,8 @@ def rate(amount: float, work: Callable[[], object]) -> float:
 
 def machine() -> str:
     """Processor, cores and versions, in one line."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0] if names else model
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "zarr", "numcodecs", "numpy"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{model}, {cores} cores, {platform.system()}, Python {platform.python_version()}, {versions}"
+    return f"{processor()}, {cores()} cores, {platform.system()}, Python {platform.python_version()}, {versions}"
 
 
 def embedded(n_sequences: int) -> tuple[LanguageModel, TokenBlocks]:

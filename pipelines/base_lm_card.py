@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from actcache.lm import load_lm
 from actcache.lm.stories import StoriesConfig, StoriesLM
+from actcache.provenance import processor
 
 BOS = "<|bos|>"
 """The token that begins every document."""
@@ -231,12 +232,7 @@ def firing_counts(model: StoriesLM, tokenizer: Tokenizer, texts: Sequence[str]) 
 
 def machine() -> str:
     """Processor and cores, without the machine's name."""
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (
-        f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
-    )
+    return f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
 
 
 CARD = """\

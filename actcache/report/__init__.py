@@ -1,6 +1,8 @@
 """Run directory -> one self-contained HTML page. In: `metrics.json`. Out: `report.html`, readable anywhere."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from actcache._lazy import import_when_used
 
 if TYPE_CHECKING:
     from actcache.report.page import render, write_report
@@ -8,10 +10,5 @@ if TYPE_CHECKING:
 __all__ = ["render", "write_report"]
 
 
-def __getattr__(name: str) -> Any:
-    # matplotlib and jinja2 load with the first page, not with the first look at a run.
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from actcache.report import page
-
-    return getattr(page, name)
+# matplotlib and jinja2 load with the first page, not with the first look at a run.
+__getattr__ = import_when_used(__name__, dict.fromkeys(__all__, "page"))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from actcache._lazy import import_when_used
 
 if TYPE_CHECKING:
     from actcache.sparse.evaluation import reconstruction as reconstruction
@@ -22,8 +23,5 @@ _FILES = {
 __all__ = ["SparseMLP", "TrainConfig", "Trainer", "reconstruction", "spliced_loss"]
 
 
-def __getattr__(name: str) -> Any:
-    # torch loads with the first of these names, so that reading the record of a run does without it.
-    if name not in _FILES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_FILES[name]}"), name)
+# torch loads with the first of these names, so that reading the record of a run does without it.
+__getattr__ = import_when_used(__name__, _FILES)
