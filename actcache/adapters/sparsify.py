@@ -258,7 +258,7 @@ class _Point(nn.Module):
 
 
 class _Missing:
-    """What the model returns: asking it for logits or a loss raises an error that explains why there are none."""
+    """What the model returns: asking it for logits or a loss raises an error that says why it has neither."""
 
     def __getattr__(self, name: str) -> NoReturn:
         _no_logits()

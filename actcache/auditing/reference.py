@@ -62,7 +62,7 @@ class Reference:
         return f"instrumented model, {meaning}" if meaning.transformer_lens else f"plain model, {meaning}"
 
     def values(self, ids: NDArray[np.uint32], n_copies: int = 1) -> dict[str, FloatRows | str]:
-        """`(T, D)` values of every site for the `(T,)` tokens, or the reason why there are none.
+        """`(T, D)` values of every site for the `(T,)` tokens, or the reason why the model gives no values.
 
         With `n_copies`, those of the last of so many copies of the sequence in one batch: what differs from the values
         of the sequence alone is rounding.

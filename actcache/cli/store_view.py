@@ -37,7 +37,7 @@ def show_store(screen: Screen, store: Store) -> None:
     info = store.info()
 
     def show(out: Console) -> None:
-        from actcache.store.reading.views import begun_shards
+        from actcache.store import begun_shards
 
         out.print(store_lines(info, Shards(info["n_shards_expected"], store.committed, begun_shards(store))))
         out.print(sites_table(info["sites"], info["spec"]["dtype"]))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from actcache.store.reading.rows import RowFilter as RowFilter
     from actcache.store.reading.rows import Rows as Rows
     from actcache.store.reading.rows import shard_masks as shard_masks
+    from actcache.store.reading.views import begun_shards as begun_shards
     from actcache.store.store import Store as Store
     from actcache.store.store import checked_store as checked_store
     from actcache.store.store import open_store as open_store
@@ -43,6 +44,7 @@ _FILES = {
     "Store": "store",
     "StoreWriter": "writing.writer",
     "Written": "writing.buffers",
+    "begun_shards": "reading.views",
     "checked_store": "store",
     "delete_sites": "maintenance.delete",
     "export": "maintenance.export",

@@ -8,6 +8,7 @@ are noticed as well.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,8 @@ from numpy.typing import NDArray
 
 from actcache.memory import Kept, Scratch
 from actcache.store import codecs
-from actcache.store.backends.objects import Objects
 from actcache.store.format.keys import ROWS, sharded_key
 from actcache.store.format.records import checksum_place
-from actcache.store.format.root import Root
 from actcache.store.format.site_arrays import ABSENT_CHUNK, arrays_of, chunks_per_shard, index_bytes
 from actcache.store.reading.tables import Tables
 
@@ -39,16 +38,18 @@ class Index:
 class Chunks(Tables):
     """The chunks of a store's sites."""
 
-    def __init__(
-        self, objects: Objects, root: Root, *, lies_there: bool = True, held_against_ledger: bool = True
-    ) -> None:
-        super().__init__(objects, root, lies_there=lies_there, held_against_ledger=held_against_ledger)
-        self._arrays = {
+    @cached_property
+    def _arrays(self) -> dict[tuple[str, str], tuple[codecs.StoredArray, int]]:
+        """By site and name: each array, and its number among those of its site."""
+        return {
             (site.name, array.name): (array, number)
             for site in self.spec.sites
             for number, array in enumerate(arrays_of(self.spec, site))
         }
-        self._indexes = Kept[tuple[str, str, int], Index](_INDEX_BYTES)
+
+    @cached_property
+    def _indexes(self) -> Kept[tuple[str, str, int], Index]:
+        return Kept(_INDEX_BYTES)
 
     def read_chunk(
         self, site: str, shard: int, chunk: int, out: NDArray[Any], scratch: Scratch, *, array: str = codecs.ACTS

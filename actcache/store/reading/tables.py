@@ -6,16 +6,15 @@ In: what is committed. Out: tables, every byte of which has been checked.
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actcache.order import permutation
 from actcache.spec import TokenBlocks
-from actcache.store.backends.objects import Objects
 from actcache.store.format.keys import ROW_ARRAYS, ROWS, TOKEN_ARRAYS, row_key, stats_key
 from actcache.store.format.records import stats_place
-from actcache.store.format.root import Root
 from actcache.store.format.stats import line_length
 from actcache.store.format.table_objects import FLOAT64, UINT32, get_table
 from actcache.store.reading.committed import Committed
@@ -25,11 +24,9 @@ from actcache.store.reading.tokens import TokenArrays
 class Tables(Committed):
     """Tokens, row tables and statistics lines of a store."""
 
-    def __init__(
-        self, objects: Objects, root: Root, *, lies_there: bool = True, held_against_ledger: bool = True
-    ) -> None:
-        super().__init__(objects, root, lies_there=lies_there, held_against_ledger=held_against_ledger)
-        self._tokens = TokenArrays(objects, root.spec)
+    @cached_property
+    def _tokens(self) -> TokenArrays:
+        return TokenArrays(self.objects, self.spec)
 
     def shard_row_table(self, shard: int, arrays: Collection[str] = ROW_ARRAYS) -> dict[str, NDArray[np.uint32]]:
         """`sequence`, `position` and `token` (or some of these arrays) of each row of a shard, in row order."""
