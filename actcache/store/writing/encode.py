@@ -7,7 +7,7 @@ Shards are encoded and assembled here, with numcodecs in threads; zarr-python wr
 path wrote 0.25 GB/s and read random chunks at 0.35 GB/s, against 0.76 and 1.4 GB/s (2 cores, 604 MB of bfloat16
 activations, Blosc lz4 with bitshuffle). Tests hold both readings equal. Objects are written chunk by chunk, because
 keeping the chunks and joining them cost more than compressing them: 0.36 against 0.76 of the speed of bare encoding and
-writing.
+writing (lz4, one run by hand).
 """
 
 from __future__ import annotations
